@@ -44,7 +44,6 @@ pub enum Keep {
 
 /// What the backward pass of a block needs. Shapes: `x`, `mid` `[T, D]`; `q`, `o` `[T, H, K]`; `k`, `v` `[T, Hkv, K]`
 /// (`q` and `k` rotated); `lse` `[T, H]`; `gate`, `up` `[T, MLP]`.
-#[derive(Debug)]
 pub struct Tape {
     x: Vec<f32>,
     q: Vec<f32>,
@@ -57,7 +56,6 @@ pub struct Tape {
     up: Vec<f32>,
 }
 
-#[derive(Debug)]
 pub enum Kept {
     Input(Vec<f32>),
     All(Box<Tape>),

@@ -246,6 +246,25 @@ impl Config {
     /// The published spelling.
     pub fn to_json(&self, dtype: &str) -> Value {
         let (t, v, i) = (&self.text, &self.vision, &self.ids);
+        let vision = json!({
+            "model_type": "qwen2_5_vl",
+            "depth": v.depth,
+            "hidden_act": "silu",
+            "hidden_size": v.hidden,
+            "intermediate_size": v.mlp,
+            "num_heads": v.heads,
+            // Both names: transformers reads in_channels, the published files and older loaders in_chans.
+            "in_channels": v.in_channels,
+            "in_chans": v.in_channels,
+            "out_hidden_size": v.out_hidden,
+            "patch_size": v.patch,
+            "spatial_patch_size": v.patch,
+            "spatial_merge_size": v.merge,
+            "temporal_patch_size": v.temporal_patch,
+            "window_size": v.window,
+            "fullatt_block_indexes": v.full_blocks,
+            "tokens_per_second": v.tokens_per_second,
+        });
         let mut root = json!({
             "architectures": ["Qwen2_5_VLForConditionalGeneration"],
             "model_type": "qwen2_5_vl",
@@ -274,25 +293,7 @@ impl Config {
             "tie_word_embeddings": t.tied,
             "vocab_size": t.vocab,
             "torch_dtype": dtype,
-            "vision_config": {
-                "model_type": "qwen2_5_vl",
-                "depth": v.depth,
-                "hidden_act": "silu",
-                "hidden_size": v.hidden,
-                "intermediate_size": v.mlp,
-                "num_heads": v.heads,
-                // Both names: transformers reads in_channels, the published files and older loaders in_chans.
-                "in_channels": v.in_channels,
-                "in_chans": v.in_channels,
-                "out_hidden_size": v.out_hidden,
-                "patch_size": v.patch,
-                "spatial_patch_size": v.patch,
-                "spatial_merge_size": v.merge,
-                "temporal_patch_size": v.temporal_patch,
-                "window_size": v.window,
-                "fullatt_block_indexes": v.full_blocks,
-                "tokens_per_second": v.tokens_per_second,
-            },
+            "vision_config": vision,
         });
         if let Value::Object(map) = &mut root {
             map.retain(|_, value| !value.is_null() && value.as_array().is_none_or(|a| !a.is_empty()));

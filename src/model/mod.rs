@@ -183,7 +183,6 @@ impl Head<'_> {
 }
 
 /// Result of [`Vlm::evaluate`], in the order of the targets.
-#[derive(Debug)]
 pub struct Evaluation {
     /// Natural log of the probability, `[N]`.
     pub logprobs: Vec<f32>,
@@ -194,7 +193,6 @@ pub struct Evaluation {
 }
 
 /// What [`Vlm::backward`] needs of a forward pass.
-#[derive(Debug)]
 pub struct Tape {
     vision: Option<VisionTape>,
     text: TextTape,

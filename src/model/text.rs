@@ -22,7 +22,6 @@ pub struct FeatureRun {
 }
 
 /// What the backward pass needs.
-#[derive(Debug)]
 pub struct TextTape {
     table: Table,
     layers: Vec<Kept>,

@@ -94,7 +94,6 @@ fn unsorted(x: &[f32], order: &[usize], width: usize) -> Vec<f32> {
 }
 
 /// What the backward pass needs.
-#[derive(Debug)]
 pub struct VisionTape {
     windows: Windows,
     table: Table,

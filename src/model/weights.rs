@@ -269,7 +269,7 @@ impl View for Outgoing<'_> {
 pub(super) fn in_place(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
     let beside = path.with_file_name(format!(".{name}.{}.tmp", std::process::id()));
-    let done = (|| {
+    let done: Result<()> = (|| {
         write(&beside)?;
         File::open(&beside)?.sync_all()?;
         fs::rename(&beside, path)?;
