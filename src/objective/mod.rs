@@ -15,6 +15,8 @@
 //! Variants are settings, not code paths by name: [`Objective::preset`] only sets fields.
 
 mod advantage;
+#[cfg(test)]
+mod golden;
 mod loss;
 
 pub use advantage::{Advantages, Kept, Outcome};
