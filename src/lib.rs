@@ -1,2 +1,4 @@
+pub mod data;
 pub mod geometry;
 pub mod image;
+pub mod synth;
