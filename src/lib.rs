@@ -1,1 +1,4 @@
-
+pub mod progress;
+pub mod report;
+pub mod run;
+pub mod stats;
