@@ -1,0 +1,465 @@
+//! The run folder: the one place a run leaves its trace, and the only thing report and evaluation read.
+//!
+//! ```text
+//! RUN/config.toml  environment.json  metrics.jsonl  episodes/STEP.jsonl  checkpoints/STEP/  table.json  report.html
+//! ```
+//!
+//! Hides how files become durable. What must stay true: at whatever instant the process is killed, every file in the folder is
+//! either the old one or the new one (only the last line of `metrics.jsonl` may be torn, and readers know), no step appears twice in
+//! `metrics.jsonl`, and one folder belongs to one process at a time.
+
+mod checkpoint;
+mod metrics;
+mod process;
+
+pub use checkpoint::{Checkpoint, Draft, STATE};
+pub use metrics::{Metrics, MetricsFile, MetricsLog};
+pub use process::{EXIT_INTERRUPTED, Environment, Interrupt, Stopwatch, peak_rss};
+
+use anyhow::{Context, Result, bail};
+use serde::{Serialize, de::DeserializeOwned};
+use std::fs::{self, File, TryLockError};
+use std::io::{ErrorKind, Write};
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+
+/// The resolved plan of the run.
+pub const CONFIG: &str = "config.toml";
+/// Machine and program, see [`Environment`].
+pub const ENVIRONMENT: &str = "environment.json";
+/// One JSON object a line, each with "step".
+pub const METRICS: &str = "metrics.jsonl";
+const EPISODES: &str = "episodes";
+const CHECKPOINTS: &str = "checkpoints";
+const LOCK: &str = "run.lock";
+
+/// A run folder open for writing. Held by one process at a time; the hold ends with the process, however it ends.
+#[derive(Debug)]
+pub struct RunFolder {
+    root: PathBuf,
+    /// Kept open: closing it gives the folder back.
+    _lock: File,
+}
+
+impl RunFolder {
+    /// Starts a run in `path`, which is made if missing.
+    ///
+    /// # Errors
+    /// When the folder already holds a run, is held by another process, or cannot be written.
+    pub fn create(path: impl AsRef<Path>) -> Result<Self> {
+        let root = path.as_ref();
+        if holds_run(root) {
+            bail!(
+                "this folder already holds a run; go on with it by adding `resume=true`, choose another folder, or remove it: {}",
+                root.display()
+            );
+        }
+        for folder in [EPISODES, CHECKPOINTS] {
+            let path = root.join(folder);
+            fs::create_dir_all(&path)
+                .with_context(|| format!("making the run folder: {}", path.display()))?;
+        }
+        Ok(RunFolder {
+            root: root.to_owned(),
+            _lock: lock(root)?,
+        })
+    }
+
+    /// Goes on with the run in `path`: finds the newest complete checkpoint, and takes back whatever was written after it (metrics, episodes,
+    /// half-written checkpoints), so that those steps can be done again. With no checkpoint yet, the run starts over in the same folder.
+    ///
+    /// # Errors
+    /// When there is no run, another process holds it, or a file is damaged before its last line.
+    pub fn resume(path: impl AsRef<Path>) -> Result<(Self, Option<Checkpoint>)> {
+        let root = path.as_ref();
+        if !holds_run(root) {
+            bail!(
+                "there is no run to resume here; leave out `resume=true` to start one: {}",
+                root.display()
+            );
+        }
+        let run = RunFolder {
+            root: root.to_owned(),
+            _lock: lock(root)?,
+        };
+        checkpoint::sweep(&run.root.join(CHECKPOINTS))?;
+        let latest = latest_checkpoint(root)?;
+        let done = latest.as_ref().map(|checkpoint| checkpoint.step);
+        metrics::cut_after(&run.root.join(METRICS), done)?;
+        for step in episode_steps(root)? {
+            if done.is_none_or(|done| step > done) {
+                let path = episodes_path(root, step);
+                fs::remove_file(&path).with_context(|| {
+                    format!(
+                        "taking back the episodes of step {step}: {}",
+                        path.display()
+                    )
+                })?;
+            }
+        }
+        for folder in [EPISODES, CHECKPOINTS] {
+            let path = root.join(folder);
+            fs::create_dir_all(&path)
+                .with_context(|| format!("making the run folder: {}", path.display()))?;
+        }
+        Ok((run, latest))
+    }
+
+    /// The folder itself.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Writes a file of the run, whole or not at all. `name` is relative to the folder.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn save(&self, name: &str, bytes: &[u8]) -> Result<PathBuf> {
+        let path = self.root.join(name);
+        write_atomic(&path, bytes)?;
+        Ok(path)
+    }
+
+    /// Saves the resolved config and where the run runs.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn save_plan(&self, config_toml: &str, environment: &Environment) -> Result<()> {
+        self.save(CONFIG, config_toml.as_bytes())?;
+        let json =
+            serde_json::to_vec_pretty(environment).context("writing down the environment")?;
+        self.save(ENVIRONMENT, &json)?;
+        Ok(())
+    }
+
+    /// Opens `metrics.jsonl` for appending.
+    ///
+    /// # Errors
+    /// When the file cannot be opened or holds a damaged line.
+    pub fn metrics_log(&self) -> Result<MetricsLog> {
+        MetricsLog::open(&self.root.join(METRICS))
+    }
+
+    /// Writes the episodes of one step, one JSON object a line, whole or not at all; an older file of that step is replaced.
+    ///
+    /// # Errors
+    /// When a record cannot be serialised or the disk refuses.
+    pub fn write_episodes<T: Serialize>(&self, step: u64, episodes: &[T]) -> Result<()> {
+        let path = episodes_path(&self.root, step);
+        let mut bytes = Vec::new();
+        for episode in episodes {
+            serde_json::to_writer(&mut bytes, episode).with_context(|| {
+                format!("writing the episodes of step {step}: {}", path.display())
+            })?;
+            bytes.push(b'\n');
+        }
+        write_atomic(&path, &bytes)
+    }
+
+    /// Opens the checkpoint of `step` for writing.
+    ///
+    /// # Errors
+    /// When the folder cannot be made.
+    pub fn checkpoint(&self, step: u64) -> Result<Draft> {
+        Draft::open(&self.root.join(CHECKPOINTS), step)
+    }
+
+    /// Removes all but the newest `keep` checkpoints.
+    ///
+    /// # Errors
+    /// When a folder cannot be removed.
+    pub fn keep_last_checkpoints(&self, keep: NonZeroUsize) -> Result<()> {
+        checkpoint::keep_last(&self.root.join(CHECKPOINTS), keep)
+    }
+}
+
+/// Whether a folder holds what a run leaves behind.
+pub fn holds_run(root: &Path) -> bool {
+    let has_entries =
+        |folder| checkpoint::entries(&root.join(folder)).is_ok_and(|entries| !entries.is_empty());
+    root.join(CONFIG).exists()
+        || root.join(METRICS).exists()
+        || has_entries(EPISODES)
+        || has_entries(CHECKPOINTS)
+}
+
+fn lock(root: &Path) -> Result<File> {
+    let path = root.join(LOCK);
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path)
+        .with_context(|| format!("taking hold of the run folder: {}", path.display()))?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => {
+            bail!(
+                "another process is writing to this run; wait for it, or choose another folder: {}",
+                root.display()
+            )
+        }
+        // Some network file systems have no locks. Then nothing is known; the run goes on and says so.
+        Err(TryLockError::Error(error)) => {
+            crate::progress::say(&format!(
+                "note: this file system cannot lock ({error}); do not start two runs in {}",
+                root.display()
+            ));
+        }
+    }
+    Ok(file)
+}
+
+/// The metrics of a run, in the order of its steps. A torn last line, left by a kill, is passed over and reported in `note`.
+///
+/// # Errors
+/// When the file cannot be read or a line before the last is damaged. A run without the file has no metrics.
+pub fn metrics(root: &Path) -> Result<MetricsFile> {
+    metrics::read(&root.join(METRICS))
+}
+
+/// The steps that have episodes, in order.
+///
+/// # Errors
+/// When the folder cannot be listed.
+pub fn episode_steps(root: &Path) -> Result<Vec<u64>> {
+    let mut steps: Vec<u64> = checkpoint::entries(&root.join(EPISODES))?
+        .iter()
+        .filter(|path| {
+            path.extension()
+                .is_some_and(|extension| extension == "jsonl")
+        })
+        .filter_map(|path| path.file_stem()?.to_str()?.parse().ok())
+        .collect();
+    steps.sort_unstable();
+    Ok(steps)
+}
+
+/// The episodes of one step.
+///
+/// # Errors
+/// When the file cannot be read or a line is not an episode; the message names the line.
+pub fn episodes<T: DeserializeOwned>(root: &Path, step: u64) -> Result<Vec<T>> {
+    let path = episodes_path(root, step);
+    let text = fs::read_to_string(&path)
+        .with_context(|| format!("reading the episodes of step {step}: {}", path.display()))?;
+    text.lines()
+        .enumerate()
+        .filter(|(_, line)| !line.trim().is_empty())
+        .map(|(index, line)| {
+            serde_json::from_str(line).with_context(|| {
+                format!("line {} is not an episode: {}", index + 1, path.display())
+            })
+        })
+        .collect()
+}
+
+/// The complete checkpoints of a run, oldest first.
+///
+/// # Errors
+/// When the folder cannot be listed.
+pub fn checkpoints(root: &Path) -> Result<Vec<Checkpoint>> {
+    checkpoint::complete(&root.join(CHECKPOINTS))
+}
+
+/// The newest complete checkpoint.
+///
+/// # Errors
+/// When the folder cannot be listed.
+pub fn latest_checkpoint(root: &Path) -> Result<Option<Checkpoint>> {
+    Ok(checkpoints(root)?.pop())
+}
+
+fn episodes_path(root: &Path, step: u64) -> PathBuf {
+    root.join(EPISODES).join(format!("{step}.jsonl"))
+}
+
+/// Writes a file so that a reader, or the next start after a crash, finds the old bytes or the new ones and nothing between:
+/// beside its place, synced, renamed into it, and the folder synced.
+///
+/// # Errors
+/// When the disk refuses; the old file is then untouched.
+pub fn write_atomic(path: impl AsRef<Path>, bytes: &[u8]) -> Result<()> {
+    let path = path.as_ref();
+    let what = || format!("writing {}", path.display());
+    let name = path
+        .file_name()
+        .with_context(|| format!("this is not a file's name: {}", path.display()))?;
+    let folder = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let (beside, mut file) = create_beside(folder, name).with_context(what)?;
+    let written = file
+        .write_all(bytes)
+        .and_then(|()| file.sync_all())
+        .and_then(|()| fs::rename(&beside, path));
+    if written.is_err() {
+        // Best effort: the error worth telling is the one above.
+        let _ = fs::remove_file(&beside);
+    }
+    written.with_context(what)?;
+    sync_folder(folder).with_context(what)
+}
+
+/// A new file in `folder` that nobody else writes, its name made from `name`. Opened plainly, so that it gets the usual permissions.
+fn create_beside(folder: &Path, name: &std::ffi::OsStr) -> std::io::Result<(PathBuf, File)> {
+    let process = std::process::id();
+    for attempt in 0.. {
+        let mut beside = std::ffi::OsString::from(".");
+        beside.push(name);
+        beside.push(format!(".{process}-{attempt}.tmp"));
+        let beside = folder.join(beside);
+        match File::create_new(&beside) {
+            Ok(file) => return Ok((beside, file)),
+            Err(error) if error.kind() == ErrorKind::AlreadyExists && attempt < 10_000 => {}
+            Err(error) => return Err(error),
+        }
+    }
+    unreachable!("the loop returns at its ten thousandth attempt")
+}
+
+/// Makes renames and new names in `folder` durable.
+fn sync_folder(folder: &Path) -> Result<()> {
+    File::open(folder)
+        .and_then(|folder| folder.sync_all())
+        .with_context(|| format!("syncing the folder {}", folder.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn step_metrics(value: f64) -> Metrics {
+        let mut metrics = Metrics::new();
+        metrics.insert("reward/mean".into(), json!(value));
+        metrics
+    }
+
+    /// Plays `steps` with a checkpoint after each of `saved`.
+    fn play(run: &RunFolder, steps: std::ops::RangeInclusive<u64>, saved: &[u64]) {
+        let mut log = run.metrics_log().unwrap();
+        for step in steps {
+            run.write_episodes(
+                step,
+                &[
+                    json!({"id": "a", "step": step}),
+                    json!({"id": "b", "step": step}),
+                ],
+            )
+            .unwrap();
+            log.append(step, &step_metrics(step as f64 / 10.0)).unwrap();
+            if saved.contains(&step) {
+                run.checkpoint(step)
+                    .unwrap()
+                    .finish(&json!({"done": step}))
+                    .unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn a_run_is_not_written_over_and_the_message_says_what_to_do() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("run");
+        let run = RunFolder::create(&path).unwrap();
+        run.save_plan("seed = 1\n", &Environment::now()).unwrap();
+        drop(run);
+        let error = format!("{:#}", RunFolder::create(&path).unwrap_err());
+        assert!(
+            error.contains("already holds a run") && error.contains("resume=true"),
+            "{error}"
+        );
+        let elsewhere = folder.path().join("nothing");
+        let error = format!("{:#}", RunFolder::resume(&elsewhere).unwrap_err());
+        assert!(error.contains("no run to resume"), "{error}");
+    }
+
+    #[test]
+    fn one_process_at_a_time() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunFolder::create(folder.path()).unwrap();
+        run.save(CONFIG, b"seed = 1").unwrap();
+        let error = format!("{:#}", RunFolder::resume(folder.path()).unwrap_err());
+        assert!(error.contains("another process"), "{error}");
+        drop(run);
+        RunFolder::resume(folder.path()).unwrap();
+    }
+
+    #[test]
+    fn resuming_takes_back_what_came_after_the_checkpoint() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunFolder::create(folder.path()).unwrap();
+        run.save(CONFIG, b"seed = 1").unwrap();
+        play(&run, 1..=5, &[2, 3]);
+        fs::create_dir(folder.path().join("checkpoints/6.tmp")).unwrap();
+        drop(run);
+
+        let (run, latest) = RunFolder::resume(folder.path()).unwrap();
+        let latest = latest.unwrap();
+        assert_eq!(
+            (latest.step, latest.state::<Value>().unwrap()),
+            (3, json!({"done": 3}))
+        );
+        assert_eq!(episode_steps(folder.path()).unwrap(), [1, 2, 3]);
+        play(&run, 4..=6, &[]);
+        let rows = metrics(folder.path()).unwrap().rows;
+        let steps: Vec<u64> = rows
+            .iter()
+            .map(|row| row["step"].as_u64().unwrap())
+            .collect();
+        assert_eq!(steps, [1, 2, 3, 4, 5, 6]);
+        assert_eq!(
+            checkpoint::entries(&folder.path().join("checkpoints"))
+                .unwrap()
+                .len(),
+            2
+        );
+    }
+
+    #[test]
+    fn without_a_checkpoint_the_run_starts_over() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunFolder::create(folder.path()).unwrap();
+        play(&run, 1..=2, &[]);
+        drop(run);
+        let (run, latest) = RunFolder::resume(folder.path()).unwrap();
+        assert_eq!(latest, None);
+        assert!(metrics(run.root()).unwrap().rows.is_empty());
+        assert!(episode_steps(run.root()).unwrap().is_empty());
+    }
+
+    #[test]
+    fn episodes_come_back_and_a_bad_line_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunFolder::create(folder.path()).unwrap();
+        let written = [
+            json!({"text": "one\ntwo", "reward": 1.0}),
+            json!({"text": "</script>"}),
+        ];
+        run.write_episodes(7, &written).unwrap();
+        assert_eq!(episodes::<Value>(folder.path(), 7).unwrap(), written);
+        fs::write(folder.path().join("episodes/8.jsonl"), "{}\n{\"text\": \n").unwrap();
+        let error = format!("{:#}", episodes::<Value>(folder.path(), 8).unwrap_err());
+        assert!(
+            error.contains("line 2") && error.contains("8.jsonl"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_write_replaces_the_file_and_leaves_nothing_beside_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("table.json");
+        write_atomic(&path, b"old").unwrap();
+        write_atomic(&path, b"new").unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"new");
+        assert_eq!(checkpoint::entries(folder.path()).unwrap(), [path]);
+        let error = format!(
+            "{:#}",
+            write_atomic(folder.path().join("missing/x"), b"").unwrap_err()
+        );
+        assert!(error.contains("missing/x"), "{error}");
+    }
+}

@@ -1,0 +1,272 @@
+//! What a long run asks of its own process: was it asked to stop, how much memory did it take, where did the time go.
+//!
+//! Hides signals and `getrusage`. What must stay true: the first Ctrl-C never loses work and the second never waits.
+
+use crate::{progress, run::Metrics};
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use std::sync::{
+    Arc, OnceLock,
+    atomic::{AtomicBool, Ordering},
+};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+/// The exit code of a run that was interrupted and could write its checkpoint, or was stopped at once.
+pub const EXIT_INTERRUPTED: i32 = 130;
+
+/// A flag that Ctrl-C or SIGTERM raises; loops look at it between steps.
+#[derive(Clone, Debug, Default)]
+pub struct Interrupt {
+    asked: Arc<AtomicBool>,
+}
+
+impl Interrupt {
+    /// Takes over Ctrl-C, SIGTERM and SIGHUP for the whole process. The first raises the flag and says so; the second exits with 130.
+    /// Every call gives the same flag.
+    ///
+    /// # Errors
+    /// When the operating system refuses the signal handler.
+    pub fn install() -> Result<Self> {
+        static INSTALLED: OnceLock<Interrupt> = OnceLock::new();
+        if let Some(interrupt) = INSTALLED.get() {
+            return Ok(interrupt.clone());
+        }
+        let interrupt = Interrupt::default();
+        let asked = Arc::clone(&interrupt.asked);
+        // ctrlc runs this on a thread of its own, not in the signal handler, so printing is allowed.
+        ctrlc::set_handler(move || {
+            if asked.swap(true, Ordering::SeqCst) {
+                progress::say("stopped at once; the last checkpoint holds what can be resumed");
+                std::process::exit(EXIT_INTERRUPTED);
+            }
+            progress::say(
+                "finishing the step, then writing a checkpoint; press again to stop at once",
+            );
+        })
+        .context("taking over Ctrl-C")?;
+        Ok(INSTALLED.get_or_init(|| interrupt).clone())
+    }
+
+    /// A flag no signal raises: for library use and tests.
+    pub fn none() -> Self {
+        Interrupt::default()
+    }
+
+    /// Raises the flag from the program itself.
+    pub fn ask(&self) {
+        self.asked.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether the loop should finish its step, write a checkpoint and end.
+    pub fn asked(&self) -> bool {
+        self.asked.load(Ordering::SeqCst)
+    }
+}
+
+/// The most memory this process has held at once, in bytes (0 where the system does not say).
+pub fn peak_rss() -> u64 {
+    let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
+    // SAFETY: getrusage writes one rusage into the memory we own; all-zero bytes are a valid rusage if it fails.
+    let usage = unsafe {
+        libc::getrusage(libc::RUSAGE_SELF, usage.as_mut_ptr());
+        usage.assume_init()
+    };
+    let peak = u64::try_from(usage.ru_maxrss).unwrap_or(0);
+    // Linux counts in KiB, macOS in bytes.
+    if cfg!(target_os = "macos") {
+        peak
+    } else {
+        peak * 1024
+    }
+}
+
+/// Seconds of one step by part, for the `timing_s/*` metrics.
+///
+/// ```
+/// use foveate::run::{Metrics, Stopwatch};
+/// let mut watch = Stopwatch::start();
+/// let answer = watch.time("generate", || 6 * 7);
+/// let mut metrics = Metrics::new();
+/// watch.write(&mut metrics);
+/// assert_eq!(answer, 42);
+/// assert_eq!(metrics.keys().collect::<Vec<_>>(), ["timing_s/generate", "timing_s/step"]);
+/// ```
+#[derive(Debug)]
+pub struct Stopwatch {
+    started: Instant,
+    parts: Vec<(&'static str, Duration)>,
+}
+
+impl Stopwatch {
+    /// Starts the step's clock.
+    pub fn start() -> Self {
+        Stopwatch {
+            started: Instant::now(),
+            parts: Vec::new(),
+        }
+    }
+
+    /// Runs `work` and adds its seconds to the part `name`.
+    pub fn time<R>(&mut self, name: &'static str, work: impl FnOnce() -> R) -> R {
+        let started = Instant::now();
+        let result = work();
+        self.add(name, started.elapsed());
+        result
+    }
+
+    /// Adds a duration measured elsewhere to the part `name`.
+    pub fn add(&mut self, name: &'static str, duration: Duration) {
+        match self.parts.iter_mut().find(|(part, _)| *part == name) {
+            Some((_, sum)) => *sum += duration,
+            None => self.parts.push((name, duration)),
+        }
+    }
+
+    /// Seconds since the start.
+    pub fn seconds(&self) -> f64 {
+        self.started.elapsed().as_secs_f64()
+    }
+
+    /// Writes `timing_s/NAME` for each part and `timing_s/step` for the whole.
+    pub fn write(&self, metrics: &mut Metrics) {
+        for (name, duration) in &self.parts {
+            metrics.insert(format!("timing_s/{name}"), json!(duration.as_secs_f64()));
+        }
+        metrics.insert("timing_s/step".into(), json!(self.seconds()));
+    }
+}
+
+/// Where a run ran: saved beside its config so that numbers can be traced to a program and a machine.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Environment {
+    /// Version of this program.
+    pub version: String,
+    /// Commit it was built from, where the build said (`FOVEATE_COMMIT`).
+    pub commit: Option<String>,
+    /// The command line.
+    pub command: Vec<String>,
+    /// When the run started, UTC, `2026-01-31T12:00:00Z`.
+    pub started: String,
+    /// Operating system and architecture.
+    pub system: String,
+    /// The processor's name and the vector instructions it has.
+    pub cpu: String,
+    /// Worker threads.
+    pub threads: usize,
+    /// Memory of the machine, bytes.
+    pub memory: Option<u64>,
+}
+
+impl Environment {
+    /// Reads the machine and the process.
+    pub fn now() -> Self {
+        let seconds = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |since| since.as_secs());
+        Environment {
+            version: env!("CARGO_PKG_VERSION").into(),
+            commit: option_env!("FOVEATE_COMMIT").map(str::to_owned),
+            command: std::env::args().collect(),
+            started: utc(seconds),
+            system: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
+            cpu: cpu(),
+            threads: rayon::current_num_threads(),
+            memory: memory(),
+        }
+    }
+}
+
+/// The line `key: value` of a `/proc` file, where there is one.
+fn proc_line(file: &str, key: &str) -> Option<String> {
+    let text = std::fs::read_to_string(file).ok()?;
+    let line = text.lines().find(|line| line.starts_with(key))?;
+    Some(line.split_once(':')?.1.trim().to_owned())
+}
+
+fn cpu() -> String {
+    let name =
+        proc_line("/proc/cpuinfo", "model name").unwrap_or_else(|| "processor unknown".into());
+    #[cfg(target_arch = "x86_64")]
+    let vectors = if std::arch::is_x86_feature_detected!("avx512f") {
+        " (AVX-512)"
+    } else if std::arch::is_x86_feature_detected!("avx2") {
+        " (AVX2)"
+    } else {
+        ""
+    };
+    #[cfg(not(target_arch = "x86_64"))]
+    let vectors = "";
+    name + vectors
+}
+
+fn memory() -> Option<u64> {
+    let line = proc_line("/proc/meminfo", "MemTotal")?;
+    Some(line.split_whitespace().next()?.parse::<u64>().ok()? * 1024)
+}
+
+/// Seconds since 1970 as a UTC timestamp. Days to date after Howard Hinnant, "chrono-compatible low-level date algorithms".
+fn utc(seconds: u64) -> String {
+    let (days, rest) = (seconds / 86_400, seconds % 86_400);
+    let shifted = days + 719_468; // days since 0000-03-01
+    let (era, day_of_era) = (shifted / 146_097, shifted % 146_097);
+    let year_of_era =
+        (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let month_from_march = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
+    let month = if month_from_march < 10 {
+        month_from_march + 3
+    } else {
+        month_from_march - 9
+    };
+    let year = year_of_era + era * 400 + u64::from(month <= 2);
+    format!(
+        "{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}Z",
+        rest / 3600,
+        rest / 60 % 60,
+        rest % 60
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn timestamps_are_the_ones_of_date() {
+        // `date -u -d @N +%FT%TZ`
+        assert_eq!(utc(0), "1970-01-01T00:00:00Z");
+        assert_eq!(utc(951_782_399), "2000-02-28T23:59:59Z");
+        assert_eq!(utc(951_782_400), "2000-02-29T00:00:00Z");
+        assert_eq!(utc(1_798_761_599), "2026-12-31T23:59:59Z");
+    }
+
+    #[test]
+    fn peak_memory_counts_what_was_touched() {
+        let before = peak_rss();
+        let block = std::hint::black_box(vec![1_u8; 64 << 20]);
+        // The allocation may reuse pages this process already gave back, so the peak is only bounded from below.
+        assert!(peak_rss() >= before && peak_rss() >= block.len() as u64);
+    }
+
+    #[test]
+    fn a_flag_is_shared_by_its_clones() {
+        let flag = Interrupt::none();
+        let held_by_the_loop = flag.clone();
+        assert!(!held_by_the_loop.asked());
+        flag.ask();
+        assert!(held_by_the_loop.asked());
+    }
+
+    #[test]
+    fn parts_with_the_same_name_add_up() {
+        let mut watch = Stopwatch::start();
+        watch.add("update", Duration::from_millis(250));
+        watch.add("update", Duration::from_millis(500));
+        let mut metrics = Metrics::new();
+        watch.write(&mut metrics);
+        assert_eq!(metrics["timing_s/update"], json!(0.75));
+    }
+}
