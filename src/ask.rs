@@ -9,7 +9,7 @@ use serde_json::json;
 use crate::data::Sample;
 use crate::engine::embedded::{Embedded, Options as EngineOptions};
 use crate::geometry::BBox;
-use crate::image::{draw, show};
+use crate::image;
 use crate::rollout::{self, Stage};
 use crate::tasks::crop::{Crop, Options as TaskOptions};
 
@@ -89,19 +89,19 @@ pub fn main(options: &Options) -> Result<()> {
             let placed = &episode.stream.images[k];
             let picture = pictures.get(&placed.path)?;
             let path = dir.join(format!("view-{}.png", k + 1));
-            draw::save(&show(&picture, &placed.view), &path)?;
+            image::save(&image::show(&picture, &placed.view)?, &path)?;
             saved.push(json!({"file": path, "region": view.region, "size": view.size}));
         }
         for (k, image) in options.image.iter().enumerate() {
             let picture = pictures.get(image)?;
-            let mut marked = picture.to_image();
-            let thickness = (picture.size.width.max(picture.size.height) / 300).max(2);
+            let mut marked = picture.as_image().clone();
+            let thickness = (picture.size().width.max(picture.size().height) / 300).max(2);
             let boxes: Vec<BBox> = record.views.iter().skip(1).filter(|v| v.image == k).map(|v| v.region).collect();
             for region in boxes {
-                draw::outline(&mut marked, region, [255, 64, 32], thickness);
+                image::draw_box(&mut marked, &region, [255, 64, 32], thickness);
             }
             let path = dir.join(format!("marked-{}.jpg", k + 1));
-            draw::save(&marked, &path)?;
+            image::save(&marked, &path)?;
             saved.push(json!({"file": path}));
         }
     }

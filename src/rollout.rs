@@ -154,7 +154,7 @@ fn open<'a>(stage: &Stage, sample: &'a Sample, group: u64) -> Result<Playing<'a>
     let mut paths: Vec<Arc<Path>> = Vec::with_capacity(sample.images.len());
     for path in &sample.images {
         let picture = stage.pictures.get(path).with_context(|| format!("row {}", sample.id))?;
-        sizes.push(picture.size);
+        sizes.push(picture.size());
         paths.push(Arc::from(path.as_path()));
     }
     let opening = stage.task.open(sample, &sizes).with_context(|| format!("row {}", sample.id))?;
@@ -211,11 +211,17 @@ fn advance(
 ) -> Result<()> {
     playing.stream.push_sampled(&ids, &logprobs);
     let text = stage.chat.decode(&ids)?;
-    let last_view = playing.stream.images.last().map(|p| p.view);
-    let action = stage.chat.action(&text, last_view.map(|v| v.size));
+    let action = stage.chat.action(&text);
     playing.turns.push(Turn { role: "assistant".into(), text, tokens: ids.len(), outcome: None, bbox: None });
     let views: Vec<View> = playing.stream.images.iter().map(|p| p.view).collect();
-    let context = Context { sample: playing.sample, sizes: &playing.sizes, views: &views, turn, seed };
+    let context = Context {
+        sample: playing.sample,
+        sizes: &playing.sizes,
+        views: &views,
+        convention: stage.chat.convention(),
+        turn,
+        seed,
+    };
     let reply = stage.task.reply(&context, &action)?;
     let note = |playing: &mut Playing, reading: Reading| {
         if let Some(said) = playing.turns.last_mut() {

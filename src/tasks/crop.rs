@@ -12,10 +12,10 @@ use serde::{Deserialize, Serialize};
 
 use super::template::{Fill, Template};
 use super::{Context, Opening, Reading, Reply, Shown, Task};
-use crate::chat::{Action, Part};
+use crate::chat::{Action, Flaw, Part};
 use crate::data::Sample;
 use crate::episode::{BoxOutcome, Episode, Stop};
-use crate::geometry::{BBox, BoxLimits, Budget, Size, View};
+use crate::geometry::{BBox, BoxLimits, BoxVerdict, Budget, Size, View, judge_box};
 use crate::reward::{self, Parts};
 
 /// What the policy gets to see when it asks for a region.
@@ -111,7 +111,7 @@ impl Crop {
     }
 
     fn fill<'a>(&self, sample: &'a Sample, choices: bool, reason: &'a str) -> Fill<'a> {
-        Fill { question: &sample.question, choices: sample.choices.as_deref().filter(|_| choices), reason }
+        Fill { question: &sample.question, choices: (choices && !sample.choices.is_empty()).then_some(sample.choices.as_slice()), reason }
     }
 
     fn shown(&self, slot: &str, fill: &Fill, view: Option<View>) -> Shown {
@@ -200,13 +200,13 @@ impl Task for Crop {
 
     fn reply(&self, context: &Context, action: &Action) -> Result<Reply> {
         let last = context.turn >= self.options.turns;
-        if last || (self.options.free && action.answers()) {
+        if last || (self.options.free && answers(action)) {
             // In the free mode the last turn may still name a box; it is read for the record, not acted on.
-            let reading = if self.options.turns == 1 || self.options.free { self.read(context, action)? } else { Reading::default() };
-            let stop = if action.answers() { Stop::Answered } else { Stop::TurnLimit };
+            let reading = if self.options.turns == 1 || self.options.free { self.read(context, action) } else { Reading::default() };
+            let stop = if answers(action) { Stop::Answered } else { Stop::TurnLimit };
             return Ok(Reply::Close(stop, reading));
         }
-        let reading = self.read(context, action)?;
+        let reading = self.read(context, action);
         let (Some(BoxOutcome::Valid), Some(named)) = (reading.outcome, reading.bbox) else {
             return self.refuse(context, reading.outcome.unwrap_or(BoxOutcome::Missing));
         };
@@ -226,23 +226,46 @@ impl Task for Crop {
 
     fn judge(&self, sample: &Sample, episode: &Episode) -> Parts {
         let said = episode.turns.iter().rev().find(|t| t.role == "assistant").map_or("", |t| t.text.as_str());
-        reward::accuracy(self.options.judge, said, &sample.answer, sample.choices.as_deref())
+        reward::accuracy(self.options.judge, said, &sample.answer, &sample.choices)
     }
 }
 
 impl Crop {
     /// Reads the first box of a turn: its class, and where it lies in the original if it is usable.
-    fn read(&self, context: &Context, action: &Action) -> Result<Reading> {
-        let claim = match action.first_box() {
-            Ok(claim) => claim,
-            Err(outcome) => return Ok(Reading { outcome: Some(outcome), bbox: None }),
+    fn read(&self, context: &Context, action: &Action) -> Reading {
+        let Some(claim) = action.boxes().first() else {
+            return Reading { outcome: Some(unread(action)), bbox: None };
         };
         let seen = context.views[context.views.len() - 1];
+        let named = context.convention.box_in_view(claim.bbox_2d, seen.size);
         let limits = BoxLimits { min_side: self.options.min_side, max_aspect: self.options.max_aspect };
-        Ok(match limits.check(claim, seen.size) {
-            Ok(()) => Reading { outcome: Some(BoxOutcome::Valid), bbox: Some(seen.original_from_view(claim)) },
-            Err(fault) => Reading { outcome: Some(fault.into()), bbox: None },
-        })
+        let outcome = match judge_box(&named, seen.size, limits) {
+            BoxVerdict::Valid => BoxOutcome::Valid,
+            BoxVerdict::Inverted => BoxOutcome::Inverted,
+            BoxVerdict::OutOfRange => BoxOutcome::OutOfRange,
+            BoxVerdict::TooSmall => BoxOutcome::TooSmall,
+            BoxVerdict::TooLong => BoxOutcome::TooLong,
+        };
+        let bbox = (outcome == BoxOutcome::Valid).then(|| seen.original_from_view(named));
+        Reading { outcome: Some(outcome), bbox }
+    }
+}
+
+fn answers(action: &Action) -> bool {
+    matches!(action, Action::Answer { .. } | Action::Both { .. })
+}
+
+/// The class of a turn without a readable box.
+fn unread(action: &Action) -> BoxOutcome {
+    match action {
+        Action::Malformed { flaw } => match flaw {
+            Flaw::NotWhole | Flaw::NotNumbers => BoxOutcome::NotInteger,
+            Flaw::Reversed => BoxOutcome::Inverted,
+            Flaw::Unclosed | Flaw::BadJson | Flaw::NotAList | Flaw::Empty | Flaw::NoBox | Flaw::NotFour | Flaw::NoLabel => {
+                BoxOutcome::Malformed
+            }
+        },
+        Action::Look { .. } | Action::Both { .. } | Action::Answer { .. } | Action::None => BoxOutcome::Missing,
     }
 }
 

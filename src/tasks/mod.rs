@@ -6,7 +6,7 @@ pub mod template;
 
 use anyhow::Result;
 
-use crate::chat::{Action, Part};
+use crate::chat::{Action, Convention, Part};
 use crate::data::Sample;
 use crate::episode::{BoxOutcome, Episode, Stop};
 use crate::geometry::{BBox, Size, View};
@@ -49,6 +49,8 @@ pub struct Context<'a> {
     pub sizes: &'a [Size],
     /// The views shown so far, in order.
     pub views: &'a [View],
+    /// What the policy's numbers mean.
+    pub convention: Convention,
     /// How many turns the policy has taken, this one included.
     pub turn: usize,
     /// A number that is the same in every run for the same seed, step, group, member and turn.
