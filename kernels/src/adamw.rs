@@ -21,11 +21,28 @@ pub struct Hyper {
 ///
 /// # Shapes
 /// All equal.
-pub fn update(p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], hyper: Hyper, clip_scale: f32) {
+pub fn update(
+    p: &mut [f32],
+    g: &[f32],
+    m: &mut [f32],
+    v: &mut [f32],
+    hyper: Hyper,
+    clip_scale: f32,
+) {
     let n = p.len();
-    assert!(g.len() == n && m.len() == n && v.len() == n, "adamw: p, g, m, v have {n}, {}, {}, {} numbers", g.len(), m.len(), v.len());
+    assert!(
+        g.len() == n && m.len() == n && v.len() == n,
+        "adamw: p, g, m, v have {n}, {}, {}, {} numbers",
+        g.len(),
+        m.len(),
+        v.len()
+    );
     assert!(hyper.step > 0, "adamw: steps are counted from 1");
-    let (b1, b2, lr) = (f64::from(hyper.beta1), f64::from(hyper.beta2), f64::from(hyper.lr));
+    let (b1, b2, lr) = (
+        f64::from(hyper.beta1),
+        f64::from(hyper.beta2),
+        f64::from(hyper.lr),
+    );
     let correction = |b: f64| 1.0 - (hyper.step as f64 * b.ln()).exp();
     let s = Scalars {
         decay: (1.0 - lr * f64::from(hyper.weight_decay)) as f32,
@@ -60,7 +77,13 @@ struct Scalars {
 
 dispatch! { fn update_many(p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], s: Scalars) = update_body }
 #[inline(always)]
-fn update_body<const LEVEL: u8>(p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], s: Scalars) {
+fn update_body<const LEVEL: u8>(
+    p: &mut [f32],
+    g: &[f32],
+    m: &mut [f32],
+    v: &mut [f32],
+    s: Scalars,
+) {
     for (((p, &g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
         let g = g * s.clip_scale;
         *m = s.b1 * *m + s.c1 * g;

@@ -59,7 +59,10 @@ pub fn logits(h: &[f32], w: &[f32], banned: &[u32], d: usize, v: usize) -> Vec<f
 pub fn ban(logits: &mut [f32], banned: &[u32], v: usize) {
     for row in logits.chunks_exact_mut(v) {
         for &id in banned {
-            assert!((id as usize) < v, "logprob: banned id {id} is outside the vocabulary of {v}");
+            assert!(
+                (id as usize) < v,
+                "logprob: banned id {id} is outside the vocabulary of {v}"
+            );
             row[id as usize] = f32::NEG_INFINITY;
         }
     }
@@ -69,9 +72,21 @@ pub fn ban(logits: &mut [f32], banned: &[u32], v: usize) {
 ///
 /// # Shapes
 /// h `[N, D]`, w `[V, D]`, targets `[N]`.
-pub fn forward(h: &[f32], w: &[f32], targets: &[u32], temperature: f32, banned: &[u32], d: usize, v: usize) -> Out {
+pub fn forward(
+    h: &[f32],
+    w: &[f32],
+    targets: &[u32],
+    temperature: f32,
+    banned: &[u32],
+    d: usize,
+    v: usize,
+) -> Out {
     let n = check(h, w, targets, temperature, d, v);
-    let mut out = Out { logprob: Vec::with_capacity(n), entropy: Vec::with_capacity(n), stats: Vec::with_capacity(n) };
+    let mut out = Out {
+        logprob: Vec::with_capacity(n),
+        entropy: Vec::with_capacity(n),
+        stats: Vec::with_capacity(n),
+    };
     let at_once = block_rows(v);
     for (h, targets) in h.chunks(at_once * d).zip(targets.chunks(at_once)) {
         let mut z = logits(h, w, banned, d, v);
@@ -80,7 +95,11 @@ pub fn forward(h: &[f32], w: &[f32], targets: &[u32], temperature: f32, banned: 
             .zip(targets)
             .map(|(z, &target)| {
                 let stats = scale_and_measure(z, temperature);
-                (stats.logprob(z[target as usize]), entropy(z, stats.max, stats.log_sum), stats)
+                (
+                    stats.logprob(z[target as usize]),
+                    entropy(z, stats.max, stats.log_sum),
+                    stats,
+                )
             })
             .collect();
         for (logprob, entropy, stats) in scored {
@@ -115,10 +134,31 @@ pub fn backward(
     v: usize,
 ) {
     let n = check(h, w, targets, temperature, d, v);
-    assert_eq!(dh.len(), h.len(), "logprob: dh has {} numbers, h has {}", dh.len(), h.len());
-    assert_eq!(dw.len(), w.len(), "logprob: dw has {} numbers, w has {}", dw.len(), w.len());
-    assert!(weights.len() == n && out.stats.len() == n, "logprob: {} weights and {} scored rows for N={n}", weights.len(), out.stats.len());
-    assert!(entropy_weights.is_none_or(|e| e.len() == n), "logprob: {:?} entropy weights for N={n}", entropy_weights.map(<[f32]>::len));
+    assert_eq!(
+        dh.len(),
+        h.len(),
+        "logprob: dh has {} numbers, h has {}",
+        dh.len(),
+        h.len()
+    );
+    assert_eq!(
+        dw.len(),
+        w.len(),
+        "logprob: dw has {} numbers, w has {}",
+        dw.len(),
+        w.len()
+    );
+    assert!(
+        weights.len() == n && out.stats.len() == n,
+        "logprob: {} weights and {} scored rows for N={n}",
+        weights.len(),
+        out.stats.len()
+    );
+    assert!(
+        entropy_weights.is_none_or(|e| e.len() == n),
+        "logprob: {:?} entropy weights for N={n}",
+        entropy_weights.map(<[f32]>::len)
+    );
     let at_once = block_rows(v);
     for start in (0..n).step_by(at_once) {
         let end = n.min(start + at_once);
@@ -133,14 +173,35 @@ pub fn backward(
             scale(z, temperature);
             let target = targets[i] as usize;
             let allowed = z[target] > f32::NEG_INFINITY;
-            gradient(z, max, log_sum, weights[i] * inverse, entropy_weight * inverse, out.entropy[i]);
+            gradient(
+                z,
+                max,
+                log_sum,
+                weights[i] * inverse,
+                entropy_weight * inverse,
+                out.entropy[i],
+            );
             if allowed {
                 z[target] += weights[i] * inverse;
             }
         });
         linear::backward_input(&mut dh[start * d..end * d], &z, w, t, d, v, false);
-        let c = Target { data: dw, offset: 0, stride: d };
-        matmul::multiply(c, View::rows(&z, 0, v).transposed(), View::rows(h, 0, d), v, d, t, 1.0, true, true);
+        let c = Target {
+            data: dw,
+            offset: 0,
+            stride: d,
+        };
+        matmul::multiply(
+            c,
+            View::rows(&z, 0, v).transposed(),
+            View::rows(h, 0, d),
+            v,
+            d,
+            t,
+            1.0,
+            true,
+            true,
+        );
     }
 }
 
@@ -155,7 +216,10 @@ pub(crate) fn scale_and_measure(logits: &mut [f32], temperature: f32) -> Stats {
 }
 
 fn scale(logits: &mut [f32], temperature: f32) {
-    assert!(temperature > 0.0, "logprob: temperature {temperature} must be positive");
+    assert!(
+        temperature > 0.0,
+        "logprob: temperature {temperature} must be positive"
+    );
     if temperature != 1.0 {
         divide(logits, temperature);
     }
@@ -170,7 +234,10 @@ fn divide_body<const LEVEL: u8>(z: &mut [f32], temperature: f32) {
 /// The normaliser of a row.
 pub(crate) fn measure(z: &[f32]) -> Stats {
     let (max, sum) = max_and_sum(z);
-    Stats { max, log_sum: sum.ln() as f32 }
+    Stats {
+        max,
+        log_sum: sum.ln() as f32,
+    }
 }
 
 dispatch! { fn max_and_sum(z: &[f32]) -> (f32, f64) = max_and_sum_body }
@@ -223,7 +290,14 @@ fn entropy_body<const LEVEL: u8>(z: &[f32], max: f32, log_sum: f32) -> f32 {
 
 dispatch! { fn gradient(z: &mut [f32], max: f32, log_sum: f32, weight: f32, entropy_weight: f32, entropy: f32) = gradient_body }
 #[inline(always)]
-fn gradient_body<const LEVEL: u8>(z: &mut [f32], max: f32, log_sum: f32, weight: f32, entropy_weight: f32, entropy: f32) {
+fn gradient_body<const LEVEL: u8>(
+    z: &mut [f32],
+    max: f32,
+    log_sum: f32,
+    weight: f32,
+    entropy_weight: f32,
+    entropy: f32,
+) {
     for z in z.iter_mut() {
         let log_p = (*z - max) - log_sum;
         let p = exp::<LEVEL>(log_p);
@@ -233,15 +307,32 @@ fn gradient_body<const LEVEL: u8>(z: &mut [f32], max: f32, log_sum: f32, weight:
 }
 
 fn rows(h: &[f32], w: &[f32], d: usize, v: usize) -> usize {
-    assert!(d > 0 && h.len().is_multiple_of(d), "logprob: h has {} numbers, not a multiple of D={d}", h.len());
-    assert_eq!(w.len(), v * d, "logprob: w has {} numbers, expected [V={v}, D={d}]", w.len());
+    assert!(
+        d > 0 && h.len().is_multiple_of(d),
+        "logprob: h has {} numbers, not a multiple of D={d}",
+        h.len()
+    );
+    assert_eq!(
+        w.len(),
+        v * d,
+        "logprob: w has {} numbers, expected [V={v}, D={d}]",
+        w.len()
+    );
     h.len() / d
 }
 
 fn check(h: &[f32], w: &[f32], targets: &[u32], temperature: f32, d: usize, v: usize) -> usize {
     let n = rows(h, w, d, v);
-    assert_eq!(targets.len(), n, "logprob: {} targets for N={n} rows", targets.len());
-    assert!(temperature > 0.0, "logprob: temperature {temperature} must be positive");
+    assert_eq!(
+        targets.len(),
+        n,
+        "logprob: {} targets for N={n} rows",
+        targets.len()
+    );
+    assert!(
+        temperature > 0.0,
+        "logprob: temperature {temperature} must be positive"
+    );
     if let Some(id) = targets.iter().find(|&&id| id as usize >= v) {
         panic!("logprob: target {id} is outside the vocabulary of {v}");
     }

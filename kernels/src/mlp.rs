@@ -9,7 +9,10 @@ use rayon::prelude::*;
 const CHUNK: usize = 1 << 14;
 
 fn same(what: &str, lengths: &[usize]) {
-    assert!(lengths.windows(2).all(|w| w[0] == w[1]), "mlp: {what}: the slices differ in length: {lengths:?}");
+    assert!(
+        lengths.windows(2).all(|w| w[0] == w[1]),
+        "mlp: {what}: the slices differ in length: {lengths:?}"
+    );
 }
 
 /// y = x · sigmoid(x).
@@ -18,7 +21,9 @@ fn same(what: &str, lengths: &[usize]) {
 /// Any, equal.
 pub fn silu_forward(y: &mut [f32], x: &[f32]) {
     same("silu", &[y.len(), x.len()]);
-    y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(y, x)| silu_many(y, x));
+    y.par_chunks_mut(CHUNK)
+        .zip(x.par_chunks(CHUNK))
+        .for_each(|(y, x)| silu_many(y, x));
 }
 
 dispatch! { fn silu_many(y: &mut [f32], x: &[f32]) = silu_body }
@@ -32,7 +37,10 @@ fn silu_body<const LEVEL: u8>(y: &mut [f32], x: &[f32]) {
 /// dx = dy · (s + x·s·(1 − s)) with s = sigmoid(x).
 pub fn silu_backward(dx: &mut [f32], dy: &[f32], x: &[f32]) {
     same("silu backward", &[dx.len(), dy.len(), x.len()]);
-    dx.par_chunks_mut(CHUNK).zip(dy.par_chunks(CHUNK)).zip(x.par_chunks(CHUNK)).for_each(|((dx, dy), x)| silu_grad_many(dx, dy, x));
+    dx.par_chunks_mut(CHUNK)
+        .zip(dy.par_chunks(CHUNK))
+        .zip(x.par_chunks(CHUNK))
+        .for_each(|((dx, dy), x)| silu_grad_many(dx, dy, x));
 }
 
 dispatch! { fn silu_grad_many(dx: &mut [f32], dy: &[f32], x: &[f32]) = silu_grad_body }
@@ -50,7 +58,10 @@ fn silu_grad_body<const LEVEL: u8>(dx: &mut [f32], dy: &[f32], x: &[f32]) {
 /// Any, equal; usually `[T, N]`.
 pub fn swiglu_forward(h: &mut [f32], gate: &[f32], up: &[f32]) {
     same("swiglu", &[h.len(), gate.len(), up.len()]);
-    h.par_chunks_mut(CHUNK).zip(gate.par_chunks(CHUNK)).zip(up.par_chunks(CHUNK)).for_each(|((h, g), u)| swiglu_many(h, g, u));
+    h.par_chunks_mut(CHUNK)
+        .zip(gate.par_chunks(CHUNK))
+        .zip(up.par_chunks(CHUNK))
+        .for_each(|((h, g), u)| swiglu_many(h, g, u));
 }
 
 dispatch! { fn swiglu_many(h: &mut [f32], gate: &[f32], up: &[f32]) = swiglu_body }
@@ -63,7 +74,10 @@ fn swiglu_body<const LEVEL: u8>(h: &mut [f32], gate: &[f32], up: &[f32]) {
 
 /// dgate = dh · up · silu'(gate), dup = dh · silu(gate); both written.
 pub fn swiglu_backward(dgate: &mut [f32], dup: &mut [f32], dh: &[f32], gate: &[f32], up: &[f32]) {
-    same("swiglu backward", &[dgate.len(), dup.len(), dh.len(), gate.len(), up.len()]);
+    same(
+        "swiglu backward",
+        &[dgate.len(), dup.len(), dh.len(), gate.len(), up.len()],
+    );
     dgate
         .par_chunks_mut(CHUNK)
         .zip(dup.par_chunks_mut(CHUNK))
@@ -74,7 +88,13 @@ pub fn swiglu_backward(dgate: &mut [f32], dup: &mut [f32], dh: &[f32], gate: &[f
 
 dispatch! { fn swiglu_grad_many(dgate: &mut [f32], dup: &mut [f32], dh: &[f32], gate: &[f32], up: &[f32]) = swiglu_grad_body }
 #[inline(always)]
-fn swiglu_grad_body<const LEVEL: u8>(dgate: &mut [f32], dup: &mut [f32], dh: &[f32], gate: &[f32], up: &[f32]) {
+fn swiglu_grad_body<const LEVEL: u8>(
+    dgate: &mut [f32],
+    dup: &mut [f32],
+    dh: &[f32],
+    gate: &[f32],
+    up: &[f32],
+) {
     for ((((dg, du), &dh), &g), &u) in dgate.iter_mut().zip(dup).zip(dh).zip(gate).zip(up) {
         let s = sigmoid::<LEVEL>(g);
         *dg = dh * u * (s + g * s * (1.0 - s));
@@ -88,7 +108,9 @@ fn swiglu_grad_body<const LEVEL: u8>(dgate: &mut [f32], dup: &mut [f32], dh: &[f
 /// Any, equal.
 pub fn gelu_forward(y: &mut [f32], x: &[f32]) {
     same("gelu", &[y.len(), x.len()]);
-    y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(y, x)| gelu_many(y, x));
+    y.par_chunks_mut(CHUNK)
+        .zip(x.par_chunks(CHUNK))
+        .for_each(|(y, x)| gelu_many(y, x));
 }
 
 dispatch! { fn gelu_many(y: &mut [f32], x: &[f32]) = gelu_body }
@@ -102,7 +124,10 @@ fn gelu_body<const LEVEL: u8>(y: &mut [f32], x: &[f32]) {
 /// dx = dy · (Φ(x) + x·φ(x)).
 pub fn gelu_backward(dx: &mut [f32], dy: &[f32], x: &[f32]) {
     same("gelu backward", &[dx.len(), dy.len(), x.len()]);
-    dx.par_chunks_mut(CHUNK).zip(dy.par_chunks(CHUNK)).zip(x.par_chunks(CHUNK)).for_each(|((dx, dy), x)| gelu_grad_many(dx, dy, x));
+    dx.par_chunks_mut(CHUNK)
+        .zip(dy.par_chunks(CHUNK))
+        .zip(x.par_chunks(CHUNK))
+        .for_each(|((dx, dy), x)| gelu_grad_many(dx, dy, x));
 }
 
 dispatch! { fn gelu_grad_many(dx: &mut [f32], dy: &[f32], x: &[f32]) = gelu_grad_body }

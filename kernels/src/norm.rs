@@ -24,7 +24,14 @@ pub fn forward(y: &mut [f32], rstd: &mut [f32], x: &[f32], w: &[f32], d: usize, 
 
 dispatch! { fn forward_rows(y: &mut [f32], rstd: &mut [f32], x: &[f32], w: &[f32], d: usize, eps: f32) = forward_body }
 #[inline(always)]
-fn forward_body<const LEVEL: u8>(y: &mut [f32], rstd: &mut [f32], x: &[f32], w: &[f32], d: usize, eps: f32) {
+fn forward_body<const LEVEL: u8>(
+    y: &mut [f32],
+    rstd: &mut [f32],
+    x: &[f32],
+    w: &[f32],
+    d: usize,
+    eps: f32,
+) {
     for ((y, r), x) in y.chunks_exact_mut(d).zip(rstd).zip(x.chunks_exact(d)) {
         *r = 1.0 / (dot::<LEVEL>(x, x) / d as f32 + eps).sqrt();
         for ((y, x), w) in y.iter_mut().zip(x).zip(w) {
@@ -38,15 +45,30 @@ fn forward_body<const LEVEL: u8>(y: &mut [f32], rstd: &mut [f32], x: &[f32], w: 
 /// # Shapes
 /// dx, dy, x `[T, D]`; dw, w `[D]`; rstd `[T]` as `forward` left it.
 #[allow(clippy::too_many_arguments)]
-pub fn backward(dx: &mut [f32], dw: &mut [f32], dy: &[f32], x: &[f32], w: &[f32], rstd: &[f32], d: usize, accumulate_dx: bool) {
+pub fn backward(
+    dx: &mut [f32],
+    dw: &mut [f32],
+    dy: &[f32],
+    x: &[f32],
+    w: &[f32],
+    rstd: &[f32],
+    d: usize,
+    accumulate_dx: bool,
+) {
     check(dx.len(), x.len(), rstd.len(), w.len(), d);
     check(dy.len(), x.len(), rstd.len(), dw.len(), d);
     let blocks = rstd.len().div_ceil(ROWS);
     let mut parts = vec![0.0f32; blocks * d];
     dx.par_chunks_mut(ROWS * d)
         .zip(parts.par_chunks_mut(d))
-        .zip(dy.par_chunks(ROWS * d).zip(x.par_chunks(ROWS * d)).zip(rstd.par_chunks(ROWS)))
-        .for_each(|((dx, part), ((dy, x), rstd))| backward_rows(dx, part, dy, x, w, rstd, d, accumulate_dx));
+        .zip(
+            dy.par_chunks(ROWS * d)
+                .zip(x.par_chunks(ROWS * d))
+                .zip(rstd.par_chunks(ROWS)),
+        )
+        .for_each(|((dx, part), ((dy, x), rstd))| {
+            backward_rows(dx, part, dy, x, w, rstd, d, accumulate_dx)
+        });
     for part in parts.chunks_exact(d) {
         for (sum, p) in dw.iter_mut().zip(part) {
             *sum += p;
@@ -57,9 +79,23 @@ pub fn backward(dx: &mut [f32], dw: &mut [f32], dy: &[f32], x: &[f32], w: &[f32]
 dispatch! { fn backward_rows(dx: &mut [f32], dw: &mut [f32], dy: &[f32], x: &[f32], w: &[f32], rstd: &[f32], d: usize, accumulate: bool) = backward_body }
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
-fn backward_body<const LEVEL: u8>(dx: &mut [f32], dw: &mut [f32], dy: &[f32], x: &[f32], w: &[f32], rstd: &[f32], d: usize, accumulate: bool) {
+fn backward_body<const LEVEL: u8>(
+    dx: &mut [f32],
+    dw: &mut [f32],
+    dy: &[f32],
+    x: &[f32],
+    w: &[f32],
+    rstd: &[f32],
+    d: usize,
+    accumulate: bool,
+) {
     let mut g = vec![0.0f32; d];
-    for (((dx, dy), x), &r) in dx.chunks_exact_mut(d).zip(dy.chunks_exact(d)).zip(x.chunks_exact(d)).zip(rstd) {
+    for (((dx, dy), x), &r) in dx
+        .chunks_exact_mut(d)
+        .zip(dy.chunks_exact(d))
+        .zip(x.chunks_exact(d))
+        .zip(rstd)
+    {
         for i in 0..d {
             g[i] = dy[i] * w[i];
             dw[i] += dy[i] * (x[i] * r);
@@ -74,7 +110,14 @@ fn backward_body<const LEVEL: u8>(dx: &mut [f32], dw: &mut [f32], dy: &[f32], x:
 }
 
 fn check(y: usize, x: usize, rstd: usize, w: usize, d: usize) {
-    assert!(d > 0 && w == d, "norm: weight has {w} numbers, expected [D={d}]");
-    assert_eq!(x, rstd * d, "norm: x has {x} numbers, expected [T={rstd}, D={d}]");
+    assert!(
+        d > 0 && w == d,
+        "norm: weight has {w} numbers, expected [D={d}]"
+    );
+    assert_eq!(
+        x,
+        rstd * d,
+        "norm: x has {x} numbers, expected [T={rstd}, D={d}]"
+    );
     assert_eq!(y, x, "norm: the output has {y} numbers, x has {x}");
 }

@@ -51,7 +51,10 @@ pub fn top_k(logits: &mut [f32], k: usize) {
     }
     let mut sorted = logits.to_vec();
     let (_, &mut kth, _) = sorted.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a));
-    logits.iter_mut().filter(|z| **z < kth).for_each(|z| *z = f32::NEG_INFINITY);
+    logits
+        .iter_mut()
+        .filter(|z| **z < kth)
+        .for_each(|z| *z = f32::NEG_INFINITY);
 }
 
 /// Keeps the smallest set of likeliest ids whose probability at `temperature` reaches p (Holtzman et al. 2020, arXiv:1904.09751).
