@@ -18,6 +18,7 @@ pub use self::cache::{CacheStats, PictureCache};
 pub use self::decode::{MAX_PIXELS, Picture, decode, decode_bytes};
 pub use self::draw::{Color, draw_box, encode_jpeg, encode_png, save};
 pub use self::patches::{Patches, Processor, patches};
+pub use self::resize::PassOrder;
 pub use ::image::RgbImage;
 
 use crate::geometry::{Size, View};
@@ -44,37 +45,25 @@ pub fn show(picture: &Picture, view: &View) -> Result<RgbImage> {
         width: r.width() as usize,
         height: r.height() as usize,
     };
-    resized(region, view.size)
+    resized(region, view.size, PassOrder::default())
 }
 
-/// A whole picture at another size, as Pillow's `resize(size, BICUBIC)`.
+/// A whole picture at another size, as Pillow's `resize(size, BICUBIC)` of the version that `order` names.
 ///
 /// # Errors
 /// A side of 0, here or there.
-pub fn resize(rgb: &RgbImage, size: Size) -> Result<RgbImage> {
+pub fn resize(rgb: &RgbImage, size: Size, order: PassOrder) -> Result<RgbImage> {
     let (width, height) = (rgb.width() as usize, rgb.height() as usize);
-    ensure!(
-        width > 0 && height > 0,
-        "resizing a picture: it is {width}x{height}, expected at least 1x1"
-    );
-    let region = resize::Region {
-        data: rgb.as_raw(),
-        stride: width * 3,
-        left: 0,
-        top: 0,
-        width,
-        height,
-    };
-    resized(region, size)
+    ensure!(width > 0 && height > 0, "resizing a picture: it is {width}x{height}, expected at least 1x1");
+    resized(resize::Region::whole(rgb.as_raw(), width, height), size, order)
 }
 
-fn resized(region: resize::Region<'_>, size: Size) -> Result<RgbImage> {
+fn resized(region: resize::Region<'_>, size: Size, order: PassOrder) -> Result<RgbImage> {
     ensure!(
         size.area() > 0 && size.area() <= MAX_PIXELS,
         "resizing a picture: asked for {size} pixels, expected at least 1x1 and at most {MAX_PIXELS} in all"
     );
-    let Some(rgb) = RgbImage::from_raw(size.width, size.height, resize::resize(region, size))
-    else {
+    let Some(rgb) = RgbImage::from_raw(size.width, size.height, resize::resize(region, size, order)) else {
         unreachable!("the resized rows have the size that was asked for")
     };
     Ok(rgb)
