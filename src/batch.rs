@@ -10,7 +10,7 @@ use anyhow::Result;
 use foveate_kernels::attention::Span;
 
 use crate::episode::{Placed, Stream};
-use crate::model::{ImageRows, Packed, Target, Vlm};
+use crate::model::{Packed, PackedImage, Target, Vlm, positions};
 
 /// A packed run of groups, and where each stream's numbers stand in it.
 pub struct Batch {
@@ -60,7 +60,7 @@ pub fn pack(model: &Vlm, groups: &[Vec<&Stream>]) -> Result<Batch> {
         let base = packed.ids.len();
         let mut of_group = Vec::with_capacity(group.len());
         for (member, stream) in group.iter().enumerate() {
-            let positions = model.positions(&stream.ids, &stream.grids())?;
+            let positions = positions(&stream.ids, &stream.grids(), &model.config)?.axes;
             // The first member brings the prompt along.
             let from = if member == 0 { 0 } else { shared };
             let start = packed.ids.len();
@@ -71,7 +71,7 @@ pub fn pack(model: &Vlm, groups: &[Vec<&Stream>]) -> Result<Batch> {
             let row = |r: usize| if r < shared { base + r } else { start + r - from };
             for image in &stream.images {
                 if image.first >= from {
-                    packed.images.push(ImageRows { first_row: row(image.first), grid: image.grid });
+                    packed.images.push(PackedImage { first_row: row(image.first), grid: image.grid, features: None });
                     images.push(image.clone());
                 }
             }

@@ -20,11 +20,14 @@ use crate::batch::{self, Batch};
 use crate::chat::Chat;
 use crate::config::BadConfig;
 use crate::episode::{Placed, Stream};
+use crate::geometry::Grid;
 use crate::image::{self, PictureCache, Processor};
+use crate::model;
 use crate::model::block::Keep;
 use crate::model::generate::{Cache, Extension, SequenceId};
 use crate::model::{Dtype, Gradients, Head, Trainable, Vlm};
 use crate::optim::{self, AdamW};
+use crate::sft::Example;
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -287,7 +290,7 @@ impl Embedded {
                 false if p.seeds.len() == 1 => cache.add_sequence(None, p.stream.len() + p.room)?,
                 false => cache.add_sequence(None, p.stream.len())?,
             };
-            let positions = self.model.positions(&p.stream.ids, &p.stream.grids())?;
+            let positions = model::positions(&p.stream.ids, &p.stream.grids(), &self.model.config)?;
             reads.push((from, sequence, positions, features));
         }
         let mut hidden = vec![0.0; prompts.len() * d];
@@ -326,7 +329,7 @@ impl Embedded {
         let stop_ids = self.chat.stop_ids().to_vec();
         let mut active: Vec<usize> = (0..speakers.len()).collect();
         for n in 1..=sampling.max_new_tokens {
-            let mut logits = logprob::logits(&rows, self.model.head_weights(), &self.banned, d, v);
+            let mut logits = logprob::logits(&rows, self.model.head(), &self.banned, d, v);
             let drawn: Vec<(u32, f32)> = {
                 let us: Vec<f64> = active.iter().map(|&s| speakers[s].rng.random::<f64>()).collect();
                 logits.par_chunks_mut(v).zip(us).map(|(row, u)| draw(row, sampling, u)).collect()
@@ -378,6 +381,58 @@ impl Embedded {
         }
         self.cache = Some(cache);
         Ok(completions)
+    }
+
+    /// Adds the gradient of written dialogues. `weigh` gives each trained token its weight; `look` may add a loss on the
+    /// visual tokens of an example: it gets their features and grids and returns the gradient by the features.
+    pub fn accumulate_examples(
+        &mut self,
+        examples: &[Example],
+        weigh: &mut dyn FnMut(usize, &Scores) -> Result<Weights>,
+        look: &mut dyn FnMut(usize, &[f32], &[Grid]) -> Option<Vec<f32>>,
+    ) -> Result<()> {
+        let keep = if self.options.recompute { Keep::Inputs } else { Keep::Everything };
+        let groups: Vec<Group> = examples.iter().map(|e| e.stream.alone()).collect();
+        for run in batch::micro_batches(&groups, self.options.micro_batch_tokens) {
+            let first = run.start;
+            let mut batch = batch::pack(&self.model, &groups[run.clone()])?;
+            for patches in examples[run.clone()].iter().flat_map(|e| &e.patches) {
+                batch.packed.patches.extend_from_slice(&patches.data);
+            }
+            let out = self.model.evaluate(&batch.packed, Head::PLAIN, keep, self.trainable)?;
+            let mut weights = Vec::with_capacity(out.logprobs.len());
+            for (g, group) in split(&batch, &out.logprobs, &out.entropies).iter().enumerate() {
+                weights.extend(weigh(first + g, &group[0])?.logprobs);
+            }
+            let tape = out.tape.context("the forward pass kept nothing for the backward pass")?;
+            let mut on_features = Vec::new();
+            let mut asked = false;
+            let mut rest = tape.features();
+            for i in run {
+                let grids: Vec<Grid> = examples[i].patches.iter().map(|p| p.grid).collect();
+                let tokens: usize = grids.iter().map(|g| g.tokens(self.processor.merge)).sum();
+                let (mine, others) = rest.split_at(tokens * self.model.config.text.hidden);
+                rest = others;
+                match look(i, mine, &grids) {
+                    Some(gradient) => {
+                        asked = true;
+                        on_features.extend(gradient);
+                    }
+                    None => on_features.resize(on_features.len() + mine.len(), 0.0),
+                }
+            }
+            let training = self.training.as_mut().context("the engine was opened for sampling only")?;
+            self.model.backward(
+                &batch.packed,
+                tape,
+                &weights,
+                None,
+                asked.then_some(on_features.as_slice()),
+                self.trainable,
+                &mut training.gradients,
+            )?;
+        }
+        Ok(())
     }
 
     /// Whether the text written so far ends a turn by a stop text.
@@ -508,7 +563,7 @@ impl Trainer for Embedded {
             let training = self.training.as_mut().context("the engine was opened for sampling only")?;
             let tape = out.tape.context("the forward pass kept nothing for the backward pass")?;
             let entropies = (entropy_weights.len() == weights.len()).then_some(entropy_weights.as_slice());
-            self.model.backward(&batch.packed, tape, &weights, entropies, self.trainable, &mut training.gradients)?;
+            self.model.backward(&batch.packed, tape, &weights, entropies, None, self.trainable, &mut training.gradients)?;
         }
         Ok(())
     }

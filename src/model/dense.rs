@@ -4,12 +4,16 @@
 //! lies on an object is also asked, through one linear layer: what are you part of, and where are its sides, measured from
 //! you and measured in the picture? (One-stage detectors such as FCOS, arXiv 1904.01355, label their cells in the same way.)
 
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
 use foveate_kernels::{adamw, linear};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
 use crate::geometry::{BBox, Grid};
+use crate::run::write_atomic;
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -35,6 +39,8 @@ pub struct View<'a> {
     pub side: f64,
     pub objects: &'a [(String, BBox)],
 }
+
+const FILE: &str = "dense_head.json";
 
 /// Numbers of the head after the classes: box relative to the token, then box in the picture.
 const BOX: usize = 8;
@@ -129,6 +135,28 @@ impl DenseHead {
         let (dw, db) = self.grads.split_at_mut(o * d);
         linear::backward_weight(dw, Some(db), &dout, features, t, d, o);
         (dfeatures, fit)
+    }
+
+    /// Writes the head beside a checkpoint, so that pretraining can go on.
+    pub fn save(&self, dir: &Path) -> Result<()> {
+        let state = (&self.classes, &self.params, &self.m, &self.v, self.step);
+        let bytes = serde_json::to_vec(&state).context("writing the dense head")?;
+        write_atomic(dir.join(FILE), &bytes)
+    }
+
+    pub fn load(&mut self, dir: &Path) -> Result<()> {
+        let path = dir.join(FILE);
+        let bytes = std::fs::read(&path).with_context(|| format!("reading the dense head: {}", path.display()))?;
+        type Saved = (Vec<String>, Vec<f32>, Vec<f32>, Vec<f32>, u64);
+        let (classes, params, m, v, step): Saved =
+            serde_json::from_slice(&bytes).with_context(|| format!("the dense head is damaged: {}", path.display()))?;
+        ensure!(
+            classes == self.classes && [&params, &m, &v].iter().all(|p| p.len() == self.params.len()),
+            "the dense head was made for other classes or another model: {}",
+            path.display()
+        );
+        (self.params, self.m, self.v, self.step) = (params, m, v, step);
+        Ok(())
     }
 
     pub fn update(&mut self, learning_rate: f32) {

@@ -8,6 +8,7 @@
 
 pub mod block;
 pub mod config;
+pub mod dense;
 pub mod generate;
 pub mod layout;
 pub mod positions;
@@ -201,6 +202,22 @@ pub struct Tape {
     head: logprob::Out,
     temperature: f32,
     banned: Vec<u32>,
+    features: Vec<f32>,
+}
+
+impl Tape {
+    /// The images' features `[tokens, D]`, one image after the other.
+    pub fn features(&self) -> &[f32] {
+        &self.features
+    }
+}
+
+/// Result of the forward pass up to the head.
+struct Hidden {
+    hidden: Vec<f32>,
+    features: Vec<f32>,
+    vision: Option<VisionTape>,
+    text: Option<TextTape>,
 }
 
 impl Vlm {
@@ -242,10 +259,10 @@ impl Vlm {
     /// Hidden states after the final norm, `[T, D]`.
     pub fn hidden(&self, packed: &Packed) -> Result<Vec<f32>> {
         packed.check(&self.config)?;
-        Ok(self.hidden_checked(packed, Keep::Nothing, Keep::Nothing).0)
+        Ok(self.hidden_checked(packed, Keep::Nothing, Keep::Nothing).hidden)
     }
 
-    fn hidden_checked(&self, packed: &Packed, vision: Keep, text: Keep) -> (Vec<f32>, Option<VisionTape>, Option<TextTape>) {
+    fn hidden_checked(&self, packed: &Packed, vision: Keep, text: Keep) -> Hidden {
         let (new, vision_tape) = self.encode_checked(&packed.patches, &packed.unseen(), vision);
         let runs = packed.runs(self.config.vision.merge as u32);
         let features = if packed.images.iter().all(|i| i.features.is_none()) {
@@ -276,7 +293,7 @@ impl Vlm {
             &runs,
             text,
         );
-        (hidden, vision_tape, text_tape)
+        Hidden { hidden, features, vision: vision_tape, text: text_tape }
     }
 
     /// Logits of some hidden states.
@@ -291,7 +308,8 @@ impl Vlm {
         logits
     }
 
-    fn head(&self) -> &[f32] {
+    /// The matrix of the head `[V, D]` (the embedding where tied).
+    pub fn head(&self) -> &[f32] {
         &self.weights.data[self.weights.layout.text.head.clone()]
     }
 
@@ -301,7 +319,7 @@ impl Vlm {
         packed.check(&self.config)?;
         check_head(head)?;
         let vision = if train.tower() { keep } else { Keep::Nothing };
-        let (hidden, vision, text) = self.hidden_checked(packed, vision, keep);
+        let Hidden { hidden, features, vision, text } = self.hidden_checked(packed, vision, keep);
         let d = self.config.text.hidden;
         let mut rows = Vec::with_capacity(packed.targets.len() * d);
         for target in &packed.targets {
@@ -318,12 +336,14 @@ impl Vlm {
             head: out,
             temperature: head.temperature,
             banned: head.banned.to_vec(),
+            features,
         });
         Ok(Evaluation { logprobs, entropies, tape })
     }
 
     /// Adds to `grads` the gradient of `Σ weights[i]·logprob[i] + Σ entropy_weights[i]·entropy[i]` by every trained
-    /// parameter. `packed` is the one that was evaluated.
+    /// parameter. `packed` is the one that was evaluated. `on_features` is added to the gradient by the features: what a
+    /// loss on the visual tokens themselves asks for.
     ///
     /// # Shapes
     /// weights, entropy_weights `[N]`
@@ -333,6 +353,7 @@ impl Vlm {
         tape: Tape,
         weights: &[f32],
         entropy_weights: Option<&[f32]>,
+        on_features: Option<&[f32]>,
         train: Trainable,
         grads: &mut Gradients,
     ) -> Result<()> {
@@ -347,7 +368,8 @@ impl Vlm {
             !(train.tower() && given),
             "an image came with ready features, so no gradient can reach the vision tower; freeze vision and merger or give patches"
         );
-        let Tape { vision, text, rows, head, temperature, banned } = tape;
+        let Tape { vision, text, rows, head, temperature, banned, features } = tape;
+        drop(features);
         let layout = &self.weights.layout;
         let (d, v) = (self.config.text.hidden, self.config.text.vocab);
         let mut drows = vec![0.0; rows.len()];
@@ -382,7 +404,7 @@ impl Vlm {
         }
         drop(drows);
         let runs = packed.runs(self.config.vision.merge as u32);
-        let dfeatures = text::backward(
+        let mut dfeatures = text::backward(
             &self.config.text,
             &layout.text,
             &self.weights.data,
@@ -395,6 +417,10 @@ impl Vlm {
             &mut grads.data,
         );
         drop(dhidden);
+        if let Some(extra) = on_features {
+            ensure!(extra.len() == dfeatures.len(), "{} values on the features, expected {}", extra.len(), dfeatures.len());
+            dfeatures.iter_mut().zip(extra).for_each(|(d, e)| *d += e);
+        }
         if let Some(tape) = vision {
             vision::backward(
                 &self.config.vision,
