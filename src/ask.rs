@@ -58,7 +58,7 @@ pub struct Options {
 pub fn main(options: &Options) -> Result<()> {
     let engine = EngineOptions { path: options.model.clone(), ..EngineOptions::default() };
     let mut embedded = Embedded::open(&engine, None)?;
-    let budget = embedded.processor.budget();
+    let budget = embedded.processor.budget;
     let task = TaskOptions {
         template: options.template.clone(),
         turns: options.turns,
@@ -75,9 +75,16 @@ pub fn main(options: &Options) -> Result<()> {
         max_tokens: embedded.max_positions(),
         ..rollout::Options::default()
     };
-    let sample = Sample::question(&options.image, &options.question, (!options.choice.is_empty()).then(|| options.choice.clone()));
+    let sample = Sample::question(&options.image, &options.question, options.choice.clone());
     let (chat, pictures, processor) = (embedded.chat.clone(), embedded.pictures.clone(), embedded.processor.clone());
-    let stage = Stage { task: &task, chat: &chat, pictures: &pictures, processor: &processor, options: &play };
+    let stage = Stage {
+        task: &task,
+        chat: &chat,
+        pictures: &pictures,
+        processor: &processor,
+        convention: embedded.convention,
+        options: &play,
+    };
     let episodes = rollout::play(&stage, &mut embedded, &[(0, &sample)], 1, options.seed, 0)?;
     let episode = episodes.into_iter().next().context("the question was not played")?;
     let record = episode.record();
@@ -108,7 +115,7 @@ pub fn main(options: &Options) -> Result<()> {
     if options.json {
         let out = json!({
             "turns": record.turns, "views": record.views, "stop": record.stop, "saved": saved,
-            "answer": crate::reward::boxed(&record.turns.last().map(|t| t.text.clone()).unwrap_or_default()),
+            "answer": crate::reward::extract(record.turns.last().map_or("", |t| t.text.as_str()), crate::reward::Place::Boxed),
         });
         println!("{out}");
         return Ok(());

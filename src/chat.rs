@@ -89,6 +89,17 @@ impl Message {
         }
     }
 
+    /// The words of the turn without its images.
+    pub fn text(&self) -> String {
+        self.parts()
+            .into_iter()
+            .filter_map(|p| match p {
+                Part::Text { text } => Some(text),
+                Part::Image { .. } => None,
+            })
+            .collect()
+    }
+
     /// How many images the turn shows.
     pub fn images(&self) -> usize {
         match &self.content {

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::chat::Chat;
+use crate::chat::{Chat, Convention};
 use crate::config::{self, BadConfig};
 use crate::data::{self, Sample};
 use crate::engine::Sampler;
@@ -16,7 +16,7 @@ use crate::episode::{BoxOutcome, Episode, Stop};
 use crate::image::{PictureCache, Processor};
 use crate::progress::Progress;
 use crate::rollout::{self, Stage};
-use crate::run::{Invocation, RunFolder};
+use crate::run::{Environment, Interrupt, Interrupted, Invocation, RunFolder};
 use crate::stats;
 use crate::tasks::Task;
 use crate::tasks::crop::{Crop, Options as CropOptions};
@@ -66,14 +66,14 @@ impl Default for EvalOptions {
 pub struct Summary {
     pub questions: usize,
     pub episodes: usize,
-    pub accuracy: stats::Share,
+    pub accuracy: stats::Estimate,
     /// Share of first grounding turns whose box holds the target; a bad box holds nothing. None where no row has a target.
-    pub containment: Option<stats::Share>,
+    pub containment: Option<stats::Estimate>,
     /// Share of first grounding turns with a usable box.
-    pub valid_box: Option<stats::Share>,
+    pub valid_box: Option<stats::Estimate>,
     /// Accuracy where the box held the target, and where it did not.
-    pub accuracy_if_contained: Option<stats::Share>,
-    pub accuracy_if_not: Option<stats::Share>,
+    pub accuracy_if_contained: Option<stats::Estimate>,
+    pub accuracy_if_not: Option<stats::Estimate>,
     pub boxes: BTreeMap<String, usize>,
     pub stops: BTreeMap<String, usize>,
     pub response_length: f64,
@@ -88,11 +88,11 @@ const HOLDS: f64 = 0.95;
 pub fn contains_target(episode: &Episode) -> Option<bool> {
     let target = episode.targets.first()?;
     episode.turns.iter().find(|t| t.outcome.is_some())?;
-    Some(episode.first_box().is_some_and(|b| b.covered_share(&target.bbox) >= HOLDS))
+    Some(episode.first_box().is_some_and(|b| b.contains_fraction(&target.bbox) >= HOLDS))
 }
 
 pub fn summarise(episodes: &[Episode]) -> Summary {
-    let share = |items: Vec<(u64, bool)>| (!items.is_empty()).then(|| stats::share_by_question(&items));
+    let share = |items: Vec<(u64, bool)>| (!items.is_empty()).then(|| share_by_question(&items));
     let right = |e: &Episode| e.reward > 0.5;
     let grounded: Vec<(&Episode, BoxOutcome)> =
         episodes.iter().filter_map(|e| e.turns.iter().find_map(|t| t.outcome).map(|o| (e, o))).collect();
@@ -112,16 +112,28 @@ pub fn summarise(episodes: &[Episode]) -> Summary {
     Summary {
         questions: questions.len(),
         episodes: episodes.len(),
-        accuracy: stats::share_by_question(&episodes.iter().map(|e| (e.group, right(e))).collect::<Vec<_>>()),
+        accuracy: share_by_question(&episodes.iter().map(|e| (e.group, right(e))).collect::<Vec<_>>()),
         containment: share(held.iter().map(|(e, c)| (e.group, *c)).collect()),
         valid_box: share(grounded.iter().map(|(e, o)| (e.group, *o == BoxOutcome::Valid)).collect()),
         accuracy_if_contained: share(held.iter().filter(|(_, c)| *c).map(|(e, _)| (e.group, right(e))).collect()),
         accuracy_if_not: share(held.iter().filter(|(_, c)| !*c).map(|(e, _)| (e.group, right(e))).collect()),
         boxes,
         stops,
-        response_length: stats::mean(episodes.iter().map(|e| e.stream.sampled_count() as f64)),
-        box_area: (!areas.is_empty()).then(|| stats::mean(areas.iter().copied())),
+        response_length: average(episodes.iter().map(|e| e.stream.sampled_count() as f64)),
+        box_area: (!areas.is_empty()).then(|| average(areas.iter().copied())),
     }
+}
+
+/// The mean, 0 of nothing.
+pub fn average(values: impl Iterator<Item = f64>) -> f64 {
+    stats::mean(&values.collect::<Vec<_>>()).unwrap_or(0.0)
+}
+
+/// A share with its interval; answers to one question are not independent, so questions are the clusters.
+fn share_by_question(items: &[(u64, bool)]) -> stats::Estimate {
+    let values: Vec<f64> = items.iter().map(|(_, right)| f64::from(u8::from(*right))).collect();
+    let questions: Vec<u64> = items.iter().map(|(question, _)| *question).collect();
+    stats::clustered_share(&values, &questions)
 }
 
 /// Area of the first usable box as a share of its picture; the first view of an episode is the whole picture.
@@ -140,6 +152,7 @@ pub struct Bench<'a> {
     pub chat: &'a Chat,
     pub pictures: &'a PictureCache,
     pub processor: &'a Processor,
+    pub convention: Convention,
     pub rollout: &'a rollout::Options,
     pub options: &'a EvalOptions,
 }
@@ -152,22 +165,26 @@ pub fn play_all(
     sampler: &mut dyn Sampler,
     samples: &[Sample],
 ) -> Result<Vec<Episode>> {
-    let stage = Stage { task, chat: bench.chat, pictures: bench.pictures, processor: bench.processor, options: bench.rollout };
-    let mut progress = Progress::new(&format!("evaluating {name}"), samples.len() as u64);
+    let stage = Stage { task, chat: bench.chat, pictures: bench.pictures, processor: bench.processor, convention: bench.convention, options: bench.rollout };
+    let interrupt = Interrupt::install()?;
+    let progress = Progress::start(&format!("evaluating {name}"), "question", 0, samples.len() as u64);
     let mut episodes = Vec::with_capacity(samples.len() * bench.options.samples);
     let numbered: Vec<(u64, &Sample)> = samples.iter().enumerate().map(|(i, s)| (i as u64, s)).collect();
     for chunk in numbered.chunks(bench.options.batch.max(1)) {
-        crate::run::check_interrupt()?;
+        if interrupt.asked() {
+            return Err(Interrupted::without_checkpoint().into());
+        }
         episodes.extend(rollout::play(&stage, sampler, chunk, bench.options.samples, bench.options.seed, 0)?);
-        let right = stats::mean(episodes.iter().map(|e| e.reward));
-        progress.advance(chunk.len() as u64, &format!("right {:.1} %", 100.0 * right));
+        let right = average(episodes.iter().map(|e| e.reward));
+        progress.add(chunk.len() as u64);
+        progress.note(format!("right {:.1} %", 100.0 * right));
     }
     progress.finish();
     Ok(episodes)
 }
 
 /// A cell of table.json: the value in percent with its interval.
-pub fn cell(share: Option<&stats::Share>) -> Value {
+pub fn cell(share: Option<&stats::Estimate>) -> Value {
     match share {
         None => Value::Null,
         Some(s) => json!({"value": 100.0 * s.value, "low": 100.0 * s.low, "high": 100.0 * s.high, "n": s.n}),
@@ -230,20 +247,21 @@ pub fn main(invocation: &Invocation) -> Result<()> {
     let mut samples = data::read(&plan.data.test)?;
     samples.truncate(plan.data.limit.unwrap_or(usize::MAX));
     let mut engine = Embedded::open(&plan.model, None)?;
-    let folder = RunFolder::create(&plan.eval.out, invocation.resume)?;
-    folder.save_config(&config::to_toml(&plan)?)?;
+    let folder = RunFolder::create(&plan.eval.out)?;
+    folder.save_plan(&config::to_toml(&plan)?, &Environment::now())?;
     let (chat, pictures, processor) = (engine.chat.clone(), engine.pictures.clone(), engine.processor.clone());
     let bench =
-        Bench { chat: &chat, pictures: &pictures, processor: &processor, rollout: &plan.rollout, options: &plan.eval };
+        Bench { chat: &chat, pictures: &pictures, processor: &processor, convention: engine.convention, rollout: &plan.rollout, options: &plan.eval };
     let mut rows = Vec::new();
     for (k, (name, options)) in plan.tasks.iter().enumerate() {
-        let task = Crop::new(options.clone(), processor.budget().factor).with_context(|| format!("[tasks.{name}]"))?;
+        let task = Crop::new(options.clone(), processor.budget.factor).with_context(|| format!("[tasks.{name}]"))?;
         let episodes = play_all(&bench, name, &task, &mut engine, &samples)?;
-        folder.write_episodes(k as u64, &episodes)?;
+        let records: Vec<_> = episodes.iter().map(Episode::record).collect();
+        folder.write_episodes(k as u64, &records)?;
         rows.push((name.clone(), summarise(&episodes)));
     }
     let table = table(&format!("{} on {}", plan.model.path.display(), plan.data.test.display()), &rows, &[]);
-    folder.write_table(&table)?;
+    folder.save("table.json", &serde_json::to_vec_pretty(&table)?)?;
     if invocation.json {
         let rows: serde_json::Map<String, Value> =
             rows.iter().map(|(n, s)| Ok((n.clone(), serde_json::to_value(s)?))).collect::<Result<_>>()?;

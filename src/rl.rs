@@ -15,20 +15,19 @@ use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::chat::Chat;
+use crate::chat::{Chat, Convention};
 use crate::config::{self, BadConfig};
-use crate::data::{self, Sample, Shuffle};
+use crate::data::{self, Order, Sample};
 use crate::engine::embedded::{self, Embedded};
 use crate::engine::{Group, Scores, Trainer, Weights, Who};
 use crate::episode::{BoxOutcome, Episode, Stop};
 use crate::eval;
 use crate::image::{PictureCache, Processor};
 use crate::objective::{Objective, Outcome, Sequence, Tally};
-use crate::optim;
+use crate::optim::Optim;
 use crate::progress::{self, Progress};
 use crate::rollout::{self, Stage};
 use crate::run::{Environment, Interrupt, Interrupted, Invocation, Metrics, RunFolder, Stopwatch, peak_rss};
-use crate::stats;
 use crate::tasks::Task;
 use crate::tasks::crop::{Crop, Options as CropOptions};
 
@@ -44,7 +43,7 @@ pub struct Plan {
     #[serde(default)]
     pub objective: toml::Table,
     #[serde(default)]
-    pub optim: optim::Options,
+    pub optim: Optim,
     pub train: TrainOptions,
 }
 
@@ -106,7 +105,7 @@ impl Default for TrainOptions {
 /// What the loop itself must remember between steps; weights and optimiser are the engine's.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct State {
-    shuffle: Shuffle,
+    order: Order,
     /// Groups played so far; numbers them.
     groups: u64,
 }
@@ -167,6 +166,7 @@ struct Loop<'a> {
     chat: &'a Chat,
     pictures: &'a PictureCache,
     processor: &'a Processor,
+    convention: Convention,
 }
 
 /// Trains as planned and returns the metrics of the last step. `watch` sees the metrics of each step as it ends.
@@ -196,15 +196,16 @@ pub fn train(
     };
     let mut engine = Embedded::open(&plan.model, Some(&settings))?;
     let (chat, pictures, processor) = (engine.chat.clone(), engine.pictures.clone(), engine.processor.clone());
-    let mut state = State { shuffle: Shuffle::new(plan.train.seed, rows.len()), groups: 0 };
+    let mut state = State { order: Order::new(rows.len(), plan.train.seed)?, groups: 0 };
     let mut done = 0;
     if let Some(checkpoint) = checkpoint {
         engine.load(&checkpoint.path)?;
-        state = checkpoint.state()?;
+        let saved: State = checkpoint.state()?;
+        state = State { order: saved.order.resume(rows.len())?, ..saved };
         done = checkpoint.step;
         progress::say(&format!("resuming after step {done}"));
     }
-    let task = Crop::new(plan.task.clone(), processor.budget().factor)?;
+    let task = Crop::new(plan.task.clone(), processor.budget.factor)?;
     let context = Loop {
         plan,
         objective: &objective,
@@ -212,6 +213,7 @@ pub fn train(
         chat: &chat,
         pictures: &pictures,
         processor: &processor,
+        convention: engine.convention,
     };
     let mut log = folder.metrics_log()?;
     let bar = Progress::start("training", "step", done, plan.train.steps);
@@ -245,7 +247,7 @@ pub fn train(
             }
         }
         if asked {
-            return Err(Interrupted { step, folder: plan.train.out.clone() }.into());
+            return Err(Interrupted::after(step, &plan.train.out).into());
         }
     }
     bar.finish();
@@ -259,6 +261,7 @@ impl Loop<'_> {
             chat: self.chat,
             pictures: self.pictures,
             processor: self.processor,
+            convention: self.convention,
             options: &self.plan.rollout,
         }
     }
@@ -349,7 +352,7 @@ impl Loop<'_> {
         }
         // Before the first update the policy is the one that sampled: anything but 0 here is a bug of the engine.
         metrics.insert("ratio/first_update_gap".into(), json!(first_ratio));
-        metrics.insert("actor/grad_norm".into(), json!(stats::mean(norms.iter().copied())));
+        metrics.insert("actor/grad_norm".into(), json!(eval::average(norms.iter().copied())));
         for (i, episode) in episodes.iter_mut().enumerate() {
             episode.advantage = Some(advantages.trajectory[i]);
         }
@@ -374,7 +377,7 @@ impl Loop<'_> {
             let chosen: Vec<(u64, &Sample)> = (0..missing)
                 .map(|_| {
                     state.groups += 1;
-                    (state.groups, &rows[state.shuffle.next_row()])
+                    (state.groups, &rows[state.order.next_row()])
                 })
                 .collect();
             let episodes = rollout::play(&self.stage(), engine, &chosen, train.group, train.seed, step)?;
@@ -407,6 +410,7 @@ impl Loop<'_> {
             chat: self.chat,
             pictures: self.pictures,
             processor: self.processor,
+            convention: self.convention,
             rollout: &self.plan.rollout,
             options: &options,
         };
@@ -458,12 +462,12 @@ fn count(episodes: &[Episode], metrics: &mut Metrics) {
     };
     let n = episodes.len().max(1) as f64;
     let lengths: Vec<f64> = episodes.iter().map(|e| e.stream.sampled_count() as f64).collect();
-    put("response_length/mean", stats::mean(lengths.iter().copied()));
+    put("response_length/mean", eval::average(lengths.iter().copied()));
     put("response_length/max", lengths.iter().copied().fold(0.0, f64::max));
     let cut = episodes.iter().filter(|e| e.stop == Stop::Truncated).count() as f64;
     put("response_length/clip_ratio", cut / n);
-    put("prompt_length/mean", stats::mean(episodes.iter().map(|e| e.stream.prompt_len() as f64)));
-    put("num_turns/mean", stats::mean(episodes.iter().map(|e| e.turns.iter().filter(|t| t.role == "assistant").count() as f64)));
+    put("prompt_length/mean", eval::average(episodes.iter().map(|e| e.stream.prompt_len() as f64)));
+    put("num_turns/mean", eval::average(episodes.iter().map(|e| e.turns.iter().filter(|t| t.role == "assistant").count() as f64)));
     let mut parts: BTreeMap<String, f64> = BTreeMap::new();
     for e in episodes {
         for (name, value) in e.parts.iter() {
@@ -493,7 +497,7 @@ fn count(episodes: &[Episode], metrics: &mut Metrics) {
     }
     let areas: Vec<f64> = episodes.iter().filter_map(eval::box_area_share).collect();
     if !areas.is_empty() {
-        put("grounding/box_area", stats::mean(areas.iter().copied()));
+        put("grounding/box_area", eval::average(areas.iter().copied()));
     }
     for stop in [Stop::Answered, Stop::TurnLimit, Stop::Truncated, Stop::OverLong, Stop::InvalidBox] {
         let count = episodes.iter().filter(|e| e.stop == stop).count() as f64;
@@ -515,23 +519,31 @@ pub fn rollout_main(invocation: &Invocation) -> Result<()> {
     folder.save_plan(&config::to_toml(&plan)?, &Environment::now())?;
     let mut engine = Embedded::open(&plan.model, None)?;
     let (chat, pictures, processor) = (engine.chat.clone(), engine.pictures.clone(), engine.processor.clone());
-    let task = Crop::new(plan.task.clone(), processor.budget().factor)?;
+    let task = Crop::new(plan.task.clone(), processor.budget.factor)?;
     let context =
-        Loop { plan: &plan, objective: &objective, task: &task, chat: &chat, pictures: &pictures, processor: &processor };
-    let mut state = State { shuffle: Shuffle::new(plan.train.seed, rows.len()), groups: 0 };
+        Loop {
+            plan: &plan,
+            objective: &objective,
+            task: &task,
+            chat: &chat,
+            pictures: &pictures,
+            processor: &processor,
+            convention: engine.convention,
+        };
+    let mut state = State { order: Order::new(rows.len(), plan.train.seed)?, groups: 0 };
     let mut log = folder.metrics_log()?;
     let bar = Progress::start("playing", "step", 0, plan.train.steps);
     for step in 1..=plan.train.steps {
         let mut metrics = Metrics::new();
         let episodes = context.play(&mut engine, &rows, &mut state, step, &mut metrics)?;
         count(&episodes, &mut metrics);
-        metrics.insert("reward/mean".into(), json!(stats::mean(episodes.iter().map(|e| e.reward))));
+        metrics.insert("reward/mean".into(), json!(eval::average(episodes.iter().map(|e| e.reward))));
         let records: Vec<_> = episodes.iter().map(Episode::record).collect();
         folder.write_episodes(step, &records)?;
         log.append(step, &metrics)?;
-        bar.step(format!("reward {:.3}", stats::mean(episodes.iter().map(|e| e.reward))));
+        bar.step(format!("reward {:.3}", eval::average(episodes.iter().map(|e| e.reward))));
         if interrupt.asked() {
-            return Err(Interrupted { step, folder: plan.train.out.clone() }.into());
+            return Err(Interrupted::after(step, &plan.train.out).into());
         }
     }
     bar.finish();

@@ -11,7 +11,7 @@ use rand::{RngCore, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
-use crate::chat::{Chat, Message, Role};
+use crate::chat::{Action, Chat, Convention, Message, Reading as Reader};
 use crate::data::Sample;
 use crate::engine::{Finish, Prompt, Sampler, Sampling};
 use crate::episode::{Episode, Stop, Stream, Turn};
@@ -61,6 +61,8 @@ pub struct Stage<'a> {
     pub chat: &'a Chat,
     pub pictures: &'a PictureCache,
     pub processor: &'a Processor,
+    /// What the policy's coordinates mean.
+    pub convention: Convention,
     pub options: &'a Options,
 }
 
@@ -162,14 +164,15 @@ fn open<'a>(stage: &Stage, sample: &'a Sample, group: u64) -> Result<Playing<'a>
     let mut turns = Vec::new();
     if let Some(system) = opening.system {
         turns.push(Turn { role: "system".into(), text: system.clone(), tokens: 0, outcome: None, bbox: None });
-        messages.push(Message::text(Role::System, &system));
+        messages.push(Message::system(&system));
     }
     let mut playing =
         Playing { sample, sizes, paths, group, member: 0, stream: Stream::default(), turns, stop: None };
-    messages.push(Message { role: Role::User, parts: opening.user.parts.clone() });
+    messages.push(Message::user(opening.user.parts.clone()));
     let grids = grids(stage, &opening.user.views)?;
-    let ids = stage.chat.encode(&messages, &grids, true).with_context(|| format!("row {}", sample.id))?;
-    append(stage, &mut playing, &ids, opening.user, grids)?;
+    let tokens = tokens(stage, &grids);
+    let encoded = stage.chat.encode(&messages, true, &tokens).with_context(|| format!("row {}", sample.id))?;
+    append(stage, &mut playing, &encoded.ids, opening.user, grids)?;
     ensure!(
         playing.stream.len() + stage.options.max_new_tokens <= stage.options.max_tokens,
         "row {}: the prompt takes {} tokens and the answer may take {}, more than max_tokens = {}; \
@@ -180,6 +183,10 @@ fn open<'a>(stage: &Stage, sample: &'a Sample, group: u64) -> Result<Playing<'a>
         stage.options.max_tokens
     );
     Ok(playing)
+}
+
+fn tokens(stage: &Stage, grids: &[Grid]) -> Vec<usize> {
+    grids.iter().map(|g| g.tokens(stage.processor.merge)).collect()
 }
 
 fn grids(stage: &Stage, views: &[View]) -> Result<Vec<Grid>> {
@@ -194,7 +201,7 @@ fn append(stage: &Stage, playing: &mut Playing, ids: &[u32], shown: Shown, grids
         .zip(&grids)
         .map(|(view, grid)| (playing.paths[view.image].clone(), *view, *grid))
         .collect();
-    playing.stream.push_context(ids, images, stage.chat.image_pad(), stage.processor.merge)?;
+    playing.stream.push_context(ids, images, stage.chat.special.image_pad, stage.processor.merge)?;
     let text = shown.parts.iter().map(|p| p.readable()).collect::<String>();
     playing.turns.push(Turn { role: "user".into(), text, tokens: ids.len(), outcome: None, bbox: None });
     Ok(())
@@ -210,15 +217,16 @@ fn advance(
     seed: u64,
 ) -> Result<()> {
     playing.stream.push_sampled(&ids, &logprobs);
-    let text = stage.chat.decode(&ids)?;
-    let action = stage.chat.action(&text);
+    // Box tokens are text to a reader of corners; for everybody else special tokens are not words.
+    let text = stage.chat.decode(&ids, stage.convention.is_json())?;
+    let action = Action::read(&text, &Reader::of(stage.convention));
     playing.turns.push(Turn { role: "assistant".into(), text, tokens: ids.len(), outcome: None, bbox: None });
     let views: Vec<View> = playing.stream.images.iter().map(|p| p.view).collect();
     let context = Context {
         sample: playing.sample,
         sizes: &playing.sizes,
         views: &views,
-        convention: stage.chat.convention(),
+        convention: stage.convention,
         turn,
         seed,
     };
@@ -241,8 +249,9 @@ fn advance(
                 return Ok(());
             }
             let grids = grids(stage, &shown.views)?;
-            let message = Message { role: Role::User, parts: shown.parts.clone() };
-            let ids = stage.chat.continuation(&message, &grids, finish == Finish::EndOfTurn)?;
+            let message = Message::user(shown.parts.clone());
+            let before = playing.stream.images.len();
+            let ids = stage.chat.continuation(before, &message, &tokens(stage, &grids), ids.last().copied())?.ids;
             let needed = playing.stream.len() + ids.len() + stage.options.max_new_tokens;
             if needed > stage.options.max_tokens {
                 playing.stop = Some(Stop::OverLong);
@@ -275,7 +284,7 @@ fn finish(stage: &Stage, playing: Playing, step: u64) -> Result<Episode> {
         advantage: None,
     };
     episode.parts = stage.task.judge(sample, &episode);
-    episode.reward = episode.parts.total();
+    episode.reward = episode.parts.iter().map(|(_, value)| value).sum();
     Ok(episode)
 }
 

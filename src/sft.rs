@@ -12,19 +12,21 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::chat::{Chat, Message, Part, Role};
+use crate::chat::{Chat, Message};
 use crate::config::{self, BadConfig};
-use crate::data::{Dialogues, Order};
+use crate::data::{Dialogue, Order, read_dialogues};
 use crate::engine::embedded::{self, Embedded};
 use crate::engine::{Trainer, Weights};
 use crate::episode::Stream;
-use crate::geometry::{BBox, Budget, Grid, View};
+use crate::geometry::{BBox, Budget, Grid, Size, View};
 use crate::image::{self, Patches, PictureCache, Processor};
 use crate::model::dense::{self, DenseHead, Fit};
-use crate::optim;
+use crate::optim::Optim;
 use crate::progress::{self, Progress};
 use crate::run::{Environment, Interrupt, Interrupted, Invocation, Metrics, RunFolder, Stopwatch, peak_rss};
-use crate::synth::pretrain::{Pretrain, Recipe};
+use crate::synth::pretrain::Pretrain;
+use crate::synth::recipe::Recipe;
+use crate::synth::{Split, assets_dir};
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -35,7 +37,7 @@ pub struct Plan {
     #[serde(default)]
     pub dense: Option<dense::Options>,
     #[serde(default)]
-    pub optim: optim::Options,
+    pub optim: Optim,
     pub train: TrainOptions,
 }
 
@@ -121,27 +123,28 @@ pub fn stream_of(
     let mut waiting: Vec<Message> = Vec::new();
     let mut shown = 0;
     for message in messages {
-        if message.role != Role::Assistant {
+        if message.role != "assistant" {
             waiting.push(message.clone());
             continue;
         }
-        let images = waiting.iter().flat_map(|m| &m.parts).filter(|p| matches!(p, Part::Image(_))).count();
+        let images = waiting.iter().map(Message::images).sum::<usize>();
         ensure!(shown + images <= views.len(), "the messages show {} images, {} were given", shown + images, views.len());
         let new = &views[shown..shown + images];
         shown += images;
         let grids: Vec<Grid> = new.iter().map(|(_, v)| processor.grid(v.size)).collect();
-        let ids = if stream.is_empty() {
-            chat.encode(&waiting, &grids, true)?
+        let tokens: Vec<usize> = grids.iter().map(|g| g.tokens(processor.merge)).collect();
+        let encoded = if stream.is_empty() {
+            chat.encode(&waiting, true, &tokens)?
         } else {
             let [user] = waiting.as_slice() else {
                 anyhow::bail!("{} messages stand between two of the assistant's, expected one of the user's", waiting.len());
             };
-            chat.continuation(user, &grids, true)?
+            chat.continuation(stream.images.len(), user, &tokens, stream.ids.last().copied())?
         };
         let placed = new.iter().zip(&grids).map(|((path, view), grid)| (path.clone(), *view, *grid)).collect();
-        stream.push_context(&ids, placed, chat.image_pad(), processor.merge)?;
-        let mut said = chat.encode_text(&message.text_only()?)?;
-        said.push(chat.end_of_turn());
+        stream.push_context(&encoded.ids, placed, chat.special.image_pad, processor.merge)?;
+        let mut said = chat.assistant_ids(&message.text())?;
+        said.push(chat.special.end_of_turn);
         let zeros = vec![0.0; said.len()];
         stream.push_sampled(&said, &zeros);
         waiting.clear();
@@ -151,18 +154,18 @@ pub fn stream_of(
 }
 
 enum Source {
-    World(Box<Pretrain>),
-    File { rows: Vec<Dialogues>, pictures: PictureCache, budget: Budget },
+    World { world: Box<Pretrain>, seed: u64 },
+    File { rows: Vec<Dialogue>, pictures: PictureCache, budget: Budget },
 }
 
 impl Source {
     fn open(data: &DataOptions, processor: &Processor, seed: u64) -> Result<Source> {
         match (&data.train, &data.pretrain) {
-            (None, Some(recipe)) => Ok(Source::World(Box::new(Pretrain::open(recipe.clone(), seed)?))),
+            (None, Some(recipe)) => Ok(Source::World { world: Box::new(Pretrain::load(&assets_dir()?, Split::Train, recipe.clone())?), seed }),
             (Some(path), None) => {
                 let budget = processor.budget;
                 Ok(Source::File {
-                    rows: crate::data::read_dialogues(path)?,
+                    rows: read_dialogues(path)?,
                     pictures: PictureCache::new(512 << 20),
                     budget: Budget::new(
                         data.min_pixels.unwrap_or(budget.min_pixels),
@@ -177,13 +180,13 @@ impl Source {
 
     fn example(&self, chat: &Chat, processor: &Processor, index: u64, step: u64) -> Result<Example> {
         match self {
-            Source::World(world) => {
-                let dialogue = world.dialogue(index, step)?;
+            Source::World { world, seed } => {
+                let dialogue = world.dialogue(*seed, step, index)?;
                 let mut views = Vec::new();
                 let mut patches = Vec::new();
                 let mut objects = Vec::new();
                 for view in &dialogue.views {
-                    let size = view.size();
+                    let size = Size::new(view.rgb.width(), view.rgb.height());
                     views.push((Arc::from(Path::new("drawn")), View { image: 0, region: size.bounds(), size }));
                     patches.push(image::patches(&view.rgb, processor)?);
                     objects.push(view.objects.clone());
@@ -245,12 +248,12 @@ pub fn train(plan: &Plan, resume: bool, interrupt: &Interrupt) -> Result<Metrics
     let mut state = State {
         next: 0,
         order: match &source {
-            Source::World(_) => None,
+            Source::World { .. } => None,
             Source::File { rows, .. } => Some(Order::new(rows.len(), plan.train.seed)?),
         },
     };
     let mut head = match (&plan.dense, &source) {
-        (Some(options), Source::World(world)) => {
+        (Some(options), Source::World { world, .. }) => {
             Some((options.clone(), DenseHead::new(world.labels(), engine.model.config.text.hidden, plan.train.seed)))
         }
         (Some(_), Source::File { .. }) => {
@@ -317,7 +320,7 @@ pub fn train(plan: &Plan, resume: bool, interrupt: &Interrupt) -> Result<Metrics
             }
         }
         if asked {
-            return Err(Interrupted { step, folder: plan.train.out.clone() }.into());
+            return Err(Interrupted::after(step, &plan.train.out).into());
         }
     }
     bar.finish();

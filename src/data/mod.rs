@@ -20,9 +20,11 @@ use serde_json::{Map, Value, json};
 
 use crate::geometry::{BBox, Size};
 
+mod dialogue;
 mod order;
 mod row;
 
+pub use dialogue::{Dialogue, read_dialogues};
 pub use order::Order;
 
 /// One row.
@@ -42,8 +44,25 @@ pub struct Sample {
     pub extra: Map<String, Value>,
 }
 
+impl Sample {
+    /// A question of one's own, without a known answer.
+    pub fn question(images: &[PathBuf], question: &str, choices: Vec<String>) -> Sample {
+        Sample {
+            id: "question".into(),
+            images: images.to_vec(),
+            question: question.into(),
+            choices,
+            answer: String::new(),
+            targets: Vec::new(),
+            task: None,
+            split: None,
+            extra: Map::new(),
+        }
+    }
+}
+
 /// A box of interest in one of the sample's pictures.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Target {
     /// Counts from 1, as people and the file do.
     pub image: usize,

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Completion, Finish, Group, Prompt, Sampler, Sampling, Scores, Trainer, Weights, Who};
 use crate::batch::{self, Batch};
-use crate::chat::Chat;
+use crate::chat::{Chat, Convention};
 use crate::config::BadConfig;
 use crate::episode::{Placed, Stream};
 use crate::geometry::Grid;
@@ -26,7 +26,7 @@ use crate::model;
 use crate::model::block::Keep;
 use crate::model::generate::{Cache, Extension, SequenceId};
 use crate::model::{Dtype, Gradients, Head, Trainable, Vlm};
-use crate::optim::{self, AdamW};
+use crate::optim::{AdamW, Optim, Trained};
 use crate::sft::Example;
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -42,8 +42,6 @@ pub struct Options {
     pub micro_batch_tokens: usize,
     /// Decoded pictures kept in memory, in MiB.
     pub picture_cache_mib: u64,
-    /// How checkpoints are written: `f32` or `bf16`.
-    pub save_dtype: Dtype,
 }
 
 impl Default for Options {
@@ -54,7 +52,6 @@ impl Default for Options {
             recompute: false,
             micro_batch_tokens: 8192,
             picture_cache_mib: 512,
-            save_dtype: Dtype::F32,
         }
     }
 }
@@ -79,7 +76,7 @@ impl Options {
 
 /// What training needs beyond sampling.
 pub struct Training {
-    pub optim: optim::Options,
+    pub optim: Optim,
     /// Optimiser updates of the whole run, for the schedule.
     pub steps: u64,
     /// The temperature that episodes are sampled at.
@@ -107,9 +104,13 @@ struct Kept {
     rows: usize,
 }
 
-struct Training_ {
+struct Learning {
     gradients: Gradients,
     optimizer: AdamW,
+    trained: Vec<Trained>,
+    optim: Optim,
+    /// Of the whole run, for the schedule.
+    steps: u64,
     /// The trained ranges of the weights as they were at the start.
     reference: Option<Vec<(std::ops::Range<usize>, Vec<f32>)>>,
 }
@@ -119,12 +120,13 @@ pub struct Embedded {
     pub chat: Arc<Chat>,
     pub pictures: Arc<PictureCache>,
     pub processor: Arc<Processor>,
+    pub convention: Convention,
     options: Options,
     trainable: Trainable,
     temperature: f32,
     /// Ids that cannot be sampled: vision tokens (a sampled one would have no picture) and rows without a token.
     banned: Vec<u32>,
-    training: Option<Training_>,
+    training: Option<Learning>,
     cache: Option<Cache>,
     kept: HashMap<u64, Kept>,
     features: HashMap<ViewKey, Arc<Vec<f32>>>,
@@ -132,6 +134,9 @@ pub struct Embedded {
 
 /// Values of cached features kept at most: 64 Mi f32 are 256 MiB.
 const FEATURE_VALUES: usize = 64 << 20;
+
+/// The optimiser's state in a checkpoint folder.
+const OPTIMIZER: &str = "optimizer.safetensors";
 
 /// Pictures encoded in one call.
 const ENCODE_AT_ONCE: usize = 16;
@@ -150,28 +155,38 @@ impl Embedded {
         let chat = Chat::load(dir)?;
         let processor = Processor::load(dir)?;
         let trainable = options.trainable()?;
-        let mut banned: Vec<u32> = chat.vision_ids();
-        banned.extend(chat.vocabulary()..model.config.text.vocab as u32);
-        banned.sort_unstable();
-        banned.dedup();
-        let training_state = training.map(|t| {
+        let banned = chat.banned(model.config.text.vocab);
+        let convention = Convention::of("qwen2_5_vl")?;
+        let training_state = training.map(|t| -> Result<Learning> {
+            t.optim.validate().map_err(|e| BadConfig(e.to_string()))?;
             let layout = &model.weights.layout;
             let ranges: Vec<_> =
                 layout.entries.iter().filter(|e| trainable.has(e.group)).map(|e| e.range.clone()).collect();
+            let trained: Vec<Trained> = layout
+                .entries
+                .iter()
+                .filter(|e| trainable.has(e.group))
+                .map(|e| Trained { range: e.range.clone(), decay: e.shape.len() > 1 })
+                .collect();
             let reference = t
                 .reference
                 .then(|| ranges.iter().map(|r| (r.clone(), model.weights.data[r.clone()].to_vec())).collect());
-            Training_ {
+            Ok(Learning {
                 gradients: Gradients::zeros(layout),
-                optimizer: AdamW::new(layout.len, ranges, t.optim.clone(), t.steps),
+                optimizer: AdamW::new(trained.clone())?,
+                trained,
+                optim: t.optim.clone(),
+                steps: t.steps,
                 reference,
-            }
+            })
         });
+        let training_state: Option<Learning> = training_state.transpose()?;
         Ok(Embedded {
             model,
             chat: Arc::new(chat),
             pictures: Arc::new(PictureCache::new(options.picture_cache_mib << 20)),
             processor: Arc::new(processor),
+            convention,
             options: options.clone(),
             trainable,
             temperature: training.map_or(1.0, |t| t.temperature),
@@ -188,8 +203,8 @@ impl Embedded {
     }
 
     /// The learning rate of the coming update.
-    pub fn learning_rate(&self) -> f32 {
-        self.training.as_ref().map_or(0.0, |t| t.optimizer.learning_rate())
+    pub fn learning_rate(&self) -> f64 {
+        self.training.as_ref().map_or(0.0, |t| t.optim.lr_at(t.optimizer.steps(), t.steps))
     }
 
     pub fn gradients(&self) -> Option<&Gradients> {
@@ -326,7 +341,7 @@ impl Embedded {
         }
 
         let v = self.model.config.text.vocab;
-        let stop_ids = self.chat.stop_ids().to_vec();
+        let stop_ids = self.chat.special.stops.clone();
         let mut active: Vec<usize> = (0..speakers.len()).collect();
         for n in 1..=sampling.max_new_tokens {
             let mut logits = logprob::logits(&rows, self.model.head(), &self.banned, d, v);
@@ -442,7 +457,7 @@ impl Embedded {
         }
         // A token is at least one byte, so the end of the text is in the last tokens.
         let longest = stops.iter().map(String::len).max().unwrap_or(0);
-        let tail = self.chat.decode(&ids[ids.len().saturating_sub(longest + 4)..])?;
+        let tail = self.chat.decode(&ids[ids.len().saturating_sub(longest + 4)..], true)?;
         Ok(stops.iter().any(|s| tail.ends_with(s.as_str())))
     }
 
@@ -568,20 +583,27 @@ impl Trainer for Embedded {
         Ok(())
     }
 
-    fn step(&mut self, learning_rate: f32) -> Result<f64> {
+    fn step(&mut self, learning_rate: f64) -> Result<f64> {
         let training = self.training.as_mut().context("the engine was opened for sampling only")?;
-        let norm = training.optimizer.step(&mut self.model.weights.data, &mut training.gradients.data, learning_rate)?;
+        let Learning { optimizer, gradients, optim, .. } = training;
+        let stepped = optimizer.step(&mut self.model.weights.data, &gradients.data, optim, learning_rate)?;
+        ensure!(
+            stepped.applied,
+            "the gradient is not finite ({}); the weights were left as they are. Lower optim.lr, or resume from the last checkpoint",
+            stepped.grad_norm
+        );
+        gradients.data.fill(0.0);
         if self.trainable.tower() {
             self.features.clear();
         }
-        Ok(norm)
+        Ok(stepped.grad_norm)
     }
 
     fn save(&self, dir: &Path) -> Result<()> {
-        self.model.save(dir, self.options.save_dtype, Some(&self.options.path))?;
+        // Always exact: a run that goes on from here must go on bit for bit. `model export` writes bf16.
+        self.model.save(dir, Dtype::F32, Some(&self.options.path))?;
         if let Some(training) = &self.training {
-            // The optimiser goes on from exact weights even where the checkpoint itself is rounded to bf16.
-            training.optimizer.save(dir, &self.model.weights.data)?;
+            training.optimizer.save(&dir.join(OPTIMIZER))?;
         }
         Ok(())
     }
@@ -590,7 +612,7 @@ impl Trainer for Embedded {
         let layout = self.model.weights.layout.clone();
         self.model.weights = crate::model::load_weights(dir, &layout)?;
         if let Some(training) = &mut self.training {
-            training.optimizer.load(dir, &mut self.model.weights.data)?;
+            training.optimizer = AdamW::load(training.trained.clone(), &dir.join(OPTIMIZER))?;
         }
         self.features.clear();
         Ok(())

@@ -96,7 +96,7 @@ pub trait Trainer: Sampler {
         weigh: &mut dyn FnMut(usize, usize, &Scores) -> Result<Weights>,
     ) -> Result<()>;
     /// Clips, updates, forgets the gradient. Returns the norm of the gradient before clipping.
-    fn step(&mut self, learning_rate: f32) -> Result<f64>;
+    fn step(&mut self, learning_rate: f64) -> Result<f64>;
     /// Writes weights (Hugging Face layout) and optimiser state into `dir`.
     fn save(&self, dir: &Path) -> Result<()>;
     fn load(&mut self, dir: &Path) -> Result<()>;

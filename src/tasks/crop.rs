@@ -16,7 +16,7 @@ use crate::chat::{Action, Flaw, Part};
 use crate::data::Sample;
 use crate::episode::{BoxOutcome, Episode, Stop};
 use crate::geometry::{BBox, BoxLimits, BoxVerdict, Budget, Size, View, judge_box};
-use crate::reward::{self, Parts};
+use crate::reward::{self, Parts, Place};
 
 /// What the policy gets to see when it asks for a region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,6 +43,33 @@ pub enum OnInvalid {
     Stop,
 }
 
+/// What kind of answer the rows have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Judge {
+    Choice,
+    Text,
+    Number,
+}
+
+impl Judge {
+    /// Whether the last turn's `\boxed{}` is the answer; nothing else in the turn counts (spec 1.7).
+    fn right(self, said: &str, answer: &str, choices: &[String]) -> bool {
+        let Some(declared) = reward::extract(said, Place::Boxed) else { return false };
+        match self {
+            Judge::Choice => {
+                let named = reward::letter(declared, choices);
+                named.is_some() && named == reward::letter(answer, choices)
+            }
+            Judge::Text => reward::same_text(declared, answer),
+            Judge::Number => match (reward::number(declared), reward::number(answer)) {
+                (Some(declared), Some(answer)) => declared.answers(&answer),
+                _ => false,
+            },
+        }
+    }
+}
+
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Options {
@@ -64,8 +91,8 @@ pub struct Options {
     /// The region is grown by this share of its size on every side before it is cut.
     pub pad_ratio: f64,
     pub show: Show,
-    /// How the answer is judged: `choice`, `text` or `number`.
-    pub judge: reward::Judge,
+    /// How the answer is compared.
+    pub judge: Judge,
 }
 
 impl Default for Options {
@@ -82,7 +109,7 @@ impl Default for Options {
             on_invalid: OnInvalid::ResendImage,
             pad_ratio: 0.0,
             show: Show::Region,
-            judge: reward::Judge::Choice,
+            judge: Judge::Choice,
         }
     }
 }
@@ -115,7 +142,7 @@ impl Crop {
     }
 
     fn shown(&self, slot: &str, fill: &Fill, view: Option<View>) -> Shown {
-        let parts = self.template.fill(slot, fill, view.map(|_| 0));
+        let parts = self.template.fill(slot, fill);
         Shown { parts, views: view.into_iter().collect() }
     }
 
@@ -216,7 +243,11 @@ impl Task for Crop {
             return Ok(Reply::Show(self.shown(&self.template.invalid_text, &fill, None), reading));
         };
         let original = context.sizes[seen.image];
-        let view = View::of_region(seen.image, region.pad(self.options.pad_ratio), original, self.budget)?;
+        let view = {
+            // A view of the original at its own size: its pixels are the original's.
+            let itself = View { image: seen.image, region: original.bounds(), size: original };
+            itself.crop(region.pad(self.options.pad_ratio).clamp(&original.bounds()), original, self.budget)?
+        };
         if self.options.free && context.views.contains(&view) {
             return self.refuse(context, BoxOutcome::Duplicate);
         }
@@ -226,7 +257,8 @@ impl Task for Crop {
 
     fn judge(&self, sample: &Sample, episode: &Episode) -> Parts {
         let said = episode.turns.iter().rev().find(|t| t.role == "assistant").map_or("", |t| t.text.as_str());
-        reward::accuracy(self.options.judge, said, &sample.answer, &sample.choices)
+        let right = self.options.judge.right(said, &sample.answer, &sample.choices);
+        Parts::from([("accuracy", f64::from(u8::from(right)))])
     }
 }
 
@@ -273,8 +305,8 @@ impl Part {
     /// As a person reads it.
     pub fn readable(&self) -> String {
         match self {
-            Part::Text(text) => text.clone(),
-            Part::Image(_) => "[image]".to_owned(),
+            Part::Text { text } => text.clone(),
+            Part::Image { .. } => "[image]".to_owned(),
         }
     }
 }

@@ -12,7 +12,7 @@ use crate::episode::{BoxOutcome, Episode, Stop};
 use crate::geometry::{BBox, Size, View};
 use crate::reward::Parts;
 
-/// A message of the task with the views it shows; `Part::Image(k)` means `views[k]`.
+/// A message of the task with the views it shows, one for each image among its parts, in order.
 #[derive(Clone, Debug, Default)]
 pub struct Shown {
     pub parts: Vec<Part>,

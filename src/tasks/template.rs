@@ -69,17 +69,15 @@ impl Template {
         Ok(template)
     }
 
-    /// A slot filled and split at its image: text, image, text. `image` numbers the view that is shown.
-    pub fn fill(&self, slot: &str, fill: &Fill, image: Option<usize>) -> Vec<Part> {
+    /// A slot filled and split at its image: text, image, text.
+    pub fn fill(&self, slot: &str, fill: &Fill) -> Vec<Part> {
         let mut parts = Vec::new();
         let mut pieces = slot.split("{image}");
         if let Some(first) = pieces.next() {
             push_text(&mut parts, self.fill_text(first, fill));
         }
         for piece in pieces {
-            if let Some(image) = image {
-                parts.push(Part::Image(image));
-            }
+            parts.push(Part::image());
             push_text(&mut parts, self.fill_text(piece, fill));
         }
         parts
@@ -120,7 +118,7 @@ pub fn finished(question: &str) -> String {
 
 fn push_text(parts: &mut Vec<Part>, text: String) {
     if !text.is_empty() {
-        parts.push(Part::Text(text));
+        parts.push(Part::text(text));
     }
 }
 
@@ -132,8 +130,8 @@ mod tests {
         parts
             .iter()
             .map(|p| match p {
-                Part::Text(t) => t.clone(),
-                Part::Image(i) => format!("<image {i}>"),
+                Part::Text { text } => text.clone(),
+                Part::Image { .. } => "<image>".to_owned(),
             })
             .collect()
     }
@@ -144,14 +142,14 @@ mod tests {
         let choices = ["red".to_owned(), "(B) blue".to_owned()];
         let fill = Fill { question: "What colour is the car", choices: None, reason: "" };
         assert_eq!(
-            text(&t.fill(&t.ask, &fill, Some(0))),
-            "<image 0>\nQuestion: What colour is the car.\n\nOutput the coordinates of the key image area relevant to the problem in JSON format."
+            text(&t.fill(&t.ask, &fill)),
+            "<image>\nQuestion: What colour is the car.\n\nOutput the coordinates of the key image area relevant to the problem in JSON format."
         );
         let fill = Fill { choices: Some(&choices), ..fill };
-        let second = text(&t.fill(&t.found, &fill, Some(1)));
+        let second = text(&t.fill(&t.found, &fill));
         assert_eq!(
             second,
-            "Here is the sub-image, cropped from the original image by your coordinates and enlarged:\n<image 1>\n\
+            "Here is the sub-image, cropped from the original image by your coordinates and enlarged:\n<image>\n\
              Question: What colour is the car.\nThe choices are listed below:\n(A) red\n(B) blue\n\
              Analyse the original image and the enlarged sub-image step by step. Where the sub-image does not suffice, fall back on \
              the original image. Reason clearly, and put the final answer in \\boxed{}."
@@ -165,11 +163,11 @@ mod tests {
     fn without_choices_no_empty_line_is_left() {
         let t = Template::load("mgpo").unwrap();
         let fill = Fill { question: "Which number?", ..Default::default() };
-        assert!(text(&t.fill(&t.found, &fill, Some(1))).contains("Question: Which number?\nAnalyse the original"));
+        assert!(text(&t.fill(&t.found, &fill)).contains("Question: Which number?\nAnalyse the original"));
         let t = Template::load("short").unwrap();
         assert_eq!(
-            text(&t.fill(&t.found, &fill, Some(1))),
-            "Here is the enlarged area.\n<image 1>\nQuestion: Which number? Put the final answer in \\boxed{}."
+            text(&t.fill(&t.found, &fill)),
+            "Here is the enlarged area.\n<image>\nQuestion: Which number? Put the final answer in \\boxed{}."
         );
     }
 
@@ -177,7 +175,7 @@ mod tests {
     fn braces_in_a_question_stay() {
         let t = Template::load("short").unwrap();
         let fill = Fill { question: "What does {choices} mean?", ..Default::default() };
-        assert!(text(&t.fill(&t.one_turn, &fill, Some(0))).contains("What does {choices} mean?"));
+        assert!(text(&t.fill(&t.one_turn, &fill)).contains("What does {choices} mean?"));
     }
 
     #[test]
