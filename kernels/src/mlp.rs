@@ -164,3 +164,114 @@ fn normal_cdf<const LEVEL: u8>(x: f32) -> f32 {
     let tail = 0.5 * t * exp::<LEVEL>(mul_add::<LEVEL>(-z, z, g));
     if x < 0.0 { tail } else { 1.0 - tail }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::oracle::{self, assert_close, assert_same_bits, gradient, numbers, weighted, wide};
+
+    fn spread(n: usize) -> Vec<f32> {
+        (0..n)
+            .map(|i| -6.0 + 12.0 * i as f32 / (n - 1) as f32)
+            .collect()
+    }
+
+    #[test]
+    fn values_by_hand() {
+        let mut y = [0.0; 3];
+        silu_forward(&mut y, &[0.0, 100.0, -100.0]);
+        assert_eq!(y[..2], [0.0, 100.0]);
+        assert!(y[2].abs() < 1e-38);
+        // x·Φ(x) at 1: 0.8413447460685429; at -1: -0.15865525393145707
+        gelu_forward(&mut y, &[1.0, -1.0, 0.0]);
+        assert!(
+            (y[0] - 0.841_344_7).abs() < 2e-7 && (y[1] + 0.158_655_25).abs() < 1e-7,
+            "{y:?}"
+        );
+        assert_eq!(y[2], 0.0);
+    }
+
+    #[test]
+    fn agree_with_the_oracle_and_its_finite_differences() {
+        let (x, up, dy) = (spread(1000), numbers(1, 1000), numbers(2, 1000));
+        let (xs, ups) = (wide(&x), wide(&up));
+        let silu = |x: &[f64]| x.iter().map(|&x| oracle::silu(x)).collect::<Vec<_>>();
+        let gelu = |x: &[f64]| x.iter().map(|&x| oracle::gelu(x)).collect::<Vec<_>>();
+        let swiglu = |g: &[f64], u: &[f64]| {
+            g.iter()
+                .zip(u)
+                .map(|(&g, u)| oracle::silu(g) * u)
+                .collect::<Vec<_>>()
+        };
+        // Element-wise, so one element's difference is the whole gradient: no need for n² work.
+        let slope = |f: &dyn Fn(&[f64]) -> Vec<f64>, x: &[f64], dy: &[f32]| -> Vec<f64> {
+            x.iter()
+                .zip(dy)
+                .flat_map(|(&x, &dy)| gradient(&[x], |x| weighted(&f(x), &[dy])))
+                .collect()
+        };
+        let mut y = vec![f32::NAN; 1000];
+        let mut dx = vec![f32::NAN; 1000];
+        // Each: a handful of roundings at 6e-8 of numbers up to 6 (relative above 1).
+        silu_forward(&mut y, &x);
+        assert_close("silu", &y, &silu(&xs), 6e-7);
+        silu_backward(&mut dx, &dy, &x);
+        assert_close("silu backward", &dx, &slope(&silu, &xs, &dy), 6e-7);
+        gelu_forward(&mut y, &x);
+        assert_close("gelu", &y, &gelu(&xs), 6e-7);
+        gelu_backward(&mut dx, &dy, &x);
+        assert_close("gelu backward", &dx, &slope(&gelu, &xs, &dy), 1e-6);
+        swiglu_forward(&mut y, &x, &up);
+        assert_close("swiglu", &y, &swiglu(&xs, &ups), 6e-7);
+        let mut du = vec![f32::NAN; 1000];
+        swiglu_backward(&mut dx, &mut du, &dy, &x, &up);
+        let per_gate: Vec<f64> = (0..1000)
+            .flat_map(|i| {
+                gradient(&xs[i..=i], |g| {
+                    weighted(&swiglu(g, &ups[i..=i]), &dy[i..=i])
+                })
+            })
+            .collect();
+        let per_up: Vec<f64> = (0..1000)
+            .flat_map(|i| {
+                gradient(&ups[i..=i], |u| {
+                    weighted(&swiglu(&xs[i..=i], u), &dy[i..=i])
+                })
+            })
+            .collect();
+        assert_close("dgate", &dx, &per_gate, 6e-7);
+        assert_close("dup", &du, &per_up, 6e-7);
+    }
+
+    #[test]
+    fn an_element_has_the_same_bits_alone() {
+        let (x, up) = (spread(101), numbers(1, 101));
+        let (mut h, mut g) = (vec![0.0; 101], vec![0.0; 101]);
+        swiglu_forward(&mut h, &x, &up);
+        gelu_forward(&mut g, &x);
+        for i in 0..101 {
+            let mut one = [0.0];
+            swiglu_forward(&mut one, &x[i..=i], &up[i..=i]);
+            assert_same_bits("swiglu", &one, &h[i..=i]);
+            gelu_forward(&mut one, &x[i..=i]);
+            assert_same_bits("gelu", &one, &g[i..=i]);
+        }
+    }
+
+    #[test]
+    fn huge_inputs_stay_finite() {
+        let x = [-1e30, -1e4, -90.0, 90.0, 1e4, 1e30];
+        let (mut y, mut dx, mut du) = ([0.0; 6], [0.0; 6], [0.0; 6]);
+        for i in 0..4 {
+            match i {
+                0 => silu_forward(&mut y, &x),
+                1 => gelu_forward(&mut y, &x),
+                2 => gelu_backward(&mut y, &[1.0; 6], &x),
+                _ => silu_backward(&mut y, &[1.0; 6], &x),
+            }
+            assert!(y.iter().all(|v| v.is_finite()), "function {i}: {y:?}");
+        }
+        swiglu_backward(&mut dx, &mut du, &[1.0; 6], &x, &[1.0; 6]);
+        assert!(dx.iter().chain(&du).all(|v| v.is_finite()), "{dx:?} {du:?}");
+    }
+}
