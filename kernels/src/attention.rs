@@ -60,7 +60,8 @@ impl Dims {
 const ROWS: usize = 128;
 /// Rows whose scores exist at once in the forward.
 const STRIP: usize = 16;
-/// Multiply-adds that make a task worth handing to another thread.
+/// Multiply-adds below which waking other threads costs more than it saves, and those worth one hand-over.
+const WORTH_THREADS: usize = 1 << 18;
 const WORTH_TASK: usize = 1 << 16;
 /// Tasks of the backward whose partial gradients are held at once.
 const BATCH: usize = 32;
@@ -169,19 +170,34 @@ pub fn forward(
         q.len()
     );
     let tasks = tasks(spans, dims);
+    let prompts = Prompts::new(k, spans, dims);
     let work: usize = tasks.iter().map(|t| t.work(dims)).sum();
-    let at_once = (WORTH_TASK * tasks.len()).div_ceil(work.max(1)).max(1);
-    let done: Vec<(Vec<f32>, Vec<f32>)> = tasks
-        .par_iter()
-        .with_min_len(at_once)
-        .map(|task| {
-            let rows = task.gather(q, dims);
-            let mut o = vec![0.0; rows.len()];
-            let mut lse = vec![0.0; rows.len() / dims.k];
-            attend(&mut o, &mut lse, &rows, k, v, task, dims);
-            (o, lse)
-        })
-        .collect();
+    let attend_task = |task: &Task| {
+        let rows = task.gather(q, dims);
+        let mut o = vec![0.0; rows.len()];
+        let mut lse = vec![0.0; rows.len() / dims.k];
+        attend(
+            &mut o,
+            &mut lse,
+            &rows,
+            k,
+            v,
+            prompts.keys(task),
+            task,
+            dims,
+        );
+        (o, lse)
+    };
+    let done: Vec<(Vec<f32>, Vec<f32>)> = if work < WORTH_THREADS {
+        tasks.iter().map(attend_task).collect()
+    } else {
+        let at_once = (WORTH_TASK * tasks.len()).div_ceil(work).max(1);
+        tasks
+            .par_iter()
+            .with_min_len(at_once)
+            .map(attend_task)
+            .collect()
+    };
     let group = dims.group();
     for (task, (task_o, task_lse)) in tasks.iter().zip(&done) {
         for ((start, from), from_lse) in task
@@ -195,49 +211,51 @@ pub fn forward(
     }
 }
 
-dispatch! { fn attend(o: &mut [f32], lse: &mut [f32], q: &[f32], k: &[f32], v: &[f32], task: &Task, dims: Dims) = attend_body }
+dispatch! { fn attend(o: &mut [f32], lse: &mut [f32], q: &[f32], k: &[f32], v: &[f32], shared_t: &[f32], task: &Task, dims: Dims) = attend_body }
 #[inline(always)]
+#[allow(clippy::too_many_arguments)]
 fn attend_body<const LEVEL: u8>(
     o: &mut [f32],
     lse: &mut [f32],
     q: &[f32],
     k: &[f32],
     v: &[f32],
-    task: &Task<'_>,
+    shared_t: &[f32],
+    task: &Task,
     dims: Dims,
 ) {
     let (kd, group, rows) = (dims.k, dims.group(), lse.len());
     let stride = dims.kv_heads * kd;
     let head = task.kv_head * kd;
-    let panels = task.keys().div_ceil(WIDTH);
-    let keys_t = transposed_keys(k, task, dims, panels);
-    // Reading values in place costs cache conflicts (their rows are far apart), copying them costs a pass: it pays from a few strips on.
+    let [shared, own] = task.pieces(task.keys());
+    let shared = shared.len();
+    let own_t = transposed(k, own, task.kv_head, dims);
+    // Reading values in place costs cache conflicts (their rows are far apart), copying them costs a pass: it pays from
+    // a few strips on.
     let copied = if rows > 2 * STRIP {
         Some(task.gather_keys(v, dims))
     } else {
         None
     };
-    let mut scores = vec![0.0f32; STRIP * panels * WIDTH];
-    let width = panels * WIDTH;
+    // Panels are written whole, so a row of scores has room past its last key.
+    let width = (task.keys() + WIDTH).next_multiple_of(WIDTH);
+    let mut scores = vec![0.0f32; STRIP * width];
     for r0 in (0..rows).step_by(STRIP) {
         let strip = STRIP.min(rows - r0);
         let seen = task
             .span
             .visible(task.block.start + (r0 + strip - 1) / group);
-        for p in 0..seen.div_ceil(WIDTH) {
-            let panel = &keys_t[p * WIDTH * kd..][..WIDTH * kd];
-            panel::multiply::<LEVEL>(
-                &mut scores[p * WIDTH..],
-                width,
-                &q[r0 * kd..],
-                kd,
-                panel,
-                WIDTH,
-                strip,
-                kd,
-                WIDTH,
-                false,
-            );
+        let q = &q[r0 * kd..];
+        // The own keys follow the last shared one and overwrite what the last shared panel left past it.
+        for (keys_t, first, count) in [(shared_t, 0, shared), (&own_t, shared, seen - shared)] {
+            for (p, panel) in keys_t
+                .chunks_exact(WIDTH * kd)
+                .enumerate()
+                .take(count.div_ceil(WIDTH))
+            {
+                let out = &mut scores[first + p * WIDTH..];
+                panel::multiply(out, width, q, kd, panel, WIDTH, strip, kd, WIDTH, false);
+            }
         }
         let mut sums = [0.0f32; STRIP];
         for (r, sum) in sums.iter_mut().enumerate().take(strip) {
@@ -249,15 +267,13 @@ fn attend_body<const LEVEL: u8>(
         }
         let o = &mut o[r0 * kd..(r0 + strip) * kd];
         match &copied {
-            Some(v) => {
-                panel::multiply::<LEVEL>(o, kd, &scores, width, v, kd, strip, seen, kd, false)
-            }
+            Some(v) => panel::multiply(o, kd, &scores, width, v, kd, strip, seen, kd, false),
             None => {
                 let mut done = 0;
                 for piece in task.pieces(seen) {
                     if !piece.is_empty() {
                         let v = &v[piece.start * stride + head..];
-                        panel::multiply::<LEVEL>(
+                        panel::multiply(
                             o,
                             kd,
                             &scores[done..],
@@ -281,30 +297,69 @@ fn attend_body<const LEVEL: u8>(
     }
 }
 
-/// Keys as panels: [panels, K, WIDTH], zeros past the last key.
-#[inline(always)]
-fn transposed_keys(k: &[f32], task: &Task<'_>, dims: Dims, panels: usize) -> Vec<f32> {
-    let (kd, stride) = (dims.k, dims.kv_heads * dims.k);
-    let mut keys_t = vec![0.0f32; panels * WIDTH * kd];
-    let mut number = 0;
-    for piece in task.pieces(task.keys()) {
-        let mut row = piece.start;
-        while row < piece.end {
-            let column = number % WIDTH;
-            let cols = (WIDTH - column).min(piece.end - row);
-            let panel = &mut keys_t[(number / WIDTH) * WIDTH * kd..];
-            panel::transpose_into(
-                &mut panel[column..],
-                &k[row * stride + task.kv_head * kd..],
-                stride,
-                kd,
-                cols,
-            );
-            row += cols;
-            number += cols;
+/// The keys of shared runs as panels, made once for all the spans that share them.
+struct Prompts {
+    /// A run and, for each head of keys, its panels.
+    runs: Vec<(Range<usize>, Vec<Vec<f32>>)>,
+}
+
+impl Prompts {
+    fn new(k: &[f32], spans: &[Span], dims: Dims) -> Self {
+        let mut distinct: Vec<&Range<usize>> = spans
+            .iter()
+            .map(|s| &s.shared)
+            .filter(|r| !r.is_empty())
+            .collect();
+        distinct.sort_by_key(|r| (r.start, r.end));
+        distinct.dedup();
+        let panels = |run: &Range<usize>| {
+            (0..dims.kv_heads)
+                .map(|head| transposed(k, run.clone(), head, dims))
+                .collect()
+        };
+        let runs = if distinct.len() < 2 {
+            distinct
+                .iter()
+                .map(|run| ((*run).clone(), panels(run)))
+                .collect()
+        } else {
+            distinct
+                .par_iter()
+                .map(|run| ((*run).clone(), panels(run)))
+                .collect()
+        };
+        Self { runs }
+    }
+
+    fn keys(&self, task: &Task) -> &[f32] {
+        let shared = &task.span.shared;
+        match self
+            .runs
+            .binary_search_by_key(&(shared.start, shared.end), |(r, _)| (r.start, r.end))
+        {
+            Ok(at) => &self.runs[at].1[task.kv_head],
+            Err(_) => &[],
         }
     }
-    keys_t
+}
+
+/// A run of keys of one head as panels: [panels, K, WIDTH], zeros past the last key.
+fn transposed(k: &[f32], run: Range<usize>, head: usize, dims: Dims) -> Vec<f32> {
+    let (kd, stride) = (dims.k, dims.kv_heads * dims.k);
+    let mut panels = vec![0.0f32; run.len().div_ceil(WIDTH) * WIDTH * kd];
+    for (panel, row) in panels
+        .chunks_exact_mut(WIDTH * kd)
+        .zip(run.clone().step_by(WIDTH))
+    {
+        panel::transpose_into(
+            panel,
+            &k[row * stride + head * kd..],
+            stride,
+            kd,
+            WIDTH.min(run.end - row),
+        );
+    }
+    panels
 }
 
 /// Scores become e^(scale·score − max); returns max and their sum.
@@ -417,7 +472,7 @@ fn task_backward(
     q: &[f32],
     k: &[f32],
     v: &[f32],
-    task: &Task<'_>,
+    task: &Task,
     dims: Dims,
 ) -> Gradients {
     let (kd, group, keys) = (dims.k, dims.group(), task.keys());

@@ -2,7 +2,7 @@
 //!
 //! Element-wise, so rows cannot influence each other; the exponential has the same bits wherever an element lies.
 
-use crate::vector::{PLAIN, dispatch, exp, mul_add, sigmoid};
+use crate::vector::{dispatch, exp, mul_add, sigmoid};
 use rayon::prelude::*;
 
 /// Elements handled by one task.
@@ -15,15 +15,34 @@ fn same(what: &str, lengths: &[usize]) {
     );
 }
 
+/// y = f(x), in parallel when it is long enough.
+fn one(y: &mut [f32], x: &[f32], f: fn(&mut [f32], &[f32])) {
+    if y.len() <= CHUNK {
+        return f(y, x);
+    }
+    y.par_chunks_mut(CHUNK)
+        .zip(x.par_chunks(CHUNK))
+        .for_each(|(y, x)| f(y, x));
+}
+
+/// y = f(a, b), in parallel when it is long enough.
+fn two(y: &mut [f32], a: &[f32], b: &[f32], f: fn(&mut [f32], &[f32], &[f32])) {
+    if y.len() <= CHUNK {
+        return f(y, a, b);
+    }
+    let inputs = a.par_chunks(CHUNK).zip(b.par_chunks(CHUNK));
+    y.par_chunks_mut(CHUNK)
+        .zip(inputs)
+        .for_each(|(y, (a, b))| f(y, a, b));
+}
+
 /// y = x · sigmoid(x).
 ///
 /// # Shapes
 /// Any, equal.
 pub fn silu_forward(y: &mut [f32], x: &[f32]) {
     same("silu", &[y.len(), x.len()]);
-    y.par_chunks_mut(CHUNK)
-        .zip(x.par_chunks(CHUNK))
-        .for_each(|(y, x)| silu_many(y, x));
+    one(y, x, silu_many);
 }
 
 dispatch! { fn silu_many(y: &mut [f32], x: &[f32]) = silu_body }
@@ -37,10 +56,7 @@ fn silu_body<const LEVEL: u8>(y: &mut [f32], x: &[f32]) {
 /// dx = dy · (s + x·s·(1 − s)) with s = sigmoid(x).
 pub fn silu_backward(dx: &mut [f32], dy: &[f32], x: &[f32]) {
     same("silu backward", &[dx.len(), dy.len(), x.len()]);
-    dx.par_chunks_mut(CHUNK)
-        .zip(dy.par_chunks(CHUNK))
-        .zip(x.par_chunks(CHUNK))
-        .for_each(|((dx, dy), x)| silu_grad_many(dx, dy, x));
+    two(dx, dy, x, silu_grad_many);
 }
 
 dispatch! { fn silu_grad_many(dx: &mut [f32], dy: &[f32], x: &[f32]) = silu_grad_body }
@@ -58,10 +74,7 @@ fn silu_grad_body<const LEVEL: u8>(dx: &mut [f32], dy: &[f32], x: &[f32]) {
 /// Any, equal; usually `[T, N]`.
 pub fn swiglu_forward(h: &mut [f32], gate: &[f32], up: &[f32]) {
     same("swiglu", &[h.len(), gate.len(), up.len()]);
-    h.par_chunks_mut(CHUNK)
-        .zip(gate.par_chunks(CHUNK))
-        .zip(up.par_chunks(CHUNK))
-        .for_each(|((h, g), u)| swiglu_many(h, g, u));
+    two(h, gate, up, swiglu_many);
 }
 
 dispatch! { fn swiglu_many(h: &mut [f32], gate: &[f32], up: &[f32]) = swiglu_body }
@@ -78,6 +91,9 @@ pub fn swiglu_backward(dgate: &mut [f32], dup: &mut [f32], dh: &[f32], gate: &[f
         "swiglu backward",
         &[dgate.len(), dup.len(), dh.len(), gate.len(), up.len()],
     );
+    if dh.len() <= CHUNK {
+        return swiglu_grad_many(dgate, dup, dh, gate, up);
+    }
     dgate
         .par_chunks_mut(CHUNK)
         .zip(dup.par_chunks_mut(CHUNK))
@@ -108,9 +124,7 @@ fn swiglu_grad_body<const LEVEL: u8>(
 /// Any, equal.
 pub fn gelu_forward(y: &mut [f32], x: &[f32]) {
     same("gelu", &[y.len(), x.len()]);
-    y.par_chunks_mut(CHUNK)
-        .zip(x.par_chunks(CHUNK))
-        .for_each(|(y, x)| gelu_many(y, x));
+    one(y, x, gelu_many);
 }
 
 dispatch! { fn gelu_many(y: &mut [f32], x: &[f32]) = gelu_body }
@@ -124,10 +138,7 @@ fn gelu_body<const LEVEL: u8>(y: &mut [f32], x: &[f32]) {
 /// dx = dy · (Φ(x) + x·φ(x)).
 pub fn gelu_backward(dx: &mut [f32], dy: &[f32], x: &[f32]) {
     same("gelu backward", &[dx.len(), dy.len(), x.len()]);
-    dx.par_chunks_mut(CHUNK)
-        .zip(dy.par_chunks(CHUNK))
-        .zip(x.par_chunks(CHUNK))
-        .for_each(|((dx, dy), x)| gelu_grad_many(dx, dy, x));
+    two(dx, dy, x, gelu_grad_many);
 }
 
 dispatch! { fn gelu_grad_many(dx: &mut [f32], dy: &[f32], x: &[f32]) = gelu_grad_body }
@@ -146,7 +157,6 @@ fn gelu_grad_body<const LEVEL: u8>(dx: &mut [f32], dy: &[f32], x: &[f32]) {
 /// interpolation at 11 Chebyshev points, in powers of t − 1/2 (largest error 1e-8 for z up to 10).
 #[inline(always)]
 fn normal_cdf<const LEVEL: u8>(x: f32) -> f32 {
-    debug_assert!(LEVEL >= PLAIN);
     let z = x.abs() * std::f32::consts::FRAC_1_SQRT_2;
     let t = 1.0 / (1.0 + 0.5 * z);
     let u = t - 0.5;

@@ -16,6 +16,9 @@ const ROWS: usize = 64;
 /// y, x `[T, D]`; rstd `[T]` (kept for backward); w `[D]`.
 pub fn forward(y: &mut [f32], rstd: &mut [f32], x: &[f32], w: &[f32], d: usize, eps: f32) {
     check(y.len(), x.len(), rstd.len(), w.len(), d);
+    if rstd.len() <= ROWS {
+        return forward_rows(y, rstd, x, w, d, eps);
+    }
     y.par_chunks_mut(ROWS * d)
         .zip(rstd.par_chunks_mut(ROWS))
         .zip(x.par_chunks(ROWS * d))
@@ -57,6 +60,11 @@ pub fn backward(
 ) {
     check(dx.len(), x.len(), rstd.len(), w.len(), d);
     check(dy.len(), x.len(), rstd.len(), dw.len(), d);
+    if rstd.len() <= ROWS {
+        let mut part = vec![0.0f32; d];
+        backward_rows(dx, &mut part, dy, x, w, rstd, d, accumulate_dx);
+        return dw.iter_mut().zip(part).for_each(|(sum, p)| *sum += p);
+    }
     let blocks = rstd.len().div_ceil(ROWS);
     let mut parts = vec![0.0f32; blocks * d];
     dx.par_chunks_mut(ROWS * d)

@@ -109,6 +109,7 @@ pub fn apply_backward(dx: &mut [f32], table: &Table, heads: usize) {
 
 fn turn(x: &mut [f32], table: &Table, heads: usize, back: bool) {
     let k = table.k;
+    assert!(k > 0 && heads > 0, "rope: K={k}, H={heads}");
     assert_eq!(
         table.cos.len(),
         table.sin.len(),
@@ -122,8 +123,8 @@ fn turn(x: &mut [f32], table: &Table, heads: usize, back: bool) {
         table.cos.len() / k
     );
     const ROWS: usize = 32;
-    if x.is_empty() {
-        return;
+    if table.cos.len() <= ROWS * k {
+        return turn_rows(x, &table.cos, &table.sin, heads, k, back);
     }
     x.par_chunks_mut(ROWS * heads * k)
         .zip(table.cos.par_chunks(ROWS * k))
@@ -170,9 +171,9 @@ mod tests {
         // K=8, theta 16: frequencies 1, 1/2, 1/4, 1/8; sections give them to t, h, w, w.
         let table = mrope([&[3], &[4], &[8]], 8, 16.0, [1, 1, 2]);
         let angles = [3.0f64, 2.0, 2.0, 1.0, 3.0, 2.0, 2.0, 1.0];
-        for i in 0..8 {
-            assert_eq!(table.cos[i], angles[i].cos() as f32, "cos {i}");
-            assert_eq!(table.sin[i], angles[i].sin() as f32, "sin {i}");
+        for (i, angle) in angles.iter().enumerate() {
+            assert_eq!(table.cos[i], angle.cos() as f32, "cos {i}");
+            assert_eq!(table.sin[i], angle.sin() as f32, "sin {i}");
         }
     }
 
@@ -181,9 +182,9 @@ mod tests {
         let p: Vec<i32> = (0..50).collect();
         let table = mrope([&p, &p, &p], 128, 1e6, [16, 24, 24]);
         for (t, row) in table.cos.chunks_exact(128).enumerate() {
-            for i in 0..64 {
+            for (i, &cos) in row.iter().enumerate().take(64) {
                 let freq = 1.0 / (1e6f64.powf(f64::from(2.0 * i as f32 / 128.0)) as f32);
-                assert_eq!(row[i], f64::from(t as f32 * freq).cos() as f32);
+                assert_eq!(cos, f64::from(t as f32 * freq).cos() as f32);
             }
         }
     }
@@ -194,10 +195,10 @@ mod tests {
         let table = vision2d(&[(0, 0), (2, 5)], 8, 10_000.0);
         assert_eq!(table.cos[..8], [1.0; 8]);
         let angles = [2.0f64, 0.02, 5.0, 0.05, 2.0, 0.02, 5.0, 0.05];
-        for i in 0..8 {
+        for (i, angle) in angles.iter().enumerate() {
             // The angle itself was rounded to f32 (5 · 6e-8).
             assert!(
-                (f64::from(table.sin[8 + i]) - angles[i].sin()).abs() < 3e-7,
+                (f64::from(table.sin[8 + i]) - angle.sin()).abs() < 3e-7,
                 "sin {i}"
             );
         }
