@@ -6,8 +6,11 @@
 //! interleaved sums by key number; P·V is a run of multiply-adds over the keys in order. Keys after the last visible one add
 //! exact zeros. So the bits depend neither on the other queries, nor on where the keys lie, nor on the threads.
 //! The backward recomputes probabilities from the log-sum-exp (Dao et al. 2022, arXiv:2205.14135) and never holds more
-//! than `ROWS` rows of scores per task; partial gradients of keys are added in the order of the spans.
+//! than a block of rows of scores per task; partial gradients of keys are added in the order of the spans.
 
+mod task;
+
+use self::task::{Prompts, Task, tasks, transposed};
 use crate::matmul::{self, Target, View};
 use crate::panel::{self, WIDTH};
 use crate::vector::{self, LANES, dispatch, exp};
@@ -56,8 +59,6 @@ impl Dims {
     }
 }
 
-/// Rows (query × head of the group) that one task holds.
-const ROWS: usize = 128;
 /// Rows whose scores exist at once in the forward.
 const STRIP: usize = 16;
 /// Multiply-adds below which waking other threads costs more than it saves, and those worth one hand-over.
@@ -65,80 +66,6 @@ const WORTH_THREADS: usize = 1 << 18;
 const WORTH_TASK: usize = 1 << 16;
 /// Tasks of the backward whose partial gradients are held at once.
 const BATCH: usize = 32;
-
-/// A block of queries of one span, for one head of keys.
-struct Task<'a> {
-    span: &'a Span,
-    kv_head: usize,
-    /// Queries, counted within the span.
-    block: Range<usize>,
-}
-
-impl Task<'_> {
-    /// Keys that some query of the block sees.
-    fn keys(&self) -> usize {
-        self.span.visible(self.block.end - 1)
-    }
-
-    /// Runs of rows in the key buffer, in order, for the first `keys` visible keys.
-    fn pieces(&self, keys: usize) -> [Range<usize>; 2] {
-        let shared = keys.min(self.span.shared.len());
-        let own = keys - shared;
-        [
-            self.span.shared.start..self.span.shared.start + shared,
-            self.span.own.start..self.span.own.start + own,
-        ]
-    }
-
-    /// Where the rows of the block start in a [Tq, H, K] buffer, one start per query; each holds the whole group.
-    fn starts(&self, dims: Dims) -> impl Iterator<Item = usize> {
-        let first = self.span.queries.start + self.block.start;
-        let kv_head = self.kv_head;
-        (0..self.block.len())
-            .map(move |i| ((first + i) * dims.heads + kv_head * dims.group()) * dims.k)
-    }
-
-    /// The block's rows side by side: [queries · group, K].
-    fn gather(&self, x: &[f32], dims: Dims) -> Vec<f32> {
-        let width = dims.group() * dims.k;
-        let mut rows = Vec::with_capacity(self.block.len() * width);
-        for start in self.starts(dims) {
-            rows.extend_from_slice(&x[start..start + width]);
-        }
-        rows
-    }
-
-    /// The visible keys (or values) of the task's head side by side: [keys, K].
-    fn gather_keys(&self, x: &[f32], dims: Dims) -> Vec<f32> {
-        let mut rows = Vec::with_capacity(self.keys() * dims.k);
-        for row in self.pieces(self.keys()).into_iter().flatten() {
-            rows.extend_from_slice(&x[(row * dims.kv_heads + self.kv_head) * dims.k..][..dims.k]);
-        }
-        rows
-    }
-
-    fn work(&self, dims: Dims) -> usize {
-        self.block.len() * dims.group() * self.keys() * dims.k * 2
-    }
-}
-
-fn tasks(spans: &[Span], dims: Dims) -> Vec<Task<'_>> {
-    let step = (ROWS / dims.group()).max(1);
-    let mut tasks = Vec::new();
-    for span in spans {
-        let n = span.queries.len();
-        for kv_head in 0..dims.kv_heads {
-            for start in (0..n).step_by(step) {
-                tasks.push(Task {
-                    span,
-                    kv_head,
-                    block: start..n.min(start + step),
-                });
-            }
-        }
-    }
-    tasks
-}
 
 /// Writes o and lse (log-sum-exp of the scaled scores, for the backward) of every query in a span; other rows stay.
 ///
@@ -239,7 +166,7 @@ fn attend_body<const LEVEL: u8>(
     };
     // Panels are written whole, so a row of scores has room past its last key.
     let width = (task.keys() + WIDTH).next_multiple_of(WIDTH);
-    let mut scores = vec![0.0f32; STRIP * width];
+    let mut scores = vec![0.0f32; STRIP.min(rows) * width];
     for r0 in (0..rows).step_by(STRIP) {
         let strip = STRIP.min(rows - r0);
         let seen = task
@@ -295,71 +222,6 @@ fn attend_body<const LEVEL: u8>(
             o.iter_mut().for_each(|o| *o *= inverse);
         }
     }
-}
-
-/// The keys of shared runs as panels, made once for all the spans that share them.
-struct Prompts {
-    /// A run and, for each head of keys, its panels.
-    runs: Vec<(Range<usize>, Vec<Vec<f32>>)>,
-}
-
-impl Prompts {
-    fn new(k: &[f32], spans: &[Span], dims: Dims) -> Self {
-        let mut distinct: Vec<&Range<usize>> = spans
-            .iter()
-            .map(|s| &s.shared)
-            .filter(|r| !r.is_empty())
-            .collect();
-        distinct.sort_by_key(|r| (r.start, r.end));
-        distinct.dedup();
-        let panels = |run: &Range<usize>| {
-            (0..dims.kv_heads)
-                .map(|head| transposed(k, run.clone(), head, dims))
-                .collect()
-        };
-        let runs = if distinct.len() < 2 {
-            distinct
-                .iter()
-                .map(|run| ((*run).clone(), panels(run)))
-                .collect()
-        } else {
-            distinct
-                .par_iter()
-                .map(|run| ((*run).clone(), panels(run)))
-                .collect()
-        };
-        Self { runs }
-    }
-
-    fn keys(&self, task: &Task) -> &[f32] {
-        let shared = &task.span.shared;
-        match self
-            .runs
-            .binary_search_by_key(&(shared.start, shared.end), |(r, _)| (r.start, r.end))
-        {
-            Ok(at) => &self.runs[at].1[task.kv_head],
-            Err(_) => &[],
-        }
-    }
-}
-
-/// A run of keys of one head as panels: [panels, K, WIDTH], zeros past the last key.
-fn transposed(k: &[f32], run: Range<usize>, head: usize, dims: Dims) -> Vec<f32> {
-    let (kd, stride) = (dims.k, dims.kv_heads * dims.k);
-    let mut panels = vec![0.0f32; run.len().div_ceil(WIDTH) * WIDTH * kd];
-    for (panel, row) in panels
-        .chunks_exact_mut(WIDTH * kd)
-        .zip(run.clone().step_by(WIDTH))
-    {
-        panel::transpose_into(
-            panel,
-            &k[row * stride + head * kd..],
-            stride,
-            kd,
-            WIDTH.min(run.end - row),
-        );
-    }
-    panels
 }
 
 /// Scores become e^(scale·score − max); returns max and their sum.

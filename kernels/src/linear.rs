@@ -12,8 +12,8 @@ use rayon::prelude::*;
 
 /// Longest run of multiply-adds; the length `gemm` never splits.
 const BLOCK: usize = 512;
-/// Below this many rows packing the weights costs `gemm` more than the product itself.
-const FEW_ROWS: usize = 24;
+/// Below this many rows `gemm` spends more on packing the weights (by one thread) than the panel product takes in all.
+const FEW_ROWS: usize = 64;
 /// Multiply-adds below which waking other threads costs more than it saves.
 const WORTH_THREADS: usize = 1 << 18;
 
@@ -330,8 +330,8 @@ mod tests {
             (1, 7, 5),
             (3, 2, 40),
             (5, 33, 31),
-            (24, 16, 16),
-            (25, 100, 67),
+            (64, 16, 16),
+            (65, 100, 67),
             (70, 513, 33),
             (40, 600, 5),
             (2, 1100, 97),
@@ -360,7 +360,7 @@ mod tests {
                 let b = bias.then_some(&b[..]);
                 let all = product(&x, &w, b, 200, m, n);
                 let packed = Packed::new(&w, m, n);
-                for t in [1, 2, 3, 5, 8, 17, 23, 24, 25, 64, 199] {
+                for t in [1, 2, 3, 5, 8, 17, 63, 64, 65, 199] {
                     // Rows from the middle, so that their place changes too.
                     let from = 200 - t;
                     let some = product(&x[from * m..], &w, b, t, m, n);

@@ -26,11 +26,12 @@ pub struct Out {
     stats: Vec<Stats>,
 }
 
-/// The normaliser of one row: log-sum-exp = max + log_sum.
+/// The normaliser of one row (log-sum-exp = max + log_sum) and its entropy.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Stats {
     pub max: f32,
     pub log_sum: f32,
+    pub entropy: f32,
 }
 
 impl Stats {
@@ -90,21 +91,17 @@ pub fn forward(
     let at_once = block_rows(v);
     for (h, targets) in h.chunks(at_once * d).zip(targets.chunks(at_once)) {
         let mut z = logits(h, w, banned, d, v);
-        let scored: Vec<(f32, f32, Stats)> = z
+        let scored: Vec<(f32, Stats)> = z
             .par_chunks_exact_mut(v)
             .zip(targets)
             .map(|(z, &target)| {
                 let stats = scale_and_measure(z, temperature);
-                (
-                    stats.logprob(z[target as usize]),
-                    entropy(z, stats.max, stats.log_sum),
-                    stats,
-                )
+                (stats.logprob(z[target as usize]), stats)
             })
             .collect();
-        for (logprob, entropy, stats) in scored {
+        for (logprob, stats) in scored {
             out.logprob.push(logprob);
-            out.entropy.push(entropy);
+            out.entropy.push(stats.entropy);
             out.stats.push(stats);
         }
     }
@@ -167,7 +164,7 @@ pub fn backward(
         let mut z = logits(h, w, banned, d, v);
         z.par_chunks_exact_mut(v).enumerate().for_each(|(i, z)| {
             let i = start + i;
-            let Stats { max, log_sum } = out.stats[i];
+            let Stats { max, log_sum, .. } = out.stats[i];
             let entropy_weight = entropy_weights.map_or(0.0, |e| e[i]);
             let inverse = 1.0 / temperature;
             scale(z, temperature);
@@ -231,34 +228,55 @@ fn divide_body<const LEVEL: u8>(z: &mut [f32], temperature: f32) {
     z.iter_mut().for_each(|z| *z /= temperature);
 }
 
-/// The normaliser of a row.
+/// The normaliser and entropy of a row; with e = e^(z − max) and S = Σe the entropy is ln S − Σ e·(z − max) / S.
 pub(crate) fn measure(z: &[f32]) -> Stats {
-    let (max, sum) = max_and_sum(z);
+    let Sums { max, exps, moments } = sums(z);
+    let log_sum = exps.ln();
     Stats {
         max,
-        log_sum: sum.ln() as f32,
+        log_sum: log_sum as f32,
+        entropy: (log_sum - moments / exps) as f32,
     }
 }
 
-dispatch! { fn max_and_sum(z: &[f32]) -> (f32, f64) = max_and_sum_body }
+/// Largest z, Σ e^(z − max) and Σ e^(z − max)·(z − max).
+struct Sums {
+    max: f32,
+    exps: f64,
+    moments: f64,
+}
+
+dispatch! { fn sums(z: &[f32]) -> Sums = sums_body }
 #[inline(always)]
-fn max_and_sum_body<const LEVEL: u8>(z: &[f32]) -> (f32, f64) {
+fn sums_body<const LEVEL: u8>(z: &[f32]) -> Sums {
     let max = vector::max(z);
-    let mut total = 0.0f64;
+    let mut out = Sums {
+        max,
+        exps: 0.0,
+        moments: 0.0,
+    };
     for block in z.chunks(BLOCK) {
-        let mut lanes = [0.0f32; LANES];
+        let (mut exps, mut moments) = ([0.0f32; LANES], [0.0f32; LANES]);
         let (whole, rest) = block.as_chunks::<LANES>();
+        let mut add = |lane: usize, z: f32| {
+            // A banned id is at -inf, where 0·(-inf) would spoil the sum.
+            let below = (z - max).max(f32::MIN);
+            let e = exp::<LEVEL>(below);
+            exps[lane] += e;
+            moments[lane] += e * below;
+        };
         for chunk in whole {
-            for (sum, &z) in lanes.iter_mut().zip(chunk) {
-                *sum += exp::<LEVEL>(z - max);
+            for (lane, &z) in chunk.iter().enumerate() {
+                add(lane, z);
             }
         }
-        for (sum, &z) in lanes.iter_mut().zip(rest) {
-            *sum += exp::<LEVEL>(z - max);
+        for (lane, &z) in rest.iter().enumerate() {
+            add(lane, z);
         }
-        total += f64::from(vector::fold(lanes));
+        out.exps += f64::from(vector::fold(exps));
+        out.moments += f64::from(vector::fold(moments));
     }
-    (max, total)
+    out
 }
 
 dispatch! {
@@ -268,24 +286,6 @@ dispatch! {
 #[inline(always)]
 fn subtract_and_exp_body<const LEVEL: u8>(z: &mut [f32], max: f32) {
     z.iter_mut().for_each(|z| *z = exp::<LEVEL>(*z - max));
-}
-
-dispatch! { fn entropy(z: &[f32], max: f32, log_sum: f32) -> f32 = entropy_body }
-#[inline(always)]
-fn entropy_body<const LEVEL: u8>(z: &[f32], max: f32, log_sum: f32) -> f32 {
-    let mut total = 0.0f64;
-    for block in z.chunks(BLOCK) {
-        let mut lanes = [0.0f32; LANES];
-        for chunk in block.chunks(LANES) {
-            for (sum, &z) in lanes.iter_mut().zip(chunk) {
-                let log_p = (z - max) - log_sum;
-                let p = exp::<LEVEL>(log_p);
-                *sum -= if p > 0.0 { p * log_p } else { 0.0 };
-            }
-        }
-        total += f64::from(vector::fold(lanes));
-    }
-    total as f32
 }
 
 dispatch! { fn gradient(z: &mut [f32], max: f32, log_sum: f32, weight: f32, entropy_weight: f32, entropy: f32) = gradient_body }
