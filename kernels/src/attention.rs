@@ -6,8 +6,11 @@
 //! interleaved sums by key number; P·V is a run of multiply-adds over the keys in order. Keys after the last visible one add
 //! exact zeros. So the bits depend neither on the other queries, nor on where the keys lie, nor on the threads.
 //! The backward recomputes probabilities from the log-sum-exp (Dao et al. 2022, arXiv:2205.14135) and never holds more
-//! than `ROWS` rows of scores per task; partial gradients of keys are added in the order of the spans.
+//! than a block of rows of scores per task; partial gradients of keys are added in the order of the spans.
 
+mod task;
+
+use self::task::{Prompts, Task, tasks, transposed};
 use crate::matmul::{self, Target, View};
 use crate::panel::{self, WIDTH};
 use crate::vector::{self, LANES, dispatch, exp};
@@ -56,88 +59,13 @@ impl Dims {
     }
 }
 
-/// Rows (query × head of the group) that one task holds.
-const ROWS: usize = 128;
 /// Rows whose scores exist at once in the forward.
 const STRIP: usize = 16;
-/// Multiply-adds that make a task worth handing to another thread.
+/// Multiply-adds below which waking other threads costs more than it saves, and those worth one hand-over.
+const WORTH_THREADS: usize = 1 << 18;
 const WORTH_TASK: usize = 1 << 16;
 /// Tasks of the backward whose partial gradients are held at once.
 const BATCH: usize = 32;
-
-/// A block of queries of one span, for one head of keys.
-struct Task<'a> {
-    span: &'a Span,
-    kv_head: usize,
-    /// Queries, counted within the span.
-    block: Range<usize>,
-}
-
-impl Task<'_> {
-    /// Keys that some query of the block sees.
-    fn keys(&self) -> usize {
-        self.span.visible(self.block.end - 1)
-    }
-
-    /// Runs of rows in the key buffer, in order, for the first `keys` visible keys.
-    fn pieces(&self, keys: usize) -> [Range<usize>; 2] {
-        let shared = keys.min(self.span.shared.len());
-        let own = keys - shared;
-        [
-            self.span.shared.start..self.span.shared.start + shared,
-            self.span.own.start..self.span.own.start + own,
-        ]
-    }
-
-    /// Where the rows of the block start in a [Tq, H, K] buffer, one start per query; each holds the whole group.
-    fn starts(&self, dims: Dims) -> impl Iterator<Item = usize> {
-        let first = self.span.queries.start + self.block.start;
-        let kv_head = self.kv_head;
-        (0..self.block.len())
-            .map(move |i| ((first + i) * dims.heads + kv_head * dims.group()) * dims.k)
-    }
-
-    /// The block's rows side by side: [queries · group, K].
-    fn gather(&self, x: &[f32], dims: Dims) -> Vec<f32> {
-        let width = dims.group() * dims.k;
-        let mut rows = Vec::with_capacity(self.block.len() * width);
-        for start in self.starts(dims) {
-            rows.extend_from_slice(&x[start..start + width]);
-        }
-        rows
-    }
-
-    /// The visible keys (or values) of the task's head side by side: [keys, K].
-    fn gather_keys(&self, x: &[f32], dims: Dims) -> Vec<f32> {
-        let mut rows = Vec::with_capacity(self.keys() * dims.k);
-        for row in self.pieces(self.keys()).into_iter().flatten() {
-            rows.extend_from_slice(&x[(row * dims.kv_heads + self.kv_head) * dims.k..][..dims.k]);
-        }
-        rows
-    }
-
-    fn work(&self, dims: Dims) -> usize {
-        self.block.len() * dims.group() * self.keys() * dims.k * 2
-    }
-}
-
-fn tasks(spans: &[Span], dims: Dims) -> Vec<Task<'_>> {
-    let step = (ROWS / dims.group()).max(1);
-    let mut tasks = Vec::new();
-    for span in spans {
-        let n = span.queries.len();
-        for kv_head in 0..dims.kv_heads {
-            for start in (0..n).step_by(step) {
-                tasks.push(Task {
-                    span,
-                    kv_head,
-                    block: start..n.min(start + step),
-                });
-            }
-        }
-    }
-    tasks
-}
 
 /// Writes o and lse (log-sum-exp of the scaled scores, for the backward) of every query in a span; other rows stay.
 ///
@@ -169,19 +97,34 @@ pub fn forward(
         q.len()
     );
     let tasks = tasks(spans, dims);
+    let prompts = Prompts::new(k, spans, dims);
     let work: usize = tasks.iter().map(|t| t.work(dims)).sum();
-    let at_once = (WORTH_TASK * tasks.len()).div_ceil(work.max(1)).max(1);
-    let done: Vec<(Vec<f32>, Vec<f32>)> = tasks
-        .par_iter()
-        .with_min_len(at_once)
-        .map(|task| {
-            let rows = task.gather(q, dims);
-            let mut o = vec![0.0; rows.len()];
-            let mut lse = vec![0.0; rows.len() / dims.k];
-            attend(&mut o, &mut lse, &rows, k, v, task, dims);
-            (o, lse)
-        })
-        .collect();
+    let attend_task = |task: &Task| {
+        let rows = task.gather(q, dims);
+        let mut o = vec![0.0; rows.len()];
+        let mut lse = vec![0.0; rows.len() / dims.k];
+        attend(
+            &mut o,
+            &mut lse,
+            &rows,
+            k,
+            v,
+            prompts.keys(task),
+            task,
+            dims,
+        );
+        (o, lse)
+    };
+    let done: Vec<(Vec<f32>, Vec<f32>)> = if work < WORTH_THREADS {
+        tasks.iter().map(attend_task).collect()
+    } else {
+        let at_once = (WORTH_TASK * tasks.len()).div_ceil(work).max(1);
+        tasks
+            .par_iter()
+            .with_min_len(at_once)
+            .map(attend_task)
+            .collect()
+    };
     let group = dims.group();
     for (task, (task_o, task_lse)) in tasks.iter().zip(&done) {
         for ((start, from), from_lse) in task
@@ -195,49 +138,51 @@ pub fn forward(
     }
 }
 
-dispatch! { fn attend(o: &mut [f32], lse: &mut [f32], q: &[f32], k: &[f32], v: &[f32], task: &Task, dims: Dims) = attend_body }
+dispatch! { fn attend(o: &mut [f32], lse: &mut [f32], q: &[f32], k: &[f32], v: &[f32], shared_t: &[f32], task: &Task, dims: Dims) = attend_body }
 #[inline(always)]
+#[allow(clippy::too_many_arguments)]
 fn attend_body<const LEVEL: u8>(
     o: &mut [f32],
     lse: &mut [f32],
     q: &[f32],
     k: &[f32],
     v: &[f32],
-    task: &Task<'_>,
+    shared_t: &[f32],
+    task: &Task,
     dims: Dims,
 ) {
     let (kd, group, rows) = (dims.k, dims.group(), lse.len());
     let stride = dims.kv_heads * kd;
     let head = task.kv_head * kd;
-    let panels = task.keys().div_ceil(WIDTH);
-    let keys_t = transposed_keys(k, task, dims, panels);
-    // Reading values in place costs cache conflicts (their rows are far apart), copying them costs a pass: it pays from a few strips on.
+    let [shared, own] = task.pieces(task.keys());
+    let shared = shared.len();
+    let own_t = transposed(k, own, task.kv_head, dims);
+    // Reading values in place costs cache conflicts (their rows are far apart), copying them costs a pass: it pays from
+    // a few strips on.
     let copied = if rows > 2 * STRIP {
         Some(task.gather_keys(v, dims))
     } else {
         None
     };
-    let mut scores = vec![0.0f32; STRIP * panels * WIDTH];
-    let width = panels * WIDTH;
+    // Panels are written whole, so a row of scores has room past its last key.
+    let width = (task.keys() + WIDTH).next_multiple_of(WIDTH);
+    let mut scores = vec![0.0f32; STRIP.min(rows) * width];
     for r0 in (0..rows).step_by(STRIP) {
         let strip = STRIP.min(rows - r0);
         let seen = task
             .span
             .visible(task.block.start + (r0 + strip - 1) / group);
-        for p in 0..seen.div_ceil(WIDTH) {
-            let panel = &keys_t[p * WIDTH * kd..][..WIDTH * kd];
-            panel::multiply::<LEVEL>(
-                &mut scores[p * WIDTH..],
-                width,
-                &q[r0 * kd..],
-                kd,
-                panel,
-                WIDTH,
-                strip,
-                kd,
-                WIDTH,
-                false,
-            );
+        let q = &q[r0 * kd..];
+        // The own keys follow the last shared one and overwrite what the last shared panel left past it.
+        for (keys_t, first, count) in [(shared_t, 0, shared), (&own_t, shared, seen - shared)] {
+            for (p, panel) in keys_t
+                .chunks_exact(WIDTH * kd)
+                .enumerate()
+                .take(count.div_ceil(WIDTH))
+            {
+                let out = &mut scores[first + p * WIDTH..];
+                panel::multiply(out, width, q, kd, panel, WIDTH, strip, kd, WIDTH, false);
+            }
         }
         let mut sums = [0.0f32; STRIP];
         for (r, sum) in sums.iter_mut().enumerate().take(strip) {
@@ -249,15 +194,13 @@ fn attend_body<const LEVEL: u8>(
         }
         let o = &mut o[r0 * kd..(r0 + strip) * kd];
         match &copied {
-            Some(v) => {
-                panel::multiply::<LEVEL>(o, kd, &scores, width, v, kd, strip, seen, kd, false)
-            }
+            Some(v) => panel::multiply(o, kd, &scores, width, v, kd, strip, seen, kd, false),
             None => {
                 let mut done = 0;
                 for piece in task.pieces(seen) {
                     if !piece.is_empty() {
                         let v = &v[piece.start * stride + head..];
-                        panel::multiply::<LEVEL>(
+                        panel::multiply(
                             o,
                             kd,
                             &scores[done..],
@@ -279,32 +222,6 @@ fn attend_body<const LEVEL: u8>(
             o.iter_mut().for_each(|o| *o *= inverse);
         }
     }
-}
-
-/// Keys as panels: [panels, K, WIDTH], zeros past the last key.
-#[inline(always)]
-fn transposed_keys(k: &[f32], task: &Task<'_>, dims: Dims, panels: usize) -> Vec<f32> {
-    let (kd, stride) = (dims.k, dims.kv_heads * dims.k);
-    let mut keys_t = vec![0.0f32; panels * WIDTH * kd];
-    let mut number = 0;
-    for piece in task.pieces(task.keys()) {
-        let mut row = piece.start;
-        while row < piece.end {
-            let column = number % WIDTH;
-            let cols = (WIDTH - column).min(piece.end - row);
-            let panel = &mut keys_t[(number / WIDTH) * WIDTH * kd..];
-            panel::transpose_into(
-                &mut panel[column..],
-                &k[row * stride + task.kv_head * kd..],
-                stride,
-                kd,
-                cols,
-            );
-            row += cols;
-            number += cols;
-        }
-    }
-    keys_t
 }
 
 /// Scores become e^(scale·score − max); returns max and their sum.
@@ -417,7 +334,7 @@ fn task_backward(
     q: &[f32],
     k: &[f32],
     v: &[f32],
-    task: &Task<'_>,
+    task: &Task,
     dims: Dims,
 ) -> Gradients {
     let (kd, group, keys) = (dims.k, dims.group(), task.keys());

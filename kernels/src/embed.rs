@@ -38,3 +38,25 @@ fn check(y: usize, table: usize, ids: &[u32], d: usize) {
         panic!("embed: token id {id} is outside the vocabulary of {v}");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_come_by_id_and_gradients_go_back() {
+        let table = [0.0, 1.0, 10.0, 11.0, 20.0, 21.0];
+        let mut y = [0.0; 6];
+        forward(&mut y, &table, &[2, 0, 2], 2);
+        assert_eq!(y, [20.0, 21.0, 0.0, 1.0, 20.0, 21.0]);
+        let mut grad = [0.5; 6];
+        backward(&mut grad, &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], &[2, 0, 2], 2);
+        assert_eq!(grad, [3.5, 4.5, 0.5, 0.5, 6.5, 8.5]);
+    }
+
+    #[test]
+    #[should_panic(expected = "token id 3 is outside the vocabulary of 3")]
+    fn an_unknown_id_is_named() {
+        forward(&mut [0.0; 2], &[0.0; 6], &[3], 2);
+    }
+}

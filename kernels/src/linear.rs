@@ -8,13 +8,12 @@
 
 use crate::matmul::{self, Target, View};
 use crate::panel::{self, WIDTH};
-use crate::vector::dispatch;
 use rayon::prelude::*;
 
 /// Longest run of multiply-adds; the length `gemm` never splits.
 const BLOCK: usize = 512;
-/// Below this many rows packing the weights costs `gemm` more than the product itself.
-const FEW_ROWS: usize = 24;
+/// Below this many rows `gemm` spends more on packing the weights (by one thread) than the panel product takes in all.
+const FEW_ROWS: usize = 64;
 /// Multiply-adds below which waking other threads costs more than it saves.
 const WORTH_THREADS: usize = 1 << 18;
 
@@ -76,7 +75,7 @@ impl Packed {
                 .enumerate()
                 .for_each(|(p, panel)| {
                     let first = p * WIDTH;
-                    pack(panel, &w[first * m..], m, m, WIDTH.min(n - first));
+                    panel::transpose_into(panel, &w[first * m..], m, m, WIDTH.min(n - first));
                 });
         }
         Self { panels, m, n }
@@ -126,23 +125,21 @@ fn few_rows(
             out.chunks_exact_mut(WIDTH)
                 .for_each(|row| row[..cols].copy_from_slice(&b[first..first + cols]));
         }
-        match w {
-            Weights::Rows(w) => {
-                let mut scratch = vec![0.0; block_len(m) * WIDTH];
-                from_rows(
-                    out,
-                    x,
-                    &w[first * m..],
-                    &mut scratch,
-                    t,
-                    m,
-                    cols,
-                    b.is_some(),
-                );
-            }
-            Weights::Panels(panels) => {
-                from_panel(out, x, &panels[first * m..][..WIDTH * m], t, m, b.is_some())
-            }
+        let block = block_len(m);
+        let mut scratch = match w {
+            Weights::Rows(_) => vec![0.0; block * WIDTH],
+            Weights::Panels(_) => Vec::new(),
+        };
+        for k0 in (0..m).step_by(block) {
+            let k = block.min(m - k0);
+            let panel = match w {
+                Weights::Rows(w) => {
+                    panel::transpose_into(&mut scratch, &w[first * m + k0..], m, k, cols);
+                    &scratch[..]
+                }
+                Weights::Panels(panels) => &panels[first * m + k0 * WIDTH..],
+            };
+            add_block(out, &x[k0..], m, panel, t, k, b.is_some() || k0 > 0);
         }
     };
     if t * m * n < WORTH_THREADS {
@@ -164,67 +161,8 @@ fn few_rows(
     }
 }
 
-dispatch! { fn pack(panel: &mut [f32], rows: &[f32], stride: usize, k: usize, cols: usize) = pack_body }
-#[inline(always)]
-fn pack_body<const LEVEL: u8>(
-    panel: &mut [f32],
-    rows: &[f32],
-    stride: usize,
-    k: usize,
-    cols: usize,
-) {
-    panel::transpose_into(panel, rows, stride, k, cols);
-}
-
-dispatch! { fn from_rows(out: &mut [f32], x: &[f32], w: &[f32], scratch: &mut [f32], t: usize, m: usize, cols: usize, started: bool) = from_rows_body }
-#[inline(always)]
-#[allow(clippy::too_many_arguments)]
-fn from_rows_body<const LEVEL: u8>(
-    out: &mut [f32],
-    x: &[f32],
-    w: &[f32],
-    scratch: &mut [f32],
-    t: usize,
-    m: usize,
-    cols: usize,
-    started: bool,
-) {
-    let block = block_len(m);
-    for k0 in (0..m).step_by(block) {
-        let k = block.min(m - k0);
-        panel::transpose_into(scratch, &w[k0..], m, k, cols);
-        add_block::<LEVEL>(out, &x[k0..], m, scratch, t, k, started || k0 > 0);
-    }
-}
-
-dispatch! { fn from_panel(out: &mut [f32], x: &[f32], panel: &[f32], t: usize, m: usize, started: bool) = from_panel_body }
-#[inline(always)]
-fn from_panel_body<const LEVEL: u8>(
-    out: &mut [f32],
-    x: &[f32],
-    panel: &[f32],
-    t: usize,
-    m: usize,
-    started: bool,
-) {
-    let block = block_len(m);
-    for k0 in (0..m).step_by(block) {
-        let k = block.min(m - k0);
-        add_block::<LEVEL>(
-            out,
-            &x[k0..],
-            m,
-            &panel[k0 * WIDTH..],
-            t,
-            k,
-            started || k0 > 0,
-        );
-    }
-}
-
 /// One block of k: a product from zero, then one addition to what `out` holds.
-#[inline(always)]
-fn add_block<const LEVEL: u8>(
+fn add_block(
     out: &mut [f32],
     x: &[f32],
     m: usize,
@@ -235,13 +173,13 @@ fn add_block<const LEVEL: u8>(
 ) {
     const ROWS: usize = 8;
     if !started {
-        panel::multiply::<LEVEL>(out, WIDTH, x, m, panel, WIDTH, t, k, WIDTH, false);
+        panel::multiply(out, WIDTH, x, m, panel, WIDTH, t, k, WIDTH, false);
         return;
     }
     let mut part = [0.0f32; ROWS * WIDTH];
     for r in (0..t).step_by(ROWS) {
         let rows = ROWS.min(t - r);
-        panel::multiply::<LEVEL>(
+        panel::multiply(
             &mut part,
             WIDTH,
             &x[r * m..],
@@ -392,8 +330,8 @@ mod tests {
             (1, 7, 5),
             (3, 2, 40),
             (5, 33, 31),
-            (24, 16, 16),
-            (25, 100, 67),
+            (64, 16, 16),
+            (65, 100, 67),
             (70, 513, 33),
             (40, 600, 5),
             (2, 1100, 97),
@@ -422,7 +360,7 @@ mod tests {
                 let b = bias.then_some(&b[..]);
                 let all = product(&x, &w, b, 200, m, n);
                 let packed = Packed::new(&w, m, n);
-                for t in [1, 2, 3, 5, 8, 17, 23, 24, 25, 64, 199] {
+                for t in [1, 2, 3, 5, 8, 17, 63, 64, 65, 199] {
                     // Rows from the middle, so that their place changes too.
                     let from = 200 - t;
                     let some = product(&x[from * m..], &w, b, t, m, n);
@@ -436,6 +374,18 @@ mod tests {
                     );
                 }
             }
+        }
+    }
+
+    #[test]
+    fn a_row_among_very_many_has_the_same_bits() {
+        // Enough rows for `gemm` to cut them into several outer blocks.
+        let (t, m, n) = (1500, 600, 80);
+        let (x, w) = (numbers(1, t * m), numbers(2, n * m));
+        let all = product(&x, &w, None, t, m, n);
+        for row in [0, 1, 700, 1499] {
+            let one = product(&x[row * m..(row + 1) * m], &w, None, 1, m, n);
+            assert_same_bits("row", &one, &all[row * n..(row + 1) * n]);
         }
     }
 

@@ -26,11 +26,12 @@ pub struct Out {
     stats: Vec<Stats>,
 }
 
-/// The normaliser of one row: log-sum-exp = max + log_sum.
+/// The normaliser of one row (log-sum-exp = max + log_sum) and its entropy.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Stats {
     pub max: f32,
     pub log_sum: f32,
+    pub entropy: f32,
 }
 
 impl Stats {
@@ -90,21 +91,17 @@ pub fn forward(
     let at_once = block_rows(v);
     for (h, targets) in h.chunks(at_once * d).zip(targets.chunks(at_once)) {
         let mut z = logits(h, w, banned, d, v);
-        let scored: Vec<(f32, f32, Stats)> = z
+        let scored: Vec<(f32, Stats)> = z
             .par_chunks_exact_mut(v)
             .zip(targets)
             .map(|(z, &target)| {
                 let stats = scale_and_measure(z, temperature);
-                (
-                    stats.logprob(z[target as usize]),
-                    entropy(z, stats.max, stats.log_sum),
-                    stats,
-                )
+                (stats.logprob(z[target as usize]), stats)
             })
             .collect();
-        for (logprob, entropy, stats) in scored {
+        for (logprob, stats) in scored {
             out.logprob.push(logprob);
-            out.entropy.push(entropy);
+            out.entropy.push(stats.entropy);
             out.stats.push(stats);
         }
     }
@@ -167,7 +164,7 @@ pub fn backward(
         let mut z = logits(h, w, banned, d, v);
         z.par_chunks_exact_mut(v).enumerate().for_each(|(i, z)| {
             let i = start + i;
-            let Stats { max, log_sum } = out.stats[i];
+            let Stats { max, log_sum, .. } = out.stats[i];
             let entropy_weight = entropy_weights.map_or(0.0, |e| e[i]);
             let inverse = 1.0 / temperature;
             scale(z, temperature);
@@ -231,34 +228,55 @@ fn divide_body<const LEVEL: u8>(z: &mut [f32], temperature: f32) {
     z.iter_mut().for_each(|z| *z /= temperature);
 }
 
-/// The normaliser of a row.
+/// The normaliser and entropy of a row; with e = e^(z − max) and S = Σe the entropy is ln S − Σ e·(z − max) / S.
 pub(crate) fn measure(z: &[f32]) -> Stats {
-    let (max, sum) = max_and_sum(z);
+    let Sums { max, exps, moments } = sums(z);
+    let log_sum = exps.ln();
     Stats {
         max,
-        log_sum: sum.ln() as f32,
+        log_sum: log_sum as f32,
+        entropy: (log_sum - moments / exps) as f32,
     }
 }
 
-dispatch! { fn max_and_sum(z: &[f32]) -> (f32, f64) = max_and_sum_body }
+/// Largest z, Σ e^(z − max) and Σ e^(z − max)·(z − max).
+struct Sums {
+    max: f32,
+    exps: f64,
+    moments: f64,
+}
+
+dispatch! { fn sums(z: &[f32]) -> Sums = sums_body }
 #[inline(always)]
-fn max_and_sum_body<const LEVEL: u8>(z: &[f32]) -> (f32, f64) {
+fn sums_body<const LEVEL: u8>(z: &[f32]) -> Sums {
     let max = vector::max(z);
-    let mut total = 0.0f64;
+    let mut out = Sums {
+        max,
+        exps: 0.0,
+        moments: 0.0,
+    };
     for block in z.chunks(BLOCK) {
-        let mut lanes = [0.0f32; LANES];
+        let (mut exps, mut moments) = ([0.0f32; LANES], [0.0f32; LANES]);
         let (whole, rest) = block.as_chunks::<LANES>();
+        let mut add = |lane: usize, z: f32| {
+            // A banned id is at -inf, where 0·(-inf) would spoil the sum.
+            let below = (z - max).max(f32::MIN);
+            let e = exp::<LEVEL>(below);
+            exps[lane] += e;
+            moments[lane] += e * below;
+        };
         for chunk in whole {
-            for (sum, &z) in lanes.iter_mut().zip(chunk) {
-                *sum += exp::<LEVEL>(z - max);
+            for (lane, &z) in chunk.iter().enumerate() {
+                add(lane, z);
             }
         }
-        for (sum, &z) in lanes.iter_mut().zip(rest) {
-            *sum += exp::<LEVEL>(z - max);
+        for (lane, &z) in rest.iter().enumerate() {
+            add(lane, z);
         }
-        total += f64::from(vector::fold(lanes));
+        out.exps += f64::from(vector::fold(exps));
+        out.moments += f64::from(vector::fold(moments));
     }
-    (max, total)
+    out
 }
 
 dispatch! {
@@ -268,24 +286,6 @@ dispatch! {
 #[inline(always)]
 fn subtract_and_exp_body<const LEVEL: u8>(z: &mut [f32], max: f32) {
     z.iter_mut().for_each(|z| *z = exp::<LEVEL>(*z - max));
-}
-
-dispatch! { fn entropy(z: &[f32], max: f32, log_sum: f32) -> f32 = entropy_body }
-#[inline(always)]
-fn entropy_body<const LEVEL: u8>(z: &[f32], max: f32, log_sum: f32) -> f32 {
-    let mut total = 0.0f64;
-    for block in z.chunks(BLOCK) {
-        let mut lanes = [0.0f32; LANES];
-        for chunk in block.chunks(LANES) {
-            for (sum, &z) in lanes.iter_mut().zip(chunk) {
-                let log_p = (z - max) - log_sum;
-                let p = exp::<LEVEL>(log_p);
-                *sum -= if p > 0.0 { p * log_p } else { 0.0 };
-            }
-        }
-        total += f64::from(vector::fold(lanes));
-    }
-    total as f32
 }
 
 dispatch! { fn gradient(z: &mut [f32], max: f32, log_sum: f32, weight: f32, entropy_weight: f32, entropy: f32) = gradient_body }
@@ -337,4 +337,143 @@ fn check(h: &[f32], w: &[f32], targets: &[u32], temperature: f32, d: usize, v: u
         panic!("logprob: target {id} is outside the vocabulary of {v}");
     }
     n
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::oracle::{
+        self, assert_close, assert_same_bits, assert_threads_agree, gradient, numbers, weighted,
+        wide,
+    };
+    use crate::sample;
+
+    #[test]
+    fn a_row_by_hand() {
+        // Logits ln 1, ln 2, ln 5 with the last banned: 1/3 and 2/3.
+        let w = [0.0, 2f32.ln(), 5f32.ln()];
+        let out = forward(&[1.0, 1.0], &w, &[1, 2], 1.0, &[2], 1, 3);
+        assert!((out.logprob[0] - (2f32 / 3.0).ln()).abs() < 1e-6);
+        assert_eq!(out.logprob[1], f32::NEG_INFINITY);
+        let entropy = -(1.0 / 3.0f32) * (1.0 / 3.0f32).ln() - (2.0 / 3.0f32) * (2.0 / 3.0f32).ln();
+        assert!((out.entropy[0] - entropy).abs() < 1e-6);
+    }
+
+    #[test]
+    fn agrees_with_the_oracle_and_its_finite_differences() {
+        for (n, d, v, temperature, banned) in [
+            (1, 3, 5, 1.0, vec![]),
+            (4, 5, 37, 0.7, vec![3, 36]),
+            (30, 4, 19, 1.3, vec![0]),
+        ] {
+            let (h, w) = (numbers(1, n * d), numbers(2, v * d));
+            let targets: Vec<u32> = (0..n)
+                .map(|i| (1 + i * 7 % (v - 3)) as u32)
+                .map(|id| if banned.contains(&id) { id + 1 } else { id })
+                .collect();
+            let (weights, entropy_weights) = (numbers(3, n), numbers(4, n));
+            let (hs, ws) = (wide(&h), wide(&w));
+            let exact = |h: &[f64], w: &[f64]| {
+                oracle::logprob(h, w, &targets, f64::from(temperature), &banned, d, v)
+            };
+            let out = forward(&h, &w, &targets, temperature, &banned, d, v);
+            // Logits of a few units rounded at 1e-7, and a sum of v exponentials.
+            assert_close("logprob", &out.logprob, &exact(&hs, &ws).0, 1e-6);
+            assert_close("entropy", &out.entropy, &exact(&hs, &ws).1, 1e-6);
+            for entropies in [None, Some(&entropy_weights[..])] {
+                let loss = |h: &[f64], w: &[f64]| {
+                    let (logprob, entropy) = exact(h, w);
+                    weighted(&logprob, &weights) + entropies.map_or(0.0, |e| weighted(&entropy, e))
+                };
+                let (mut dh, mut dw) = (vec![f32::NAN; n * d], vec![0.0; v * d]);
+                backward(
+                    &mut dh,
+                    &mut dw,
+                    &weights,
+                    entropies,
+                    &out,
+                    &h,
+                    &w,
+                    &targets,
+                    temperature,
+                    &banned,
+                    d,
+                    v,
+                );
+                assert_close("dh", &dh, &gradient(&hs, |h| loss(h, &ws)), 3e-6);
+                assert_close("dw", &dw, &gradient(&ws, |w| loss(&hs, w)), 3e-6);
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_drawn_has_the_log_prob_that_is_trained() {
+        let (n, d, v) = (300, 24, 1500);
+        let (h, w) = (numbers(1, n * d), numbers(2, v * d));
+        let banned = [0, 17, 1499];
+        for temperature in [1.0, 0.6, 1.7] {
+            let drawn: Vec<(u32, f32)> = (0..n)
+                .map(|i| {
+                    // One row at a time, as decoding does.
+                    let mut z = logits(&h[i * d..(i + 1) * d], &w, &banned, d, v);
+                    sample::categorical(&mut z, temperature, (i as f64 + 0.5) / n as f64)
+                })
+                .collect();
+            let targets: Vec<u32> = drawn.iter().map(|d| d.0).collect();
+            assert!(targets.iter().all(|id| !banned.contains(id)));
+            let sampled: Vec<f32> = drawn.iter().map(|d| d.1).collect();
+            let trained = forward(&h, &w, &targets, temperature, &banned, d, v);
+            assert_same_bits("logprob", &sampled, &trained.logprob);
+        }
+    }
+
+    #[test]
+    fn huge_logits_give_no_nan() {
+        let (h, w) = ([1e4f32, -1e4], [1e4f32, 0.0, -1e4]);
+        let out = forward(&h, &w, &[0, 0], 1.0, &[1], 1, 3);
+        assert_eq!(out.logprob, [0.0, -2e8]);
+        assert_eq!(out.entropy, [0.0, 0.0]);
+        let (mut dh, mut dw) = ([0.0; 2], [0.0; 3]);
+        backward(
+            &mut dh,
+            &mut dw,
+            &[1.0, 1.0],
+            Some(&[1.0, 1.0]),
+            &out,
+            &h,
+            &w,
+            &[0, 0],
+            1.0,
+            &[1],
+            1,
+            3,
+        );
+        assert!(dh.iter().chain(&dw).all(|g| g.is_finite()), "{dh:?} {dw:?}");
+    }
+
+    #[test]
+    fn threads_do_not_change_bits() {
+        let (n, d, v) = (300, 16, 900);
+        let (h, w, targets) = (numbers(1, n * d), numbers(2, v * d), vec![5; n]);
+        let weights = numbers(3, n);
+        assert_threads_agree("logprob", || {
+            let out = forward(&h, &w, &targets, 0.9, &[1], d, v);
+            let (mut dh, mut dw) = (vec![0.0; n * d], vec![0.0; v * d]);
+            backward(
+                &mut dh,
+                &mut dw,
+                &weights,
+                Some(&weights),
+                &out,
+                &h,
+                &w,
+                &targets,
+                0.9,
+                &[1],
+                d,
+                v,
+            );
+            [out.logprob, out.entropy, dh, dw].concat()
+        });
+    }
 }
