@@ -101,7 +101,11 @@ pub fn positions_from(
 /// A grid this model can take: one frame, sides that are multiples of the merge.
 pub fn check_grid(grid: &Grid, merge: u32, image: usize) -> Result<()> {
     ensure!(
-        grid.t == 1 && grid.h > 0 && grid.w > 0 && grid.h % merge == 0 && grid.w % merge == 0,
+        grid.t == 1
+            && grid.h > 0
+            && grid.w > 0
+            && grid.h.is_multiple_of(merge)
+            && grid.w.is_multiple_of(merge),
         "image {image} has a grid of {}x{}x{} patches (frames, rows, columns); expected 1 frame and sides that are multiples of {merge}",
         grid.t,
         grid.h,
