@@ -27,7 +27,11 @@ pub struct Dims {
 
 impl Dims {
     pub fn attention(&self) -> attention::Dims {
-        attention::Dims { heads: self.heads, kv_heads: self.kv_heads, k: self.k }
+        attention::Dims {
+            heads: self.heads,
+            kv_heads: self.kv_heads,
+            k: self.k,
+        }
     }
 }
 
@@ -42,8 +46,19 @@ pub enum Keep {
     Everything,
 }
 
-/// What the backward pass of a block needs. Shapes: `x`, `mid` `[T, D]`; `q`, `o` `[T, H, K]`; `k`, `v` `[T, Hkv, K]`
-/// (`q` and `k` rotated); `lse` `[T, H]`; `gate`, `up` `[T, MLP]`.
+/// What a block's rows have in common.
+#[derive(Clone, Copy)]
+pub struct Rows<'a> {
+    /// `[T, K]`
+    pub table: &'a Table,
+    pub spans: &'a [Span],
+    /// The rows whose result is wanted, ascending; all when `None`. In the last block only rows with a target are: the
+    /// others have done their part once their keys and values are there, and skip the output projection and the MLP.
+    pub wanted: Option<&'a [usize]>,
+}
+
+/// What the backward pass of a block needs. Shapes: `x` `[T, D]`; `q`, `o` `[T, H, K]`; `k`, `v` `[T, Hkv, K]`
+/// (`q` and `k` rotated); `lse` `[T, H]`; and for the N wanted rows `mid` `[N, D]`; `gate`, `up` `[N, MLP]`.
 pub struct Tape {
     x: Vec<f32>,
     q: Vec<f32>,
@@ -83,14 +98,30 @@ impl Affine {
         let t = x.len() / self.inputs;
         let mut y = vec![0.0; t * self.outputs];
         let bias = self.b.clone().map(|b| &weights[b]);
-        linear::forward(&mut y, x, &weights[self.w.clone()], bias, t, self.inputs, self.outputs);
+        linear::forward(
+            &mut y,
+            x,
+            &weights[self.w.clone()],
+            bias,
+            t,
+            self.inputs,
+            self.outputs,
+        );
         y
     }
 
     /// Writes (or adds, when `accumulate`) the gradient by the input.
     pub fn backward_input(&self, dx: &mut [f32], dy: &[f32], weights: &[f32], accumulate: bool) {
         let t = dy.len() / self.outputs;
-        linear::backward_input(dx, dy, &weights[self.w.clone()], t, self.inputs, self.outputs, accumulate);
+        linear::backward_input(
+            dx,
+            dy,
+            &weights[self.w.clone()],
+            t,
+            self.inputs,
+            self.outputs,
+            accumulate,
+        );
     }
 
     /// Adds the gradient by weight and bias to the arena `grads`.
@@ -185,30 +216,72 @@ pub fn finish(block: &Block, dims: &Dims, weights: &[f32], x: &[f32], o: &[f32])
     Rest { y, mid, gate, up }
 }
 
-fn forward_all(block: &Block, dims: &Dims, weights: &[f32], x: Vec<f32>, table: &Table, spans: &[Span]) -> (Vec<f32>, Tape) {
+/// The named rows of `x`, each of `width` values.
+pub fn pick(x: &[f32], rows: &[usize], width: usize) -> Vec<f32> {
+    let mut y = Vec::with_capacity(rows.len() * width);
+    for &row in rows {
+        y.extend_from_slice(&x[row * width..(row + 1) * width]);
+    }
+    y
+}
+
+/// The backward of [`pick`] for different rows: all other rows are 0.
+fn put_back(dy: &[f32], rows: &[usize], width: usize, len: usize) -> Vec<f32> {
+    let mut dx = vec![0.0; len];
+    for (chunk, &row) in dy.chunks_exact(width).zip(rows) {
+        dx[row * width..(row + 1) * width].copy_from_slice(chunk);
+    }
+    dx
+}
+
+fn forward_all(
+    block: &Block,
+    dims: &Dims,
+    weights: &[f32],
+    x: Vec<f32>,
+    rows: Rows,
+) -> (Vec<f32>, Tape) {
     let t = x.len() / dims.hidden;
-    let Qkv { q, k, v } = project(block, dims, weights, &x, table);
+    let Qkv { q, k, v } = project(block, dims, weights, &x, rows.table);
     let mut o = vec![0.0; q.len()];
     let mut lse = vec![0.0; t * dims.heads];
-    attention::forward(&mut o, &mut lse, &q, &k, &v, spans, dims.attention());
-    let Rest { y, mid, gate, up } = finish(block, dims, weights, &x, &o);
-    (y, Tape { x, q, k, v, o, lse, mid, gate, up })
+    attention::forward(&mut o, &mut lse, &q, &k, &v, rows.spans, dims.attention());
+    let Rest { y, mid, gate, up } = match rows.wanted {
+        None => finish(block, dims, weights, &x, &o),
+        Some(wanted) => {
+            let (x, o) = (pick(&x, wanted, dims.hidden), pick(&o, wanted, dims.hidden));
+            finish(block, dims, weights, &x, &o)
+        }
+    };
+    (
+        y,
+        Tape {
+            x,
+            q,
+            k,
+            v,
+            o,
+            lse,
+            mid,
+            gate,
+            up,
+        },
+    )
 }
 
 /// Runs a block over packed rows that attend within `spans`.
 ///
 /// # Shapes
-/// x `[T, D]`, table `[T, K]` -> `[T, D]`
+/// x `[T, D]` -> `[T, D]`, or `[N, D]` for the wanted rows
 pub fn forward(
     block: &Block,
     dims: &Dims,
     weights: &[f32],
     x: Vec<f32>,
-    table: &Table,
-    spans: &[Span],
+    rows: Rows,
     keep: Keep,
 ) -> (Vec<f32>, Option<Kept>) {
-    let (y, tape) = forward_all(block, dims, weights, x, table, spans);
+    let (y, tape) = forward_all(block, dims, weights, x, rows);
     let kept = match keep {
         Keep::Nothing => None,
         Keep::Inputs => Some(Kept::Input(tape.x)),
@@ -221,21 +294,19 @@ pub fn forward(
 /// the block's parameters to the arena `grads`, unless it is frozen (`None`).
 ///
 /// # Shapes
-/// dy `[T, D]` -> `[T, D]`
-#[allow(clippy::too_many_arguments)]
+/// dy `[T, D]`, or `[N, D]` for the wanted rows -> `[T, D]`
 pub fn backward(
     block: &Block,
     dims: &Dims,
     weights: &[f32],
     mut dy: Vec<f32>,
     kept: Kept,
-    table: &Table,
-    spans: &[Span],
+    rows: Rows,
     mut grads: Option<&mut [f32]>,
 ) -> Vec<f32> {
     let tape = match kept {
         Kept::All(tape) => *tape,
-        Kept::Input(x) => forward_all(block, dims, weights, x, table, spans).1,
+        Kept::Input(x) => forward_all(block, dims, weights, x, rows).1,
     };
 
     // MLP: y = mid + down(h)
@@ -257,15 +328,37 @@ pub fn backward(
     let mut dn = n2;
     block.gate.backward_input(&mut dn, &dgate, weights, false);
     block.up.backward_input(&mut dn, &dup, weights, true);
-    normed_backward(&mut dy, grads.as_deref_mut(), &block.norm2, &dn, &tape.mid, weights, &rstd2, true);
+    normed_backward(
+        &mut dy,
+        grads.as_deref_mut(),
+        &block.norm2,
+        &dn,
+        &tape.mid,
+        weights,
+        &rstd2,
+        true,
+    );
     drop((h, dgate, dup));
 
     // Attention: mid = x + o(attention); dy is now the gradient by mid.
-    if let Some(g) = grads.as_deref_mut() {
-        block.o.backward_weight(g, &dy, &tape.o);
-    }
-    let mut d_o = vec![0.0; tape.o.len()];
+    let mut d_o = vec![0.0; dy.len()];
     block.o.backward_input(&mut d_o, &dy, weights, false);
+    match rows.wanted {
+        None => {
+            if let Some(g) = grads.as_deref_mut() {
+                block.o.backward_weight(g, &dy, &tape.o);
+            }
+        }
+        Some(wanted) => {
+            if let Some(g) = grads.as_deref_mut() {
+                block
+                    .o
+                    .backward_weight(g, &dy, &pick(&tape.o, wanted, dims.hidden));
+            }
+            d_o = put_back(&d_o, wanted, dims.hidden, tape.o.len());
+            dy = put_back(&dy, wanted, dims.hidden, tape.x.len());
+        }
+    }
     let mut dq = vec![0.0; tape.q.len()];
     let mut dk = vec![0.0; tape.k.len()];
     let mut dv = vec![0.0; tape.v.len()];
@@ -279,12 +372,13 @@ pub fn backward(
         &tape.q,
         &tape.k,
         &tape.v,
-        spans,
+        rows.spans,
         dims.attention(),
     );
-    rope::apply_backward(&mut dq, table, dims.heads);
-    rope::apply_backward(&mut dk, table, dims.kv_heads);
+    rope::apply_backward(&mut dq, rows.table, dims.heads);
+    rope::apply_backward(&mut dk, rows.table, dims.kv_heads);
     let (n1, rstd1) = normed(&tape.x, &weights[block.norm1.clone()], dims.eps);
+    dn.resize(n1.len(), 0.0);
     if let Some(g) = grads.as_deref_mut() {
         block.q.backward_weight(g, &dq, &n1);
         block.k.backward_weight(g, &dk, &n1);
@@ -293,6 +387,15 @@ pub fn backward(
     block.q.backward_input(&mut dn, &dq, weights, false);
     block.k.backward_input(&mut dn, &dk, weights, true);
     block.v.backward_input(&mut dn, &dv, weights, true);
-    normed_backward(&mut dy, grads, &block.norm1, &dn, &tape.x, weights, &rstd1, true);
+    normed_backward(
+        &mut dy,
+        grads,
+        &block.norm1,
+        &dn,
+        &tape.x,
+        weights,
+        &rstd1,
+        true,
+    );
     dy
 }

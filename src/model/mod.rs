@@ -29,9 +29,9 @@ pub use self::block::Keep;
 pub use self::config::{Config, GenerationConfig};
 pub use self::layout::{Arena, Gradients, Group, Layout, Trainable, Weights};
 pub use self::positions::{Positions, positions, positions_from};
-pub use self::weights::{Dtype, load_weights, save_model};
 use self::text::{FeatureRun, TextTape};
 use self::vision::VisionTape;
+pub use self::weights::{Dtype, load_weights, save_model};
 use crate::geometry::Grid;
 
 /// A model: sizes and parameters.
@@ -82,38 +82,82 @@ pub struct Packed {
 
 impl Packed {
     /// A single sequence with ordinary causal attention and no targets.
-    pub fn single(ids: &[u32], grids: &[Grid], patches: Vec<f32>, config: &Config) -> Result<Packed> {
+    pub fn single(
+        ids: &[u32],
+        grids: &[Grid],
+        patches: Vec<f32>,
+        config: &Config,
+    ) -> Result<Packed> {
         let p = positions(ids, grids, config)?;
         let mut images = Vec::with_capacity(grids.len());
         let mut row = 0;
         for grid in grids {
-            row += ids[row..].iter().position(|id| *id == config.ids.image_pad).unwrap_or(0);
-            images.push(PackedImage { first_row: row, grid: *grid, features: None });
+            row += ids[row..]
+                .iter()
+                .position(|id| *id == config.ids.image_pad)
+                .unwrap_or(0);
+            images.push(PackedImage {
+                first_row: row,
+                grid: *grid,
+                features: None,
+            });
             row += grid.tokens(config.vision.merge as u32);
         }
         let all = 0..ids.len();
-        let spans = vec![Span { queries: all.clone(), shared: 0..0, own: all, causal: true }];
-        Ok(Packed { ids: ids.to_vec(), positions: p.axes, spans, images, patches, targets: Vec::new() })
+        let spans = vec![Span {
+            queries: all.clone(),
+            shared: 0..0,
+            own: all,
+            causal: true,
+        }];
+        Ok(Packed {
+            ids: ids.to_vec(),
+            positions: p.axes,
+            spans,
+            images,
+            patches,
+            targets: Vec::new(),
+        })
     }
 
     /// Log-probs wanted for every token but the first, each predicted by the row before it.
     pub fn every_next_token(mut self) -> Packed {
-        self.targets = (1..self.ids.len()).map(|t| Target { row: t - 1, token: self.ids[t] }).collect();
+        self.targets = (1..self.ids.len())
+            .map(|t| Target {
+                row: t - 1,
+                token: self.ids[t],
+            })
+            .collect();
         self
     }
 
     fn check(&self, config: &Config) -> Result<()> {
         let t = self.ids.len();
         for (axis, p) in ["time", "height", "width"].iter().zip(&self.positions) {
-            ensure!(p.len() == t, "{} {axis} positions for {t} packed rows", p.len());
+            ensure!(
+                p.len() == t,
+                "{} {axis} positions for {t} packed rows",
+                p.len()
+            );
         }
-        if let Some((row, id)) = self.ids.iter().enumerate().find(|(_, id)| **id as usize >= config.text.vocab) {
-            anyhow::bail!("token id {id} in row {row} is outside the vocabulary of {}", config.text.vocab);
+        if let Some((row, id)) = self
+            .ids
+            .iter()
+            .enumerate()
+            .find(|(_, id)| **id as usize >= config.text.vocab)
+        {
+            anyhow::bail!(
+                "token id {id} in row {row} is outside the vocabulary of {}",
+                config.text.vocab
+            );
         }
         let mut next = 0;
         for span in &self.spans {
             let inside = span.queries.end <= t && span.own.end <= t && span.shared.end <= t;
-            ensure!(inside && span.queries.start == next, "span {span:?} does not follow row {next} of {t}");
+            ensure!(
+                inside && span.queries.start == next,
+                "span {span:?} does not follow row {next} of {t}"
+            );
             next = span.queries.end;
         }
         ensure!(next == t, "the spans cover {next} of {t} packed rows");
@@ -124,7 +168,11 @@ impl Packed {
             let tokens = image.grid.tokens(merge);
             let rows = image.first_row..image.first_row + tokens;
             ensure!(
-                rows.start >= next && rows.end <= t && self.ids[rows.clone()].iter().all(|id| *id == config.ids.image_pad),
+                rows.start >= next
+                    && rows.end <= t
+                    && self.ids[rows.clone()]
+                        .iter()
+                        .all(|id| *id == config.ids.image_pad),
                 "image {i} of {tokens} tokens does not stand on placeholder rows {rows:?}"
             );
             next = rows.end;
@@ -139,8 +187,15 @@ impl Packed {
                 None => patches += tokens * (merge * merge) as usize,
             }
         }
-        let placeholders = self.ids.iter().filter(|id| **id == config.ids.image_pad).count();
-        ensure!(placeholders == pads, "{placeholders} image placeholders in the packed rows, {pads} tokens of images");
+        let placeholders = self
+            .ids
+            .iter()
+            .filter(|id| **id == config.ids.image_pad)
+            .count();
+        ensure!(
+            placeholders == pads,
+            "{placeholders} image placeholders in the packed rows, {pads} tokens of images"
+        );
         let values = config.vision.patch_values();
         ensure!(
             self.patches.len() == patches * values,
@@ -159,13 +214,34 @@ impl Packed {
         Ok(())
     }
 
+    /// The different rows with a target, ascending, and the place of each target's row among them. Several targets may
+    /// share a row: a prompt's last row predicts the first token of every member of its group.
+    fn wanted(&self) -> (Vec<usize>, Vec<usize>) {
+        let mut place = vec![usize::MAX; self.ids.len()];
+        for target in &self.targets {
+            place[target.row] = 0;
+        }
+        let wanted: Vec<usize> = (0..place.len()).filter(|row| place[*row] == 0).collect();
+        for (i, row) in wanted.iter().enumerate() {
+            place[*row] = i;
+        }
+        (wanted, self.targets.iter().map(|t| place[t.row]).collect())
+    }
+
     fn runs(&self, merge: u32) -> Vec<FeatureRun> {
-        let run = |i: &PackedImage| FeatureRun { first_row: i.first_row, rows: i.grid.tokens(merge) };
+        let run = |i: &PackedImage| FeatureRun {
+            first_row: i.first_row,
+            rows: i.grid.tokens(merge),
+        };
         self.images.iter().map(run).collect()
     }
 
     fn unseen(&self) -> Vec<Grid> {
-        self.images.iter().filter(|i| i.features.is_none()).map(|i| i.grid).collect()
+        self.images
+            .iter()
+            .filter(|i| i.features.is_none())
+            .map(|i| i.grid)
+            .collect()
     }
 }
 
@@ -180,7 +256,10 @@ pub struct Head<'a> {
 
 impl Head<'_> {
     /// The model's own distribution.
-    pub const PLAIN: Head<'static> = Head { temperature: 1.0, banned: &[] };
+    pub const PLAIN: Head<'static> = Head {
+        temperature: 1.0,
+        banned: &[],
+    };
 }
 
 /// Result of [`Vlm::evaluate`], in the order of the targets.
@@ -244,25 +323,44 @@ impl Vlm {
             positions::check_grid(grid, merge, i)?;
             tokens += grid.tokens(merge);
         }
-        let (rows, values) = (tokens * (merge * merge) as usize, self.config.vision.patch_values());
-        ensure!(patches.len() == rows * values, "{} patch values; expected {rows} patches × {values}", patches.len());
+        let (rows, values) = (
+            tokens * (merge * merge) as usize,
+            self.config.vision.patch_values(),
+        );
+        ensure!(
+            patches.len() == rows * values,
+            "{} patch values; expected {rows} patches × {values}",
+            patches.len()
+        );
         Ok(self.encode_checked(patches, grids, Keep::Nothing).0)
     }
 
-    fn encode_checked(&self, patches: &[f32], grids: &[Grid], keep: Keep) -> (Vec<f32>, Option<VisionTape>) {
+    fn encode_checked(
+        &self,
+        patches: &[f32],
+        grids: &[Grid],
+        keep: Keep,
+    ) -> (Vec<f32>, Option<VisionTape>) {
         if grids.is_empty() {
             return (Vec::new(), None);
         }
-        vision::forward(&self.config.vision, &self.weights.layout.vision, &self.weights.data, patches, grids, keep)
+        vision::forward(
+            &self.config.vision,
+            &self.weights.layout.vision,
+            &self.weights.data,
+            patches,
+            grids,
+            keep,
+        )
     }
 
     /// Hidden states after the final norm, `[T, D]`.
     pub fn hidden(&self, packed: &Packed) -> Result<Vec<f32>> {
         packed.check(&self.config)?;
-        Ok(self.hidden_checked(packed, Keep::Nothing, Keep::Nothing).hidden)
+        Ok(self.hidden_checked(packed, None, Keep::Nothing, Keep::Nothing).hidden)
     }
 
-    fn hidden_checked(&self, packed: &Packed, vision: Keep, text: Keep) -> Hidden {
+    fn hidden_checked(&self, packed: &Packed, wanted: Option<&[usize]>, vision: Keep, text: Keep) -> Hidden {
         let (new, vision_tape) = self.encode_checked(&packed.patches, &packed.unseen(), vision);
         let runs = packed.runs(self.config.vision.merge as u32);
         let features = if packed.images.iter().all(|i| i.features.is_none()) {
@@ -291,6 +389,7 @@ impl Vlm {
             &packed.spans,
             &features,
             &runs,
+            wanted,
             text,
         );
         Hidden { hidden, features, vision: vision_tape, text: text_tape }
@@ -315,19 +414,31 @@ impl Vlm {
 
     /// Log-probs and entropies of the targets. `train` says which gradients [`Vlm::backward`] will be asked for: a
     /// frozen vision tower keeps nothing.
-    pub fn evaluate(&self, packed: &Packed, head: Head, keep: Keep, train: Trainable) -> Result<Evaluation> {
+    pub fn evaluate(
+        &self,
+        packed: &Packed,
+        head: Head,
+        keep: Keep,
+        train: Trainable,
+    ) -> Result<Evaluation> {
         packed.check(&self.config)?;
         check_head(head)?;
         let vision = if train.tower() { keep } else { Keep::Nothing };
-        let Hidden { hidden, features, vision, text } = self.hidden_checked(packed, vision, keep);
+        let (wanted, places) = packed.wanted();
+        let Hidden { hidden, features, vision, text } = self.hidden_checked(packed, Some(&wanted), vision, keep);
         let d = self.config.text.hidden;
-        let mut rows = Vec::with_capacity(packed.targets.len() * d);
-        for target in &packed.targets {
-            rows.extend_from_slice(&hidden[target.row * d..(target.row + 1) * d]);
-        }
+        let rows = block::pick(&hidden, &places, d);
         drop(hidden);
         let tokens = target_tokens(packed);
-        let out = logprob::forward(&rows, self.head(), &tokens, head.temperature, head.banned, d, self.config.text.vocab);
+        let out = logprob::forward(
+            &rows,
+            self.head(),
+            &tokens,
+            head.temperature,
+            head.banned,
+            d,
+            self.config.text.vocab,
+        );
         let (logprobs, entropies) = (out.logprob.clone(), out.entropy.clone());
         let tape = text.map(|text| Tape {
             vision,
@@ -338,7 +449,11 @@ impl Vlm {
             banned: head.banned.to_vec(),
             features,
         });
-        Ok(Evaluation { logprobs, entropies, tape })
+        Ok(Evaluation {
+            logprobs,
+            entropies,
+            tape,
+        })
     }
 
     /// Adds to `grads` the gradient of `Σ weights[i]·logprob[i] + Σ entropy_weights[i]·entropy[i]` by every trained
@@ -358,11 +473,18 @@ impl Vlm {
         grads: &mut Gradients,
     ) -> Result<()> {
         let n = packed.targets.len();
-        ensure!(weights.len() == n, "{} weights for {n} targets", weights.len());
+        ensure!(
+            weights.len() == n,
+            "{} weights for {n} targets",
+            weights.len()
+        );
         if let Some(e) = entropy_weights {
             ensure!(e.len() == n, "{} entropy weights for {n} targets", e.len());
         }
-        ensure!(grads.layout.len == self.weights.layout.len, "gradients of another model's layout");
+        ensure!(
+            grads.layout.len == self.weights.layout.len,
+            "gradients of another model's layout"
+        );
         let given = packed.images.iter().any(|i| i.features.is_some());
         ensure!(
             !(train.tower() && given),
@@ -396,9 +518,10 @@ impl Vlm {
             v,
         );
         drop(rows);
-        let mut dhidden = vec![0.0; packed.ids.len() * d];
-        for (target, drow) in packed.targets.iter().zip(drows.chunks_exact(d)) {
-            for (a, b) in dhidden[target.row * d..(target.row + 1) * d].iter_mut().zip(drow) {
+        let (wanted, places) = packed.wanted();
+        let mut dhidden = vec![0.0; wanted.len() * d];
+        for (place, drow) in places.iter().zip(drows.chunks_exact(d)) {
+            for (a, b) in dhidden[place * d..(place + 1) * d].iter_mut().zip(drow) {
                 *a += b;
             }
         }
@@ -412,6 +535,7 @@ impl Vlm {
             &packed.ids,
             &packed.spans,
             &runs,
+            Some(&wanted),
             text,
             train,
             &mut grads.data,
@@ -454,3 +578,6 @@ fn check_head(head: Head) -> Result<()> {
     );
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

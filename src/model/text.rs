@@ -7,10 +7,10 @@
 //! Source: Qwen2.5 (arXiv:2412.15115): pre-norm, grouped queries with biases on q, k, v, SwiGLU.
 
 use foveate_kernels::attention::Span;
-use foveate_kernels::rope::{self, Table};
 use foveate_kernels::embed;
+use foveate_kernels::rope::{self, Table};
 
-use super::block::{self, Dims, Keep, Kept};
+use super::block::{self, Dims, Keep, Kept, Rows};
 use super::config::TextConfig;
 use super::layout::{TextIndex, Trainable};
 
@@ -25,7 +25,7 @@ pub struct FeatureRun {
 pub struct TextTape {
     table: Table,
     layers: Vec<Kept>,
-    /// Input of the final norm, `[T, D]`.
+    /// Input of the final norm, `[T, D]` or `[N, D]` for the wanted rows.
     last: Vec<f32>,
 }
 
@@ -51,7 +51,14 @@ impl TextConfig {
 ///
 /// # Shapes
 /// ids `[T]`, features `[sum of rows, D]` -> `[T, D]`
-pub fn inputs(index: &TextIndex, weights: &[f32], ids: &[u32], features: &[f32], runs: &[FeatureRun], d: usize) -> Vec<f32> {
+pub fn inputs(
+    index: &TextIndex,
+    weights: &[f32],
+    ids: &[u32],
+    features: &[f32],
+    runs: &[FeatureRun],
+    d: usize,
+) -> Vec<f32> {
     let mut x = vec![0.0; ids.len() * d];
     embed::forward(&mut x, &weights[index.embed.clone()], ids, d);
     let mut from = 0;
@@ -63,10 +70,10 @@ pub fn inputs(index: &TextIndex, weights: &[f32], ids: &[u32], features: &[f32],
     x
 }
 
-/// Hidden states after the final norm.
+/// Hidden states after the final norm, of the rows in `wanted` (ascending; all when `None`).
 ///
 /// # Shapes
-/// ids `[T]`, positions `3 × [T]`, features `[sum of rows, D]` -> `[T, D]`
+/// ids `[T]`, positions `3 × [T]`, features `[sum of rows, D]` -> `[T, D]`, or `[N, D]` for N wanted rows
 #[allow(clippy::too_many_arguments)]
 pub fn forward(
     config: &TextConfig,
@@ -77,26 +84,36 @@ pub fn forward(
     spans: &[Span],
     features: &[f32],
     runs: &[FeatureRun],
+    wanted: Option<&[usize]>,
     keep: Keep,
 ) -> (Vec<f32>, Option<TextTape>) {
     let dims = config.dims();
     let table = config.rotation(positions);
     let mut x = inputs(index, weights, ids, features, runs, dims.hidden);
     let mut layers = Vec::new();
-    for layer in &index.layers {
-        let (y, kept) = block::forward(layer, &dims, weights, x, &table, spans, keep);
+    for (i, layer) in index.layers.iter().enumerate() {
+        let rows = Rows {
+            table: &table,
+            spans,
+            wanted: wanted.filter(|_| i + 1 == index.layers.len()),
+        };
+        let (y, kept) = block::forward(layer, &dims, weights, x, rows, keep);
         layers.extend(kept);
         x = y;
     }
     let (hidden, _) = block::normed(&x, &weights[index.norm.clone()], dims.eps);
-    let tape = (keep != Keep::Nothing).then_some(TextTape { table, layers, last: x });
+    let tape = (keep != Keep::Nothing).then_some(TextTape {
+        table,
+        layers,
+        last: x,
+    });
     (hidden, tape)
 }
 
-/// Backward of [`forward`]: adds to the arena `grads`, returns the gradient by the image features.
+/// Backward of [`forward`], with the same `wanted`: adds to the arena `grads`, returns the gradient by the image features.
 ///
 /// # Shapes
-/// dhidden `[T, D]` -> `[sum of rows, D]` (empty when no part of the vision tower is trained)
+/// dhidden `[T, D]` or `[N, D]` -> `[sum of rows, D]` (empty when no part of the vision tower is trained)
 #[allow(clippy::too_many_arguments)]
 pub fn backward(
     config: &TextConfig,
@@ -106,22 +123,41 @@ pub fn backward(
     ids: &[u32],
     spans: &[Span],
     runs: &[FeatureRun],
+    wanted: Option<&[usize]>,
     tape: TextTape,
     train: Trainable,
     grads: &mut [f32],
 ) -> Vec<f32> {
     let dims = config.dims();
     let d = dims.hidden;
-    let TextTape { table, mut layers, last } = tape;
+    let TextTape {
+        table,
+        mut layers,
+        last,
+    } = tape;
     let (_, rstd) = block::normed(&last, &weights[index.norm.clone()], dims.eps);
     let mut dx = vec![0.0; last.len()];
     let norm = train.text.then_some(&mut *grads);
-    block::normed_backward(&mut dx, norm, &index.norm, dhidden, &last, weights, &rstd, false);
+    block::normed_backward(
+        &mut dx,
+        norm,
+        &index.norm,
+        dhidden,
+        &last,
+        weights,
+        &rstd,
+        false,
+    );
     drop(last);
-    for layer in index.layers.iter().rev() {
+    for (i, layer) in index.layers.iter().enumerate().rev() {
         let Some(kept) = layers.pop() else { break };
         let trained = train.text.then_some(&mut *grads);
-        dx = block::backward(layer, &dims, weights, dx, kept, &table, spans, trained);
+        let rows = Rows {
+            table: &table,
+            spans,
+            wanted: wanted.filter(|_| i + 1 == index.layers.len()),
+        };
+        dx = block::backward(layer, &dims, weights, dx, kept, rows, trained);
     }
     let mut dfeatures = Vec::new();
     for run in runs {
