@@ -9,6 +9,9 @@
 //! normalised, then rounded to 22 bits after the point; 8 bits again between the passes; a pass that changes nothing is left out.
 //! Which pass goes first changed between versions of Pillow: see [`PassOrder`].
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+
 use crate::geometry::Size;
 use rayon::prelude::*;
 
@@ -18,13 +21,6 @@ const HALF: i32 = 1 << (PRECISION - 1);
 /// Reach of the cubic at scale 1, pixels to either side.
 const REACH: f64 = 2.0;
 const CHANNELS: usize = 3;
-/// Source pixels a row's inner loop takes at a time: 8 pixels of 3 channels are three full 256-bit registers of i32, so
-/// every lane always meets the same channel.
-const STEP: usize = 8;
-const LANES: usize = STEP * CHANNELS;
-/// Bytes a column's inner loop takes at a time.
-const BLOCK: usize = 32;
-
 /// A rectangle of 8-bit RGB inside a larger picture, without copying it.
 #[derive(Clone, Copy)]
 pub(super) struct Region<'a> {
@@ -121,119 +117,36 @@ impl Windows {
             &self.weights[i * self.taps..][..self.counts[i]],
         )
     }
-
-    /// The same windows laid out for [`row_pass`]: each a whole number of [`STEP`]s long and inside a row of
-    /// `padded_width` pixels, each weight three times in a row (once a channel).
-    fn for_rows(&self, padded_width: usize) -> (Vec<usize>, Vec<i32>, usize) {
-        let length = self.taps.next_multiple_of(STEP);
-        let mut starts = self.starts.clone();
-        let mut weights = vec![0; starts.len() * length * CHANNELS];
-        for (i, out) in weights.chunks_exact_mut(length * CHANNELS).enumerate() {
-            let (start, w) = self.of(i);
-            // At the right edge the window moves left and begins with zeros.
-            let shift = (start + length).saturating_sub(padded_width);
-            starts[i] = start - shift;
-            for (three, &w) in out[shift * CHANNELS..].chunks_exact_mut(CHANNELS).zip(w) {
-                three.fill(w);
-            }
-        }
-        (starts, weights, length)
-    }
 }
 
 fn clip(sum: i32) -> u8 {
     (sum >> PRECISION).clamp(0, 255) as u8
 }
 
-/// `N` rows at once, so that a window's weights are loaded once for all of them.
-///
-/// # Shapes
-/// source: N rows of at least `padded_width` × 3; target: N rows of `starts.len()` × 3.
-#[inline(always)]
-fn row_pass<const N: usize>(
-    target: &mut [u8],
-    source: [&[u8]; N],
-    starts: &[usize],
-    weights: &[i32],
-    length: usize,
-) {
-    let width = starts.len() * CHANNELS;
-    for (x, (&start, w)) in starts
-        .iter()
-        .zip(weights.chunks_exact(length * CHANNELS))
-        .enumerate()
-    {
-        let mut sums = [[0i32; LANES]; N];
-        let windows: [&[u8]; N] = source.map(|row| &row[start * CHANNELS..][..length * CHANNELS]);
-        for (k, w) in w.chunks_exact(LANES).enumerate() {
-            for n in 0..N {
-                let pixels = &windows[n][k * LANES..][..LANES];
-                for lane in 0..LANES {
-                    sums[n][lane] += w[lane] * i32::from(pixels[lane]);
-                }
+/// One row at its new width: the plain version, for processors without AVX2 and to hold the other against.
+fn row_pass(target: &mut [u8], source: &[u8], windows: &Windows) {
+    for (x, pixel) in target.chunks_exact_mut(CHANNELS).enumerate() {
+        let (start, weights) = windows.of(x);
+        let mut sums = [HALF; CHANNELS];
+        for (&w, from) in weights.iter().zip(source[start * CHANNELS..].chunks_exact(CHANNELS)) {
+            for (sum, &v) in sums.iter_mut().zip(from) {
+                *sum += w * i32::from(v);
             }
         }
-        for n in 0..N {
-            for c in 0..CHANNELS {
-                let sum: i32 = (0..STEP).map(|s| sums[n][s * CHANNELS + c]).sum();
-                target[n * width + x * CHANNELS + c] = clip(sum + HALF);
-            }
-        }
+        pixel.iter_mut().zip(sums).for_each(|(p, sum)| *p = clip(sum));
     }
 }
 
-/// One output row from the source rows of its window.
+/// One output row from the source rows of its window: the plain version.
 ///
 /// # Shapes
 /// source: `weights.len()` rows of `target.len()` bytes, `stride` apart.
-#[inline(always)]
 fn column_pass(target: &mut [u8], source: &[u8], stride: usize, weights: &[i32]) {
-    let width = target.len();
-    let mut at = 0;
-    while at + BLOCK <= width {
-        let mut sums = [HALF; BLOCK];
-        for (k, &w) in weights.iter().enumerate() {
-            let pixels = &source[k * stride + at..][..BLOCK];
-            for lane in 0..BLOCK {
-                sums[lane] += w * i32::from(pixels[lane]);
-            }
-        }
-        for (t, sum) in target[at..at + BLOCK].iter_mut().zip(sums) {
-            *t = clip(sum);
-        }
-        at += BLOCK;
-    }
-    for x in at..width {
-        let sum = weights.iter().enumerate().fold(HALF, |sum, (k, &w)| {
-            sum + w * i32::from(source[k * stride + x])
-        });
-        target[x] = clip(sum);
+    for (x, out) in target.iter_mut().enumerate() {
+        let sum = weights.iter().enumerate().fold(HALF, |sum, (k, &w)| sum + w * i32::from(source[k * stride + x]));
+        *out = clip(sum);
     }
 }
-
-/// Compiles a pass for AVX2 as well and picks at run time. Integer sums: the same bits either way.
-macro_rules! dispatched {
-    ($name:ident, $plain:ident $(::<$n:literal>)?, ($($arg:ident: $type:ty),*)) => {
-        fn $name($($arg: $type),*) {
-            #[cfg(target_arch = "x86_64")]
-            {
-                #[target_feature(enable = "avx2")]
-                fn wide($($arg: $type),*) {
-                    $plain$(::<$n>)?($($arg),*)
-                }
-                if std::arch::is_x86_feature_detected!("avx2") {
-                    // SAFETY: the processor has AVX2, asked on the line above; the function needs nothing else.
-                    return unsafe { wide($($arg),*) };
-                }
-            }
-            $plain$(::<$n>)?($($arg),*)
-        }
-    };
-}
-
-dispatched!(one_row, row_pass::<1>, (target: &mut [u8], source: [&[u8]; 1], starts: &[usize], weights: &[i32], length: usize));
-dispatched!(four_rows, row_pass::<4>, (target: &mut [u8], source: [&[u8]; 4], starts: &[usize], weights: &[i32], length: usize));
-dispatched!(one_output_row, column_pass, (target: &mut [u8], source: &[u8], stride: usize, weights: &[i32]));
 
 /// Which direction goes first. The 8-bit rounding in between makes them differ, by a grey level or two on photographs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -284,44 +197,24 @@ fn resize_columns(region: Region<'_>, height: usize) -> Vec<u8> {
     out.par_chunks_exact_mut(stride).with_min_len(4).enumerate().for_each(|(y, target)| {
         let (start, weights) = windows.of(y);
         let source = &region.data[(region.top + start) * region.stride + region.left * CHANNELS..];
-        one_output_row(target, source, region.stride, weights);
+        #[cfg(target_arch = "x86_64")]
+        if avx2::available() {
+            return avx2::column_pass(target, source, region.stride, weights);
+        }
+        column_pass(target, source, region.stride, weights);
     });
     out
 }
 
 /// The pass along rows: the region at its own height and a new width.
 fn resize_rows(region: Region<'_>, width: usize) -> Vec<u8> {
-    const TOGETHER: usize = 4;
     let windows = Windows::new(region.width, width);
-    let padded_width = region.width.max(windows.taps.next_multiple_of(STEP));
-    let (starts, weights, length) = windows.for_rows(padded_width);
-    // A picture narrower than one window gets rows with zeros behind them; such pictures are small.
-    let padded: Option<Vec<u8>> = (padded_width > region.width).then(|| {
-        let mut rows = vec![0; region.height * padded_width * CHANNELS];
-        for (y, row) in rows.chunks_exact_mut(padded_width * CHANNELS).enumerate() {
-            row[..region.width * CHANNELS].copy_from_slice(region.row(y));
-        }
-        rows
-    });
-    let source = |y: usize| match &padded {
-        Some(rows) => &rows[y * padded_width * CHANNELS..][..padded_width * CHANNELS],
-        None => region.row(y),
-    };
+    #[cfg(target_arch = "x86_64")]
+    if avx2::available() {
+        return avx2::resize_rows(region, width, &windows);
+    }
     let stride = width * CHANNELS;
     let mut out = vec![0; region.height * stride];
-    out.par_chunks_mut(TOGETHER * stride)
-        .with_min_len(4)
-        .enumerate()
-        .for_each(|(group, target)| {
-            let y = group * TOGETHER;
-            if target.len() == TOGETHER * stride {
-                let rows = [source(y), source(y + 1), source(y + 2), source(y + 3)];
-                four_rows(target, rows, &starts, &weights, length);
-            } else {
-                for (i, target) in target.chunks_exact_mut(stride).enumerate() {
-                    one_row(target, [source(y + i)], &starts, &weights, length);
-                }
-            }
-        });
+    out.par_chunks_exact_mut(stride).with_min_len(4).enumerate().for_each(|(y, target)| row_pass(target, region.row(y), &windows));
     out
 }
