@@ -37,11 +37,21 @@ pub(super) struct Region<'a> {
 impl<'a> Region<'a> {
     /// All of a picture of `width` × `height` pixels.
     pub fn whole(data: &'a [u8], width: usize, height: usize) -> Region<'a> {
-        Region { data, stride: width * CHANNELS, left: 0, top: 0, width, height }
+        Region {
+            data,
+            stride: width * CHANNELS,
+            left: 0,
+            top: 0,
+            width,
+            height,
+        }
     }
 
     fn size(&self) -> Size {
-        Size { width: self.width as u32, height: self.height as u32 }
+        Size {
+            width: self.width as u32,
+            height: self.height as u32,
+        }
     }
 
     fn row(&self, y: usize) -> &'a [u8] {
@@ -128,12 +138,18 @@ fn row_pass(target: &mut [u8], source: &[u8], windows: &Windows) {
     for (x, pixel) in target.chunks_exact_mut(CHANNELS).enumerate() {
         let (start, weights) = windows.of(x);
         let mut sums = [HALF; CHANNELS];
-        for (&w, from) in weights.iter().zip(source[start * CHANNELS..].chunks_exact(CHANNELS)) {
+        for (&w, from) in weights
+            .iter()
+            .zip(source[start * CHANNELS..].chunks_exact(CHANNELS))
+        {
             for (sum, &v) in sums.iter_mut().zip(from) {
                 *sum += w * i32::from(v);
             }
         }
-        pixel.iter_mut().zip(sums).for_each(|(p, sum)| *p = clip(sum));
+        pixel
+            .iter_mut()
+            .zip(sums)
+            .for_each(|(p, sum)| *p = clip(sum));
     }
 }
 
@@ -143,7 +159,9 @@ fn row_pass(target: &mut [u8], source: &[u8], windows: &Windows) {
 /// source: `weights.len()` rows of `target.len()` bytes, `stride` apart.
 fn column_pass(target: &mut [u8], source: &[u8], stride: usize, weights: &[i32]) {
     for (x, out) in target.iter_mut().enumerate() {
-        let sum = weights.iter().enumerate().fold(HALF, |sum, (k, &w)| sum + w * i32::from(source[k * stride + x]));
+        let sum = weights.iter().enumerate().fold(HALF, |sum, (k, &w)| {
+            sum + w * i32::from(source[k * stride + x])
+        });
         *out = clip(sum);
     }
 }
@@ -151,8 +169,9 @@ fn column_pass(target: &mut [u8], source: &[u8], stride: usize, weights: &[i32])
 /// Which direction goes first. The 8-bit rounding in between makes them differ, by a grey level or two on photographs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum PassOrder {
-    /// As Pillow 13: along columns first when the height shrinks by more pixels than twice what the width shrinks by (a width
-    /// that grows counting as negative), else along rows first. Found by trying sizes; no document states it.
+    /// As Pillow 13.0.0: along columns first when the height shrinks by more pixels than twice what the width shrinks by (a width
+    /// that grows counting as negative), else along rows first. Inferred by trying nearly two thousand sizes, no document states it. For a
+    /// picture shrunk in proportion that is the case when it is more than twice as high as wide; otherwise both give the same.
     #[default]
     Pillow13,
     /// As Pillow up to 12: always along rows first.
@@ -194,15 +213,19 @@ fn resize_columns(region: Region<'_>, height: usize) -> Vec<u8> {
     let windows = Windows::new(region.height, height);
     let stride = region.width * CHANNELS;
     let mut out = vec![0; height * stride];
-    out.par_chunks_exact_mut(stride).with_min_len(4).enumerate().for_each(|(y, target)| {
-        let (start, weights) = windows.of(y);
-        let source = &region.data[(region.top + start) * region.stride + region.left * CHANNELS..];
-        #[cfg(target_arch = "x86_64")]
-        if avx2::available() {
-            return avx2::column_pass(target, source, region.stride, weights);
-        }
-        column_pass(target, source, region.stride, weights);
-    });
+    out.par_chunks_exact_mut(stride)
+        .with_min_len(4)
+        .enumerate()
+        .for_each(|(y, target)| {
+            let (start, weights) = windows.of(y);
+            let source =
+                &region.data[(region.top + start) * region.stride + region.left * CHANNELS..];
+            #[cfg(target_arch = "x86_64")]
+            if avx2::available() {
+                return avx2::column_pass(target, source, region.stride, weights);
+            }
+            column_pass(target, source, region.stride, weights);
+        });
     out
 }
 
@@ -215,6 +238,88 @@ fn resize_rows(region: Region<'_>, width: usize) -> Vec<u8> {
     }
     let stride = width * CHANNELS;
     let mut out = vec![0; region.height * stride];
-    out.par_chunks_exact_mut(stride).with_min_len(4).enumerate().for_each(|(y, target)| row_pass(target, region.row(y), &windows));
+    out.par_chunks_exact_mut(stride)
+        .with_min_len(4)
+        .enumerate()
+        .for_each(|(y, target)| row_pass(target, region.row(y), &windows));
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_cubic_at_the_points_keys_names() {
+        // Interpolating: 1 at 0 and 0 at every other whole number; -1/16 half way out, 9/16 half way in.
+        assert_eq!([0.0, 1.0, 2.0, 3.0].map(cubic), [1.0, 0.0, 0.0, 0.0]);
+        assert_eq!(
+            [0.5, -0.5, 1.5, -1.5].map(cubic),
+            [0.5625, 0.5625, -0.0625, -0.0625]
+        );
+    }
+
+    #[test]
+    fn halving_four_pixels_by_hand() {
+        // Scale 2, so the cubic is sampled at odd quarters: 0.25 -> 0.8671875, 0.75 -> 0.2265625, 1.25 -> -0.0703125, 1.75 -> -0.0234375.
+        // The first output sees pixels 0..4 of 4 at 0.25, 0.25, 0.75, 1.25 stretched distances; the weights sum to 1.890625.
+        let windows = Windows::new(4, 2);
+        let (start, weights) = windows.of(0);
+        let exact = [0.8671875, 0.8671875, 0.2265625, -0.0703125].map(|w: f64| w / 1.890625);
+        assert_eq!((start, weights.len()), (0, 4));
+        for (&w, e) in weights.iter().zip(exact) {
+            // Rounded to the nearest of 2^22 steps.
+            assert!((f64::from(w) - e * f64::from(1 << 22)).abs() <= 0.5);
+        }
+        let row = [10u8, 20, 30, 90].map(|v| [v, 255 - v, v]).concat();
+        let mut out = [0; 6];
+        row_pass(&mut out, &row, &windows);
+        // (8.671875 + 17.34375 + 6.796875 - 6.328125) / 1.890625 = 14.007; the second sees them mirrored: 107.890625 / 1.890625 = 57.07
+        assert_eq!(out, [14, 241, 14, 57, 198, 57]);
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn avx2_gives_the_bytes_of_the_plain_passes() {
+        if !avx2::available() {
+            return;
+        }
+        // A cheap fixed scramble: every level occurs, neighbours differ.
+        let data: Vec<u8> = (0..97u32 * 61 * 3)
+            .map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8)
+            .collect();
+        for (left, top, width, height) in [
+            (0, 0, 97, 61),
+            (3, 5, 90, 50),
+            (96, 0, 1, 61),
+            (90, 57, 7, 4),
+        ] {
+            let region = Region {
+                data: &data,
+                stride: 97 * 3,
+                left,
+                top,
+                width,
+                height,
+            };
+            for target in [1, 2, 5, 28, 89, 200] {
+                let windows = Windows::new(width, target);
+                let fast = avx2::resize_rows(region, target, &windows);
+                let mut plain = vec![0; height * target * 3];
+                for (y, out) in plain.chunks_exact_mut(target * 3).enumerate() {
+                    row_pass(out, region.row(y), &windows);
+                }
+                assert!(fast == plain, "rows, {width} to {target}");
+                let windows = Windows::new(height, target);
+                for y in 0..target {
+                    let (start, weights) = windows.of(y);
+                    let source = &data[(top + start) * region.stride + left * 3..];
+                    let (mut fast, mut plain) = (vec![0; width * 3], vec![0; width * 3]);
+                    avx2::column_pass(&mut fast, source, region.stride, weights);
+                    column_pass(&mut plain, source, region.stride, weights);
+                    assert!(fast == plain, "columns, {height} to {target}");
+                }
+            }
+        }
+    }
 }
