@@ -166,7 +166,8 @@ fn column_pass(target: &mut [u8], source: &[u8], stride: usize, weights: &[i32])
     }
 }
 
-/// Which direction goes first. The 8-bit rounding in between makes them differ, by a grey level or two on photographs.
+/// Which direction goes first. The 8-bit rounding in between makes them differ: on tall photographs
+/// by up to 9 grey levels, in a tenth to a fifth of the values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum PassOrder {
     /// As Pillow 13.0.0: along columns first when the height shrinks by more pixels than twice what the width shrinks by (a width
