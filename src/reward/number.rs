@@ -23,7 +23,8 @@ impl Number {
     /// ```
     pub fn answers(&self, answer: &Number) -> bool {
         let tolerance = 1e-6 * self.value.abs().max(answer.value.abs());
-        (self.value - answer.value).abs() <= tolerance && (self.unit.is_empty() || self.unit == answer.unit)
+        (self.value - answer.value).abs() <= tolerance
+            && (self.unit.is_empty() || self.unit == answer.unit)
     }
 }
 
@@ -51,12 +52,29 @@ pub fn number(text: &str) -> Option<Number> {
     };
     let rest = rest.strip_suffix('.').unwrap_or(rest);
     // What follows is a unit only if it is short and says nothing more about numbers ("cm^2" does not).
-    let unit: String = rest.chars().filter(|c| !c.is_whitespace()).flat_map(char::to_lowercase).collect();
-    let is_unit = |c: char| c.is_alphabetic() || matches!(c, '°' | '/' | '^' | '²' | '³' | 'µ' | '$' | '€' | '£' | '2' | '3');
-    let starts_well = unit.chars().next().is_none_or(|c| !matches!(c, '/' | '^' | '2' | '3'));
+    let unit: String = rest
+        .chars()
+        .filter(|c| !c.is_whitespace())
+        .flat_map(char::to_lowercase)
+        .collect();
+    let is_unit = |c: char| {
+        c.is_alphabetic()
+            || matches!(
+                c,
+                '°' | '/' | '^' | '²' | '³' | 'µ' | '$' | '€' | '£' | '2' | '3'
+            )
+    };
+    let starts_well = unit
+        .chars()
+        .next()
+        .is_none_or(|c| !matches!(c, '/' | '^' | '2' | '3'));
     let words = rest.split_whitespace().count();
-    (value.is_finite() && words <= 3 && unit.chars().count() <= 24 && starts_well && unit.chars().all(is_unit))
-        .then_some(Number { value, unit })
+    (value.is_finite()
+        && words <= 3
+        && unit.chars().count() <= 24
+        && starts_well
+        && unit.chars().all(is_unit))
+    .then_some(Number { value, unit })
 }
 
 /// LaTeX and typography taken down to plain signs.
@@ -90,7 +108,9 @@ fn plain(text: &str) -> String {
     for wrapper in [r"\text", r"\mathrm", r"\textbf", r"\mathbf"] {
         while let Some(at) = plain.find(&format!("{wrapper}{{")) {
             let open = at + wrapper.len();
-            let Some(close) = plain.get(open..).and_then(|s| s.find('}')) else { break };
+            let Some(close) = plain.get(open..).and_then(|s| s.find('}')) else {
+                break;
+            };
             plain.replace_range(open + close..open + close + 1, "");
             plain.replace_range(at..open + 1, " ");
         }
@@ -100,9 +120,18 @@ fn plain(text: &str) -> String {
 
 fn without_lead_in(text: &str) -> &str {
     let lower = text.to_ascii_lowercase();
-    for lead_in in ["the answer is", "the final answer is", "final answer", "answer is", "answer"] {
+    for lead_in in [
+        "the answer is",
+        "the final answer is",
+        "final answer",
+        "answer is",
+        "answer",
+    ] {
         if lower.starts_with(lead_in) {
-            return text.get(lead_in.len()..).unwrap_or("").trim_start_matches([':', ' ', '\n', '=']);
+            return text
+                .get(lead_in.len()..)
+                .unwrap_or("")
+                .trim_start_matches([':', ' ', '\n', '=']);
         }
     }
     text
@@ -148,8 +177,15 @@ fn unsigned(text: &str) -> Option<(f64, &str)> {
         let digits = power.bytes().take_while(u8::is_ascii_digit).count();
         let exponent: i32 = power.get(..digits)?.parse().ok()?;
         let rest = power.get(digits..)?;
-        let rest = if braced { rest.strip_prefix('}')? } else { rest };
-        return Some((first * 10f64.powi(if minus { -exponent } else { exponent }), rest));
+        let rest = if braced {
+            rest.strip_prefix('}')?
+        } else {
+            rest
+        };
+        return Some((
+            first * 10f64.powi(if minus { -exponent } else { exponent }),
+            rest,
+        ));
     }
     Some((first, rest))
 }
@@ -177,7 +213,10 @@ fn braced(text: &str) -> Option<(f64, &str)> {
             None => (1.0, inner),
         };
         let (value, left) = decimal(digits)?;
-        return left.trim().is_empty().then_some((minus * value, body.get(close + 1..)?));
+        return left
+            .trim()
+            .is_empty()
+            .then_some((minus * value, body.get(close + 1..)?));
     }
     let digit = text.chars().next()?.to_digit(10)?;
     Some((f64::from(digit), text.get(1..)?))
@@ -186,7 +225,14 @@ fn braced(text: &str) -> Option<(f64, &str)> {
 /// Digits with correct thousands separators, a fraction part, an exponent.
 fn decimal(text: &str) -> Option<(f64, &str)> {
     let bytes = text.as_bytes();
-    let digits_from = |from: usize| bytes.get(from..).unwrap_or(&[]).iter().take_while(|b| b.is_ascii_digit()).count();
+    let digits_from = |from: usize| {
+        bytes
+            .get(from..)
+            .unwrap_or(&[])
+            .iter()
+            .take_while(|b| b.is_ascii_digit())
+            .count()
+    };
     let mut end = digits_from(0);
     let mut written: String = text.get(..end)?.to_string();
     while (1..=3).contains(&end) || written.len() > 3 || end == 0 {
@@ -263,14 +309,31 @@ mod tests {
         ] {
             let found = number(text).unwrap_or_else(|| panic!("{text} is a number"));
             // Decimal fractions are rounded once in parsing and once in the operation.
-            assert!((found.value - expected).abs() <= 1e-12 * expected.abs(), "{text}: {found:?}");
+            assert!(
+                (found.value - expected).abs() <= 1e-12 * expected.abs(),
+                "{text}: {found:?}"
+            );
             assert_eq!(found.unit, "", "{text}");
         }
     }
 
     #[test]
     fn what_is_not_one_number() {
-        for text in ["", "cat", "3 or 4", "1,23", "12345,678", "1/0", "3, 4", "-", ".", r"\frac{1}{0}", "1 2", "10 to 12 cm", "1e999"] {
+        for text in [
+            "",
+            "cat",
+            "3 or 4",
+            "1,23",
+            "12345,678",
+            "1/0",
+            "3, 4",
+            "-",
+            ".",
+            r"\frac{1}{0}",
+            "1 2",
+            "10 to 12 cm",
+            "1e999",
+        ] {
             assert_eq!(number(text), None, "{text}");
         }
     }
