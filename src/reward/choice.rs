@@ -22,10 +22,10 @@ pub enum Official {
 /// ```
 /// use foveate::reward::letter;
 /// assert_eq!(letter("(B) a dog", &[]), Some('B'));
-/// assert_eq!(letter("A dog", &["a cat", "a dog"]), Some('B'));
+/// assert_eq!(letter("A dog", &["a cat".to_string(), "a dog".to_string()]), Some('B'));
 /// assert_eq!(letter("Based on the picture", &[]), None);
 /// ```
-pub fn letter<S: AsRef<str>>(answer: &str, choices: &[S]) -> Option<char> {
+pub fn letter(answer: &str, choices: &[String]) -> Option<char> {
     let count = if choices.is_empty() {
         5
     } else {
@@ -128,13 +128,13 @@ fn without_lead_in(text: &str) -> Option<&str> {
 }
 
 /// The letter of the one choice whose text this is.
-fn choice_text<S: AsRef<str>>(text: &str, choices: &[S]) -> Option<char> {
+fn choice_text(text: &str, choices: &[String]) -> Option<char> {
     let wanted = normalise(text);
     if wanted.is_empty() {
         return None;
     }
     let mut found = choices.iter().take(26).enumerate().filter(|(i, choice)| {
-        let choice = choice.as_ref().trim();
+        let choice = choice.trim();
         let bare = without_letter(choice, *i);
         normalise(choice) == wanted || normalise(bare) == wanted
     });
@@ -262,7 +262,7 @@ pub fn vstar_letter(response: &str) -> Option<char> {
 ///
 /// Faults kept: two commas are missing in the published list, so two of its entries are fused pairs that never occur;
 /// "An apple" is A; an empty response is contained in every choice and is A. Without `choices` they are `(A)` to `(E)`.
-pub fn mme_realworld_letter<S: AsRef<str>>(response: &str, choices: &[S]) -> Option<char> {
+pub fn mme_realworld_letter(response: &str, choices: &[String]) -> Option<char> {
     const LEAD_INS: [&str; 6] = [
         "The best answer is",
         "The correct answer is",
@@ -294,7 +294,7 @@ pub fn mme_realworld_letter<S: AsRef<str>>(response: &str, choices: &[S]) -> Opt
         true => ["(A)", "(B)", "(C)", "(D)", "(E)"]
             .into_iter()
             .find_map(second),
-        false => choices.iter().find_map(|c| second(c.as_ref())),
+        false => choices.iter().find_map(|c| second(c)),
     }
 }
 
@@ -302,8 +302,11 @@ pub fn mme_realworld_letter<S: AsRef<str>>(response: &str, choices: &[S]) -> Opt
 mod tests {
     use super::*;
 
-    const NONE: [&str; 0] = [];
-    const PETS: [&str; 3] = ["(A) a cat", "(B) a dog", "(C) A.M. radio"];
+    const NONE: [String; 0] = [];
+
+    fn own<const N: usize>(choices: [&str; N]) -> Vec<String> {
+        choices.map(str::to_string).to_vec()
+    }
 
     #[test]
     fn lenient_letters() {
@@ -358,13 +361,14 @@ mod tests {
 
     #[test]
     fn the_text_of_a_choice_is_its_letter() {
-        assert_eq!(letter("A dog", &PETS), Some('B'));
-        assert_eq!(letter("the answer is a dog", &PETS), Some('B'));
-        assert_eq!(letter("(B) a dog", &PETS), Some('B'));
-        assert_eq!(letter("A.M. radio", &PETS), Some('C'));
-        assert_eq!(letter("D", &PETS), None);
-        assert_eq!(letter("dog", &["dog", "dog"]), None);
-        assert_eq!(letter("F", &["1", "2", "3", "4", "5", "6"]), Some('F'));
+        let pets = own(["(A) a cat", "(B) a dog", "(C) A.M. radio"]);
+        assert_eq!(letter("A dog", &pets), Some('B'));
+        assert_eq!(letter("the answer is a dog", &pets), Some('B'));
+        assert_eq!(letter("(B) a dog", &pets), Some('B'));
+        assert_eq!(letter("A.M. radio", &pets), Some('C'));
+        assert_eq!(letter("D", &pets), None);
+        assert_eq!(letter("dog", &own(["dog", "dog"])), None);
+        assert_eq!(letter("F", &own(["1", "2", "3", "4", "5", "6"])), Some('F'));
     }
 
     #[test]
@@ -400,7 +404,7 @@ mod tests {
         assert_eq!(mme_realworld_letter("Best answer: C", &NONE), Some('B'));
         assert_eq!(mme_realworld_letter("", &NONE), Some('A'));
         assert_eq!(
-            mme_realworld_letter("dog", &["(A) cat", "(B) dog"]),
+            mme_realworld_letter("dog", &own(["(A) cat", "(B) dog"])),
             Some('B')
         );
         assert_eq!(
