@@ -18,9 +18,11 @@ mod advantage;
 #[cfg(test)]
 mod golden;
 mod loss;
+mod tally;
 
 pub use advantage::{Advantages, Kept, Outcome};
-pub use loss::{Advantage, Evaluation, Sequence, Tally, Totals};
+pub use loss::{Advantage, Evaluation, Sequence, Totals};
+pub use tally::Tally;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
