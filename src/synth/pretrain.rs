@@ -23,6 +23,11 @@ use crate::geometry::{BBox, Budget, Size, smart_resize};
 
 const PURPOSE: u64 = 2;
 const PLATE_RATIO: f64 = 1.35;
+/// Labels of plates: with its number where that can be read, without where it cannot.
+const DIGIT: &str = "digit:";
+const PLATE: &str = "plate";
+/// Digits of fewer pixels (8 less a margin for rounding) are not named, so that no label teaches the model to guess at what only a close-up shows.
+const LEGIBLE: f64 = 7.5;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
@@ -49,7 +54,8 @@ pub struct Message {
 pub struct ShownView {
     /// Both sides are multiples of the recipe's factor.
     pub rgb: RgbImage,
-    /// Names of objects, and `digit:7` for plates that are whole; boxes in pixels of this view, clipped to it.
+    /// Names of objects; for plates that are whole `digit:7`, or `plate` where the digits have fewer than 8 rows.
+    /// Boxes in pixels of this view, clipped to it.
     pub objects: Vec<(String, BBox)>,
 }
 
@@ -100,6 +106,15 @@ impl Pretrain {
 
     pub fn recipe(&self) -> &Recipe {
         &self.recipe
+    }
+
+    /// Every label that [`ShownView::objects`] can carry while plates have one digit: classes of a dense head.
+    pub fn labels(&self) -> Vec<String> {
+        let objects = self.library.classes.iter().map(|class| class.name.clone());
+        objects
+            .chain((0..10).map(|d| format!("{DIGIT}{d}")))
+            .chain([PLATE.to_owned()])
+            .collect()
     }
 
     /// Dialogue `index` of `seed`, as hard as the phase of `step` says. The index alone decides the chance: count it up over steps.
@@ -160,7 +175,7 @@ impl Pretrain {
         let Some((name, tight)) = view
             .objects
             .iter()
-            .filter(|(label, _)| !label.starts_with("digit:"))
+            .filter(|(label, _)| is_object(label))
             .collect::<Vec<_>>()
             .choose(rng)
             .copied()
@@ -180,7 +195,7 @@ impl Pretrain {
         let mut listed: Vec<(BBox, String)> = view
             .objects
             .iter()
-            .filter(|(label, _)| !label.starts_with("digit:"))
+            .filter(|(label, _)| is_object(label))
             .map(|(l, b)| (*b, l.clone()))
             .collect();
         // Left to right, so that there is one right order to learn.
@@ -205,7 +220,7 @@ impl Pretrain {
         let Some((name, tight)) = view
             .objects
             .iter()
-            .filter(|(label, _)| !label.starts_with("digit:"))
+            .filter(|(label, _)| is_object(label))
             .collect::<Vec<_>>()
             .choose(rng)
             .copied()
@@ -501,7 +516,13 @@ impl Pretrain {
         for plate in scene.plates() {
             let b = frame.pixels(plate.bbox);
             if bounds.pad(1e-6).contains(&b) {
-                objects.push((format!("digit:{}", plate.text), b.clamp(&bounds)));
+                let tall = frame.pixels(plate.bbox).height() / PLATE_RATIO;
+                let label = if tall >= LEGIBLE {
+                    format!("{DIGIT}{}", plate.text)
+                } else {
+                    PLATE.to_owned()
+                };
+                objects.push((label, b.clamp(&bounds)));
             }
         }
         ShownView { rgb, objects }
@@ -594,6 +615,10 @@ impl Writer {
             parts: vec![Part::Text(text)],
         });
     }
+}
+
+fn is_object(label: &str) -> bool {
+    label != PLATE && !label.starts_with(DIGIT)
 }
 
 fn between(rng: &mut ChaCha8Rng, [from, to]: [f64; 2]) -> f64 {
@@ -781,7 +806,8 @@ mod tests {
                     let plates: Vec<&str> = last
                         .objects
                         .iter()
-                        .filter_map(|(label, _)| label.strip_prefix("digit:"))
+                        .filter(|(label, _)| !is_object(label))
+                        .map(|(label, _)| label.strip_prefix("digit:").unwrap_or(label))
                         .collect();
                     assert_eq!(plates.len(), 1, "{} {i}", dialogue.task);
                     assert_eq!(
@@ -794,7 +820,7 @@ mod tests {
                     let objects = dialogue.views[0]
                         .objects
                         .iter()
-                        .filter(|(label, _)| !label.starts_with("digit:"))
+                        .filter(|(label, _)| is_object(label))
                         .count();
                     assert_eq!(answered_boxes(&answer).len(), objects);
                 }

@@ -32,6 +32,10 @@ pub struct WorldOptions {
     pub digits: usize,
     /// Longest side of an object, from and to.
     pub object_size: [f64; 2],
+    /// Height of a digit. Whether a view hides the number depends on its rows there. A kernel SVM trained on 9,000 cut-outs centred on
+    /// the plate, an upper bound for any model of the view, reads test digits of 2016x1512 pictures shown as 280x196 (chance 0.10) at
+    /// 0.0165 (4.3 rows): 0.90, 0.011 (2.9): 0.77, 0.009 (2.4): 0.67, 0.0075 (2.0): 0.55, 0.006 (1.6): 0.34, 0.005 (1.3): 0.19;
+    /// in a crop of 250 pixels shown with 196: 0.94 to 0.95 at each.
     pub digit_height: f64,
     /// Height of a plate over the height of its digits.
     pub plate_ratio: f64,
