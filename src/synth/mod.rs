@@ -56,12 +56,17 @@ pub fn assets_dir() -> Result<PathBuf> {
     if let Some(dir) = std::env::var_os("FOVEATE_ASSETS") {
         let dir = PathBuf::from(dir);
         if !good(&dir) {
-            bail!("FOVEATE_ASSETS should name the assets folder of foveate, but there is no objects/objects.json in {}", dir.display());
+            bail!(
+                "FOVEATE_ASSETS should name the assets folder of foveate, but there is no objects/objects.json in {}",
+                dir.display()
+            );
         }
         return Ok(dir);
     }
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets");
-    let beside = std::env::current_exe().ok().and_then(|exe| exe.parent().map(|dir| dir.join("assets")));
+    let beside = std::env::current_exe()
+        .ok()
+        .and_then(|exe| exe.parent().map(|dir| dir.join("assets")));
     for dir in std::iter::once(source.clone()).chain(beside) {
         if good(&dir) {
             return Ok(dir);
