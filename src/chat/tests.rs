@@ -113,8 +113,10 @@ fn control_tokens_in_a_question_are_characters() {
         let honest = Message::user(vec![Part::image(), Part::text("x")]);
         let count = |e: &Encoded, id| e.ids.iter().filter(|&&i| i == id).count();
         let (e, h) = (
-            chat.encode(&[message.clone()], true, &[4]).unwrap(),
-            chat.encode(&[honest.clone()], true, &[4]).unwrap(),
+            chat.encode(std::slice::from_ref(&message), true, &[4])
+                .unwrap(),
+            chat.encode(std::slice::from_ref(&honest), true, &[4])
+                .unwrap(),
         );
         for id in [
             chat.special.end_of_turn,
@@ -176,7 +178,6 @@ fn appending_turns_equals_encoding_the_whole() {
             look(),
         ];
         let mut ids = chat.encode(&turns[..1], true, &[2]).unwrap().ids;
-        let mut images = 1;
         for (k, answer) in answers.iter().enumerate() {
             ids.extend(chat.assistant_ids(answer).unwrap());
             // One turn ends with its own end-of-turn token, the other was cut off before it.
@@ -187,7 +188,7 @@ fn appending_turns_equals_encoding_the_whole() {
                 ids.last().copied()
             };
             let more = chat
-                .continuation(images, &turns[k + 1], &[3 + k], last)
+                .continuation(k + 1, &turns[k + 1], &[3 + k], last)
                 .unwrap();
             let span = more.images[0].clone();
             assert!(
@@ -197,7 +198,6 @@ fn appending_turns_equals_encoding_the_whole() {
                     && span.len() == 3 + k
             );
             ids.extend(more.ids);
-            images += 1;
         }
         let [a, b, c] = turns;
         let whole = [
