@@ -18,16 +18,29 @@ pub(crate) struct View<'a> {
 impl<'a> View<'a> {
     /// Rows of `stride` elements, starting at `offset`.
     pub fn rows(data: &'a [f32], offset: usize, stride: usize) -> Self {
-        Self { data, offset, rs: stride, cs: 1 }
+        Self {
+            data,
+            offset,
+            rs: stride,
+            cs: 1,
+        }
     }
 
     pub fn transposed(self) -> Self {
-        Self { rs: self.cs, cs: self.rs, ..self }
+        Self {
+            rs: self.cs,
+            cs: self.rs,
+            ..self
+        }
     }
 
     fn check(&self, rows: usize, cols: usize, name: &str) {
         let last = self.offset + (rows - 1) * self.rs + (cols - 1) * self.cs;
-        assert!(last < self.data.len(), "matmul: {name} [{rows}, {cols}] reaches element {last} of {}", self.data.len());
+        assert!(
+            last < self.data.len(),
+            "matmul: {name} [{rows}, {cols}] reaches element {last} of {}",
+            self.data.len()
+        );
     }
 }
 
@@ -40,12 +53,26 @@ pub(crate) struct Target<'a> {
 
 /// c[m, n] = scale · a[m, k] · b[k, n], added to what c held when `accumulate`.
 #[allow(clippy::too_many_arguments)]
-pub(crate) fn multiply(c: Target<'_>, a: View<'_>, b: View<'_>, m: usize, n: usize, k: usize, scale: f32, accumulate: bool, threads: bool) {
+pub(crate) fn multiply(
+    c: Target<'_>,
+    a: View<'_>,
+    b: View<'_>,
+    m: usize,
+    n: usize,
+    k: usize,
+    scale: f32,
+    accumulate: bool,
+    threads: bool,
+) {
     if m == 0 || n == 0 {
         return;
     }
     let last = c.offset + (m - 1) * c.stride + n - 1;
-    assert!(last < c.data.len() && c.stride >= n, "matmul: result [{m}, {n}] reaches element {last} of {}", c.data.len());
+    assert!(
+        last < c.data.len() && c.stride >= n,
+        "matmul: result [{m}, {n}] reaches element {last} of {}",
+        c.data.len()
+    );
     if k == 0 {
         if !accumulate {
             for i in 0..m {
@@ -56,7 +83,11 @@ pub(crate) fn multiply(c: Target<'_>, a: View<'_>, b: View<'_>, m: usize, n: usi
     }
     a.check(m, k, "left side");
     b.check(k, n, "right side");
-    let parallelism = if threads { Parallelism::Rayon(0) } else { Parallelism::None };
+    let parallelism = if threads {
+        Parallelism::Rayon(0)
+    } else {
+        Parallelism::None
+    };
     // SAFETY: `check` and the assertion above put the last (hence every) element that `gemm` may touch inside the
     // three slices (all strides are non-negative); `c.data` is borrowed mutably, so it overlaps neither input, and
     // its rows do not overlap each other (`stride >= n`).

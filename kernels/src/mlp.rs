@@ -9,7 +9,10 @@ use rayon::prelude::*;
 const CHUNK: usize = 1 << 14;
 
 fn same(what: &str, lengths: &[usize]) {
-    assert!(lengths.windows(2).all(|w| w[0] == w[1]), "mlp: {what}: the slices differ in length: {lengths:?}");
+    assert!(
+        lengths.windows(2).all(|w| w[0] == w[1]),
+        "mlp: {what}: the slices differ in length: {lengths:?}"
+    );
 }
 
 /// y = x · sigmoid(x).
@@ -18,7 +21,9 @@ fn same(what: &str, lengths: &[usize]) {
 /// Any, equal.
 pub fn silu_forward(y: &mut [f32], x: &[f32]) {
     same("silu", &[y.len(), x.len()]);
-    y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(y, x)| silu_many(y, x));
+    y.par_chunks_mut(CHUNK)
+        .zip(x.par_chunks(CHUNK))
+        .for_each(|(y, x)| silu_many(y, x));
 }
 
 dispatch! { fn silu_many(y: &mut [f32], x: &[f32]) = silu_body }
@@ -32,7 +37,10 @@ fn silu_body<const LEVEL: u8>(y: &mut [f32], x: &[f32]) {
 /// dx = dy · (s + x·s·(1 − s)) with s = sigmoid(x).
 pub fn silu_backward(dx: &mut [f32], dy: &[f32], x: &[f32]) {
     same("silu backward", &[dx.len(), dy.len(), x.len()]);
-    dx.par_chunks_mut(CHUNK).zip(dy.par_chunks(CHUNK)).zip(x.par_chunks(CHUNK)).for_each(|((dx, dy), x)| silu_grad_many(dx, dy, x));
+    dx.par_chunks_mut(CHUNK)
+        .zip(dy.par_chunks(CHUNK))
+        .zip(x.par_chunks(CHUNK))
+        .for_each(|((dx, dy), x)| silu_grad_many(dx, dy, x));
 }
 
 dispatch! { fn silu_grad_many(dx: &mut [f32], dy: &[f32], x: &[f32]) = silu_grad_body }
@@ -50,7 +58,10 @@ fn silu_grad_body<const LEVEL: u8>(dx: &mut [f32], dy: &[f32], x: &[f32]) {
 /// Any, equal; usually `[T, N]`.
 pub fn swiglu_forward(h: &mut [f32], gate: &[f32], up: &[f32]) {
     same("swiglu", &[h.len(), gate.len(), up.len()]);
-    h.par_chunks_mut(CHUNK).zip(gate.par_chunks(CHUNK)).zip(up.par_chunks(CHUNK)).for_each(|((h, g), u)| swiglu_many(h, g, u));
+    h.par_chunks_mut(CHUNK)
+        .zip(gate.par_chunks(CHUNK))
+        .zip(up.par_chunks(CHUNK))
+        .for_each(|((h, g), u)| swiglu_many(h, g, u));
 }
 
 dispatch! { fn swiglu_many(h: &mut [f32], gate: &[f32], up: &[f32]) = swiglu_body }
@@ -63,7 +74,10 @@ fn swiglu_body<const LEVEL: u8>(h: &mut [f32], gate: &[f32], up: &[f32]) {
 
 /// dgate = dh · up · silu'(gate), dup = dh · silu(gate); both written.
 pub fn swiglu_backward(dgate: &mut [f32], dup: &mut [f32], dh: &[f32], gate: &[f32], up: &[f32]) {
-    same("swiglu backward", &[dgate.len(), dup.len(), dh.len(), gate.len(), up.len()]);
+    same(
+        "swiglu backward",
+        &[dgate.len(), dup.len(), dh.len(), gate.len(), up.len()],
+    );
     dgate
         .par_chunks_mut(CHUNK)
         .zip(dup.par_chunks_mut(CHUNK))
@@ -74,7 +88,13 @@ pub fn swiglu_backward(dgate: &mut [f32], dup: &mut [f32], dh: &[f32], gate: &[f
 
 dispatch! { fn swiglu_grad_many(dgate: &mut [f32], dup: &mut [f32], dh: &[f32], gate: &[f32], up: &[f32]) = swiglu_grad_body }
 #[inline(always)]
-fn swiglu_grad_body<const LEVEL: u8>(dgate: &mut [f32], dup: &mut [f32], dh: &[f32], gate: &[f32], up: &[f32]) {
+fn swiglu_grad_body<const LEVEL: u8>(
+    dgate: &mut [f32],
+    dup: &mut [f32],
+    dh: &[f32],
+    gate: &[f32],
+    up: &[f32],
+) {
     for ((((dg, du), &dh), &g), &u) in dgate.iter_mut().zip(dup).zip(dh).zip(gate).zip(up) {
         let s = sigmoid::<LEVEL>(g);
         *dg = dh * u * (s + g * s * (1.0 - s));
@@ -88,7 +108,9 @@ fn swiglu_grad_body<const LEVEL: u8>(dgate: &mut [f32], dup: &mut [f32], dh: &[f
 /// Any, equal.
 pub fn gelu_forward(y: &mut [f32], x: &[f32]) {
     same("gelu", &[y.len(), x.len()]);
-    y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(y, x)| gelu_many(y, x));
+    y.par_chunks_mut(CHUNK)
+        .zip(x.par_chunks(CHUNK))
+        .for_each(|(y, x)| gelu_many(y, x));
 }
 
 dispatch! { fn gelu_many(y: &mut [f32], x: &[f32]) = gelu_body }
@@ -102,7 +124,10 @@ fn gelu_body<const LEVEL: u8>(y: &mut [f32], x: &[f32]) {
 /// dx = dy · (Φ(x) + x·φ(x)).
 pub fn gelu_backward(dx: &mut [f32], dy: &[f32], x: &[f32]) {
     same("gelu backward", &[dx.len(), dy.len(), x.len()]);
-    dx.par_chunks_mut(CHUNK).zip(dy.par_chunks(CHUNK)).zip(x.par_chunks(CHUNK)).for_each(|((dx, dy), x)| gelu_grad_many(dx, dy, x));
+    dx.par_chunks_mut(CHUNK)
+        .zip(dy.par_chunks(CHUNK))
+        .zip(x.par_chunks(CHUNK))
+        .for_each(|((dx, dy), x)| gelu_grad_many(dx, dy, x));
 }
 
 dispatch! { fn gelu_grad_many(dx: &mut [f32], dy: &[f32], x: &[f32]) = gelu_grad_body }
@@ -138,4 +163,115 @@ fn normal_cdf<const LEVEL: u8>(x: f32) -> f32 {
     g = mul_add::<LEVEL>(g, u, -0.671_794_1);
     let tail = 0.5 * t * exp::<LEVEL>(mul_add::<LEVEL>(-z, z, g));
     if x < 0.0 { tail } else { 1.0 - tail }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::oracle::{self, assert_close, assert_same_bits, gradient, numbers, weighted, wide};
+
+    fn spread(n: usize) -> Vec<f32> {
+        (0..n)
+            .map(|i| -6.0 + 12.0 * i as f32 / (n - 1) as f32)
+            .collect()
+    }
+
+    #[test]
+    fn values_by_hand() {
+        let mut y = [0.0; 3];
+        silu_forward(&mut y, &[0.0, 100.0, -100.0]);
+        assert_eq!(y[..2], [0.0, 100.0]);
+        assert!(y[2].abs() < 1e-38);
+        // x·Φ(x) at 1: 0.8413447460685429; at -1: -0.15865525393145707
+        gelu_forward(&mut y, &[1.0, -1.0, 0.0]);
+        assert!(
+            (y[0] - 0.841_344_7).abs() < 2e-7 && (y[1] + 0.158_655_25).abs() < 1e-7,
+            "{y:?}"
+        );
+        assert_eq!(y[2], 0.0);
+    }
+
+    #[test]
+    fn agree_with_the_oracle_and_its_finite_differences() {
+        let (x, up, dy) = (spread(1000), numbers(1, 1000), numbers(2, 1000));
+        let (xs, ups) = (wide(&x), wide(&up));
+        let silu = |x: &[f64]| x.iter().map(|&x| oracle::silu(x)).collect::<Vec<_>>();
+        let gelu = |x: &[f64]| x.iter().map(|&x| oracle::gelu(x)).collect::<Vec<_>>();
+        let swiglu = |g: &[f64], u: &[f64]| {
+            g.iter()
+                .zip(u)
+                .map(|(&g, u)| oracle::silu(g) * u)
+                .collect::<Vec<_>>()
+        };
+        // Element-wise, so one element's difference is the whole gradient: no need for n² work.
+        let slope = |f: &dyn Fn(&[f64]) -> Vec<f64>, x: &[f64], dy: &[f32]| -> Vec<f64> {
+            x.iter()
+                .zip(dy)
+                .flat_map(|(&x, &dy)| gradient(&[x], |x| weighted(&f(x), &[dy])))
+                .collect()
+        };
+        let mut y = vec![f32::NAN; 1000];
+        let mut dx = vec![f32::NAN; 1000];
+        // Each: a handful of roundings at 6e-8 of numbers up to 6 (relative above 1).
+        silu_forward(&mut y, &x);
+        assert_close("silu", &y, &silu(&xs), 6e-7);
+        silu_backward(&mut dx, &dy, &x);
+        assert_close("silu backward", &dx, &slope(&silu, &xs, &dy), 6e-7);
+        gelu_forward(&mut y, &x);
+        assert_close("gelu", &y, &gelu(&xs), 6e-7);
+        gelu_backward(&mut dx, &dy, &x);
+        assert_close("gelu backward", &dx, &slope(&gelu, &xs, &dy), 1e-6);
+        swiglu_forward(&mut y, &x, &up);
+        assert_close("swiglu", &y, &swiglu(&xs, &ups), 6e-7);
+        let mut du = vec![f32::NAN; 1000];
+        swiglu_backward(&mut dx, &mut du, &dy, &x, &up);
+        let per_gate: Vec<f64> = (0..1000)
+            .flat_map(|i| {
+                gradient(&xs[i..=i], |g| {
+                    weighted(&swiglu(g, &ups[i..=i]), &dy[i..=i])
+                })
+            })
+            .collect();
+        let per_up: Vec<f64> = (0..1000)
+            .flat_map(|i| {
+                gradient(&ups[i..=i], |u| {
+                    weighted(&swiglu(&xs[i..=i], u), &dy[i..=i])
+                })
+            })
+            .collect();
+        assert_close("dgate", &dx, &per_gate, 6e-7);
+        assert_close("dup", &du, &per_up, 6e-7);
+    }
+
+    #[test]
+    fn an_element_has_the_same_bits_alone() {
+        let (x, up) = (spread(101), numbers(1, 101));
+        let (mut h, mut g) = (vec![0.0; 101], vec![0.0; 101]);
+        swiglu_forward(&mut h, &x, &up);
+        gelu_forward(&mut g, &x);
+        for i in 0..101 {
+            let mut one = [0.0];
+            swiglu_forward(&mut one, &x[i..=i], &up[i..=i]);
+            assert_same_bits("swiglu", &one, &h[i..=i]);
+            gelu_forward(&mut one, &x[i..=i]);
+            assert_same_bits("gelu", &one, &g[i..=i]);
+        }
+    }
+
+    #[test]
+    fn huge_inputs_stay_finite() {
+        let x = [-1e30, -1e4, -90.0, 90.0, 1e4, 1e30];
+        let (mut y, mut dx, mut du) = ([0.0; 6], [0.0; 6], [0.0; 6]);
+        for i in 0..4 {
+            match i {
+                0 => silu_forward(&mut y, &x),
+                1 => gelu_forward(&mut y, &x),
+                2 => gelu_backward(&mut y, &[1.0; 6], &x),
+                _ => silu_backward(&mut y, &[1.0; 6], &x),
+            }
+            assert!(y.iter().all(|v| v.is_finite()), "function {i}: {y:?}");
+        }
+        swiglu_backward(&mut dx, &mut du, &[1.0; 6], &x, &[1.0; 6]);
+        assert!(dx.iter().chain(&du).all(|v| v.is_finite()), "{dx:?} {du:?}");
+    }
 }

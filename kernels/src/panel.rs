@@ -32,19 +32,59 @@ pub(crate) fn multiply<const LEVEL: u8>(
     let mut c = 0;
     // Wide registers take a block of 32 columns as two vectors; narrow ones 16 at a time, or the tile would spill.
     while LEVEL == WIDE && c + 32 <= cols {
-        columns::<LEVEL, 32>(&mut out[c..], out_stride, a, a_stride, &panel[c..], panel_stride, rows, k, accumulate);
+        columns::<LEVEL, 32>(
+            &mut out[c..],
+            out_stride,
+            a,
+            a_stride,
+            &panel[c..],
+            panel_stride,
+            rows,
+            k,
+            accumulate,
+        );
         c += 32;
     }
     while c + 16 <= cols {
-        columns::<LEVEL, 16>(&mut out[c..], out_stride, a, a_stride, &panel[c..], panel_stride, rows, k, accumulate);
+        columns::<LEVEL, 16>(
+            &mut out[c..],
+            out_stride,
+            a,
+            a_stride,
+            &panel[c..],
+            panel_stride,
+            rows,
+            k,
+            accumulate,
+        );
         c += 16;
     }
     while c + 8 <= cols {
-        columns::<LEVEL, 8>(&mut out[c..], out_stride, a, a_stride, &panel[c..], panel_stride, rows, k, accumulate);
+        columns::<LEVEL, 8>(
+            &mut out[c..],
+            out_stride,
+            a,
+            a_stride,
+            &panel[c..],
+            panel_stride,
+            rows,
+            k,
+            accumulate,
+        );
         c += 8;
     }
     while c < cols {
-        columns::<LEVEL, 1>(&mut out[c..], out_stride, a, a_stride, &panel[c..], panel_stride, rows, k, accumulate);
+        columns::<LEVEL, 1>(
+            &mut out[c..],
+            out_stride,
+            a,
+            a_stride,
+            &panel[c..],
+            panel_stride,
+            rows,
+            k,
+            accumulate,
+        );
         c += 1;
     }
 }
@@ -66,7 +106,16 @@ fn columns<const LEVEL: u8, const W: usize>(
     macro_rules! take {
         ($n:literal) => {
             while r + $n <= rows {
-                tile::<LEVEL, $n, W>(&mut out[r * out_stride..], out_stride, &a[r * a_stride..], a_stride, panel, panel_stride, k, accumulate);
+                tile::<LEVEL, $n, W>(
+                    &mut out[r * out_stride..],
+                    out_stride,
+                    &a[r * a_stride..],
+                    a_stride,
+                    panel,
+                    panel_stride,
+                    k,
+                    accumulate,
+                );
                 r += $n;
             }
         };
@@ -102,7 +151,9 @@ fn tile<const LEVEL: u8, const R: usize, const W: usize>(
     }
     let rows: [&[f32]; R] = std::array::from_fn(|r| &a[r * a_stride..][..k]);
     for kk in 0..k {
-        let Some(b) = panel[kk * panel_stride..].first_chunk::<W>() else { unreachable!("panel too short") };
+        let Some(b) = panel[kk * panel_stride..].first_chunk::<W>() else {
+            unreachable!("panel too short")
+        };
         for r in 0..R {
             let x = rows[r][kk];
             for w in 0..W {
@@ -117,7 +168,13 @@ fn tile<const LEVEL: u8, const R: usize, const W: usize>(
 
 /// Writes `cols` rows of a row-major matrix as columns of a panel: panel[k, c] = rows[c, k]; other columns are left alone.
 #[inline(always)]
-pub(crate) fn transpose_into(panel: &mut [f32], rows: &[f32], stride: usize, k: usize, cols: usize) {
+pub(crate) fn transpose_into(
+    panel: &mut [f32],
+    rows: &[f32],
+    stride: usize,
+    k: usize,
+    cols: usize,
+) {
     const B: usize = 8;
     let mut k0 = 0;
     while k0 < k {

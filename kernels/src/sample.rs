@@ -51,7 +51,10 @@ pub fn top_k(logits: &mut [f32], k: usize) {
     }
     let mut sorted = logits.to_vec();
     let (_, &mut kth, _) = sorted.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a));
-    logits.iter_mut().filter(|z| **z < kth).for_each(|z| *z = f32::NEG_INFINITY);
+    logits
+        .iter_mut()
+        .filter(|z| **z < kth)
+        .for_each(|z| *z = f32::NEG_INFINITY);
 }
 
 /// Keeps the smallest set of likeliest ids whose probability at `temperature` reaches p (Holtzman et al. 2020, arXiv:1904.09751).
@@ -70,5 +73,73 @@ pub fn top_p(logits: &mut [f32], temperature: f32, p: f64) {
             logits[id] = f32::NEG_INFINITY;
         }
         kept += f64::from(stats.logprob(scaled[id])).exp();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row() -> Vec<f32> {
+        // Probabilities 1/2, 1/4, 0, 1/4.
+        vec![4f32.ln(), 2f32.ln(), f32::NEG_INFINITY, 2f32.ln()]
+    }
+
+    #[test]
+    fn the_uniform_number_picks_by_cumulative_probability() {
+        for (u, id, p) in [
+            (0.0, 0, 0.5),
+            (0.49, 0, 0.5),
+            (0.51, 1, 0.25),
+            (0.74, 1, 0.25),
+            (0.76, 3, 0.25),
+            (1.0 - f64::EPSILON / 2.0, 3, 0.25f32),
+        ] {
+            let (drawn, logprob) = categorical(&mut row(), 1.0, u);
+            assert_eq!(drawn, id, "u={u}");
+            assert!((logprob - p.ln()).abs() < 1e-6, "u={u}: {logprob}");
+        }
+    }
+
+    #[test]
+    fn temperature_is_part_of_the_log_prob() {
+        // At temperature 1/2 the odds 4:2:2 become 16:4:4.
+        let (id, logprob) = categorical(&mut row(), 0.5, 0.0);
+        assert_eq!(id, 0);
+        assert!((logprob - (16f32 / 24.0).ln()).abs() < 1e-6);
+    }
+
+    #[test]
+    fn greedy_takes_the_first_of_the_largest() {
+        let (id, logprob) = greedy(&[0.0, 3.0, 3.0, f32::NEG_INFINITY]);
+        assert_eq!(id, 1);
+        assert!((logprob - (3f64.exp() / (1.0 + 2.0 * 3f64.exp())).ln() as f32).abs() < 1e-6);
+    }
+
+    #[test]
+    fn truncation_keeps_the_likeliest() {
+        let mut z = row();
+        top_k(&mut z, 1);
+        assert_eq!(z[0], 4f32.ln());
+        assert_eq!(z[1..], [f32::NEG_INFINITY; 3]);
+        // 1/2 alone does not reach 0.6; with the first 1/4 it does.
+        let mut z = row();
+        top_p(&mut z, 1.0, 0.6);
+        assert_eq!(
+            z,
+            [4f32.ln(), 2f32.ln(), f32::NEG_INFINITY, f32::NEG_INFINITY]
+        );
+        let mut z = row();
+        top_p(&mut z, 1.0, 0.0);
+        assert_eq!(z[1..], [f32::NEG_INFINITY; 3]);
+    }
+
+    #[test]
+    fn drawn_frequencies_follow_the_probabilities() {
+        let mut counts = [0; 4];
+        for i in 0..1000 {
+            counts[categorical(&mut row(), 1.0, (f64::from(i) + 0.5) / 1000.0).0 as usize] += 1;
+        }
+        assert_eq!(counts, [500, 250, 0, 250]);
     }
 }
