@@ -8,6 +8,9 @@
 //! a crop never loses a pixel of the box that was asked for (it is rounded outward); and [`smart_resize`] gives the sizes
 //! that the published processors give, since the number of image tokens follows from them.
 
+mod assign;
+
+pub use self::assign::assign;
 use anyhow::{Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
@@ -509,122 +512,268 @@ pub fn judge_box(box_in_view: &BBox, view: Size, limits: BoxLimits) -> BoxVerdic
     }
 }
 
-/// One-to-one assignment of rows to columns with the largest total weight: which predicted box answers for which target.
-///
-/// `weights[i][j]` is what pairing row i with column j is worth (an IoU, say); rows must be equally long. As many pairs are made as there
-/// are rows or columns, whichever are fewer, even if a pair is worth 0 or less: drop those after. A weight that is not
-/// finite (or beyond ±1e100, where sums could overflow) forbids its pair. Returns, for each row, its column or `None`.
-///
-/// Hungarian method with potentials (Kuhn 1955; Jonker and Volgenant 1987), O(n² m).
-///
-/// ```
-/// use foveate::geometry::assign;
-/// // Greedy would take 0.9 first and end with 0.9 + 0.0; together 0.8 + 0.7 is more.
-/// assert_eq!(assign(&[vec![0.9, 0.8], vec![0.7, 0.0]]), [Some(1), Some(0)]);
-/// ```
-///
-/// # Panics
-/// If rows differ in length: a bug of the caller.
-pub fn assign(weights: &[Vec<f64>]) -> Vec<Option<usize>> {
-    let rows = weights.len();
-    let columns = weights.first().map_or(0, Vec::len);
-    assert!(
-        weights.iter().all(|row| row.len() == columns),
-        "assign: rows of different lengths"
-    );
-    if columns == 0 {
-        return vec![None; rows];
-    }
-    let allowed = |w: f64| w.abs() <= 1e100;
-    let (low, high) = weights
-        .iter()
-        .flatten()
-        .copied()
-        .filter(|&w| allowed(w))
-        .fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), w| {
-            (l.min(w), h.max(w))
-        });
-    if low > high {
-        return vec![None; rows];
-    }
-    // A forbidden pair costs more than any allowed pairs could win back.
-    let forbidden = high + (high - low + 1.0) * (rows.min(columns) + 1) as f64;
-    let cost = |i: usize, j: usize| {
-        let w = weights[i][j];
-        if allowed(w) {
-            high - w
-        } else {
-            forbidden - low
-        }
-    };
-    let mut chosen = vec![None; rows];
-    if rows <= columns {
-        for (row, column) in cheapest(rows, columns, cost).into_iter().enumerate() {
-            chosen[row] = Some(column);
-        }
-    } else {
-        for (column, row) in cheapest(columns, rows, |j, i| cost(i, j))
-            .into_iter()
-            .enumerate()
-        {
-            chosen[row] = Some(column);
-        }
-    }
-    for (row, column) in chosen.iter_mut().enumerate() {
-        *column = column.filter(|&j| allowed(weights[row][j]));
-    }
-    chosen
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
 
-/// For each of n rows its column, all different, at least total cost; n <= m.
-fn cheapest(n: usize, m: usize, cost: impl Fn(usize, usize) -> f64) -> Vec<usize> {
-    // Rows are added one at a time, each by the cheapest alternating path to a free column (Dijkstra on reduced costs).
-    // Column m is a stand-in that holds the row being added.
-    let mut row_price = vec![0.0; n];
-    let mut column_price = vec![0.0; m + 1];
-    let mut owner: Vec<Option<usize>> = vec![None; m + 1];
-    for row in 0..n {
-        owner[m] = Some(row);
-        let mut distance = vec![f64::INFINITY; m];
-        let mut came_from = vec![m; m];
-        let mut done = vec![false; m + 1];
-        let mut at = m;
-        while let Some(i) = owner[at] {
-            done[at] = true;
-            let (mut next, mut step) = (m, f64::INFINITY);
-            for j in (0..m).filter(|&j| !done[j]) {
-                let reduced = cost(i, j) - row_price[i] - column_price[j];
-                if reduced < distance[j] {
-                    distance[j] = reduced;
-                    came_from[j] = at;
-                }
-                if distance[j] < step {
-                    step = distance[j];
-                    next = j;
-                }
-            }
-            for j in 0..=m {
-                if done[j] {
-                    if let Some(i) = owner[j] {
-                        row_price[i] += step;
-                    }
-                    column_price[j] -= step;
-                } else {
-                    distance[j] -= step;
-                }
-            }
-            at = next;
-        }
-        while at != m {
-            owner[at] = owner[came_from[at]];
-            at = came_from[at];
+    const WIDE: Budget = Budget {
+        min_pixels: 3136,
+        max_pixels: 12_845_056,
+        factor: 28,
+    };
+    const MGPO: Budget = Budget {
+        min_pixels: 200_704,
+        max_pixels: 1_003_520,
+        factor: 28,
+    };
+    const QWEN3: Budget = Budget {
+        min_pixels: 65_536,
+        max_pixels: 16_777_216,
+        factor: 32,
+    };
+
+    fn shown(h: u32, w: u32, budget: Budget) -> (u32, u32) {
+        let size = smart_resize(Size::new(w, h), budget).unwrap();
+        (size.height, size.width)
+    }
+
+    #[test]
+    fn sizes_are_those_of_the_published_processors() {
+        // (h, w), then (h, w) under three budgets, from running transformers.
+        let table = [
+            ((70, 70), (56, 56), (448, 448), (256, 256)),
+            ((42, 42), (56, 56), (448, 448), (256, 256)),
+            ((14, 14), (56, 56), (448, 448), (256, 256)),
+            ((100, 333), (112, 336), (252, 840), (160, 480)),
+            ((1080, 1920), (1092, 1932), (728, 1316), (1088, 1920)),
+            ((3024, 4032), (3024, 4032), (840, 1148), (3008, 4032)),
+            ((5000, 300), (5012, 308), (4088, 224), (4992, 288)),
+            ((867, 1156), (868, 1148), (868, 1148), (864, 1152)),
+        ];
+        for ((h, w), wide, mgpo, qwen3) in table {
+            assert_eq!(shown(h, w, WIDE), wide, "{h}x{w}");
+            assert_eq!(shown(h, w, MGPO), mgpo, "{h}x{w}");
+            assert_eq!(shown(h, w, QWEN3), qwen3, "{h}x{w}");
         }
     }
-    let mut chosen = vec![0; n];
-    for (column, row) in owner.iter().take(m).enumerate() {
-        if let Some(row) = row {
-            chosen[*row] = column;
+
+    #[test]
+    fn sizes_after_the_reference_shrank_the_picture_itself() {
+        // MGPO's reference scales 1920x1080 to 1335x751 and 100x60 to 578x347 and then rounds: with a cap that does not bite.
+        assert_eq!(shown(751, 1335, WIDE), (756, 1344));
+        assert_eq!(shown(347, 578, WIDE), (336, 588));
+        assert_eq!(Grid::of(Size::new(588, 336), 14).tokens(2), 252);
+        // Ours keeps the cap: 756 x 1344 = 1,016,064 would be over.
+        assert_eq!(shown(751, 1335, MGPO), (728, 1316));
+    }
+
+    #[test]
+    fn a_thin_side_is_one_factor_before_the_area_is_looked_at() {
+        assert_eq!(shown(13, 2000, WIDE), (28, 1988)); // transformers: 28x700
+        assert_eq!(shown(1, 200, WIDE), (28, 196)); // transformers: 28x812
+        assert_eq!(shown(1, 1, WIDE), (56, 56));
+    }
+
+    #[test]
+    fn sizes_that_cannot_be_shown_are_errors() {
+        let error = |w, h, budget| {
+            smart_resize(Size::new(w, h), budget)
+                .unwrap_err()
+                .to_string()
+        };
+        assert!(error(1, 10_000, WIDE).contains("aspect ratio of 10000.0"));
+        assert!(error(201, 1, WIDE).contains("aspect ratio of 201.0"));
+        assert!(error(0, 5, WIDE).contains("0x5"));
+        assert!(error(5, 5, Budget::new(10, 9, 28)).contains("min_pixels 10"));
+        assert!(error(5, 5, Budget::new(1, 9, 0)).contains("factor"));
+        assert!(error(5, 5, Budget::new(u64::MAX, u64::MAX, 28)).contains("min_pixels"));
+        assert!(smart_resize(Size::new(u32::MAX, u32::MAX), WIDE).is_ok());
+    }
+
+    #[test]
+    fn boxes_overlap_as_drawn_on_paper() {
+        let a = BBox::new(0.0, 0.0, 4.0, 4.0);
+        let b = BBox::new(2.0, 2.0, 6.0, 6.0);
+        assert_eq!(a.intersection(&b), Some(BBox::new(2.0, 2.0, 4.0, 4.0)));
+        assert_eq!(a.iou(&b), 4.0 / 28.0);
+        assert_eq!(a.hull(&b), BBox::new(0.0, 0.0, 6.0, 6.0));
+        assert_eq!(a.giou(&b), 4.0 / 28.0 - 8.0 / 36.0);
+        assert_eq!(a.contains_fraction(&b), 0.25);
+        assert!(a.contains(&BBox::new(0.0, 1.0, 4.0, 2.0)) && !a.contains(&b));
+        // Beside each other: they touch but share nothing.
+        let c = BBox::new(4.0, 0.0, 8.0, 4.0);
+        assert_eq!(
+            (a.intersection(&c), a.iou(&c), a.giou(&c)),
+            (None, 0.0, 0.0)
+        );
+        // Far apart: hull 12 x 4, 16 of 48 not covered.
+        assert_eq!(a.giou(&BBox::new(8.0, 0.0, 12.0, 4.0)), -16.0 / 48.0);
+        assert_eq!(a.giou(&a), 1.0);
+        let inverted = BBox::new(4.0, 4.0, 0.0, 0.0);
+        assert_eq!(
+            (inverted.area(), a.iou(&inverted), a.giou(&inverted)),
+            (0.0, 0.0, -1.0)
+        );
+        assert_eq!(a.pad(0.25), BBox::new(-1.0, -1.0, 5.0, 5.0));
+        assert_eq!(b.clamp(&a), BBox::new(2.0, 2.0, 4.0, 4.0));
+        assert_eq!(b.center(), (4.0, 4.0));
+        assert_eq!(serde_json::to_string(&b).unwrap(), "[2.0,2.0,6.0,6.0]");
+        assert_eq!(
+            serde_json::from_str::<BBox>("[1, 2, 3.5, 4]").unwrap(),
+            BBox::new(1.0, 2.0, 3.5, 4.0)
+        );
+    }
+
+    #[test]
+    fn verdicts_at_the_limits() {
+        use BoxVerdict::*;
+        let view = Size::new(4000, 868);
+        let judge =
+            |x1, y1, x2, y2| judge_box(&BBox::new(x1, y1, x2, y2), view, BoxLimits::default());
+        assert_eq!(judge(10.0, 10.0, 38.0, 110.0), TooSmall); // 28 wide
+        assert_eq!(judge(10.0, 10.0, 39.0, 110.0), Valid); // 29 wide
+        assert_eq!(judge(0.0, 0.0, 4000.0, 868.0), Valid); // the right and lower edge belong to it
+        assert_eq!(judge(3900.0, 0.0, 4001.0, 868.0), OutOfRange);
+        assert_eq!(judge(-1.0, 0.0, 100.0, 100.0), OutOfRange);
+        assert_eq!(judge(0.0, 0.0, 2900.0, 29.0), TooThin); // 100 to 1
+        assert_eq!(judge(0.0, 0.0, 2899.0, 29.0), Valid);
+        assert_eq!(judge(100.0, 100.0, 50.0, 200.0), Inverted);
+        assert_eq!(judge(100.0, 100.0, 100.0, 200.0), Inverted);
+        assert_eq!(judge(f64::NAN, 0.0, 100.0, 100.0), NotFinite);
+        assert_eq!(judge(0.0, 0.0, f64::INFINITY, 100.0), NotFinite);
+    }
+
+    #[test]
+    fn the_worked_example_and_a_crop_of_the_crop() {
+        let original = Size::new(4032, 3024);
+        // The reference's two steps end at 1148x868; ours at 1148x840. The mapping is the same arithmetic.
+        let view = View {
+            image: 0,
+            region: original.bounds(),
+            size: Size::new(1148, 868),
+        };
+        let crop = view
+            .crop(BBox::new(287.0, 217.0, 574.0, 434.0), original, WIDE)
+            .unwrap();
+        assert_eq!(crop.region, BBox::new(1008.0, 756.0, 2016.0, 1512.0));
+        assert_eq!(crop.size, Size::new(1008, 756));
+        // Right half of the crop's upper half, at one view pixel per original pixel.
+        let closer = crop
+            .crop(BBox::new(504.0, 0.0, 1008.0, 378.0), original, WIDE)
+            .unwrap();
+        assert_eq!(closer.region, BBox::new(1512.0, 756.0, 2016.0, 1134.0));
+        let first = View::whole(3, original, MGPO).unwrap();
+        assert_eq!(
+            (first.image, first.region, first.size),
+            (3, original.bounds(), Size::new(1148, 840))
+        );
+        // 100.5 of 1148 is 352.97..; of 840, 361.8: outward.
+        let fractional = first
+            .crop(BBox::new(100.5, 100.5, 200.0, 200.0), original, MGPO)
+            .unwrap();
+        assert_eq!(fractional.region, BBox::new(352.0, 361.0, 703.0, 720.0));
+    }
+
+    #[test]
+    fn crops_at_and_beyond_the_edge() {
+        let original = Size::new(1000, 500);
+        let view = View {
+            image: 0,
+            region: original.bounds(),
+            size: Size::new(1000, 500),
+        };
+        let over = view
+            .crop(BBox::new(900.0, -50.0, 1100.0, 100.0), original, WIDE)
+            .unwrap();
+        assert_eq!(over.region, BBox::new(900.0, 0.0, 1000.0, 100.0));
+        assert!(
+            view.crop(BBox::new(1000.0, 0.0, 1100.0, 100.0), original, WIDE)
+                .is_err()
+        );
+        assert!(
+            view.crop(BBox::new(10.0, 10.0, 10.0, 20.0), original, WIDE)
+                .is_err()
+        );
+        assert!(
+            view.crop(BBox::new(f64::NAN, 0.0, 10.0, 10.0), original, WIDE)
+                .is_err()
+        );
+        // 1000 x 1 may not be shown: it grows to 1000 x 5, about its middle, and stays inside.
+        let line = view
+            .crop(BBox::new(0.0, 250.0, 1000.0, 251.0), original, WIDE)
+            .unwrap();
+        assert_eq!(line.region, BBox::new(0.0, 248.0, 1000.0, 253.0));
+        let bottom = view
+            .crop(BBox::new(0.0, 499.0, 1000.0, 500.0), original, WIDE)
+            .unwrap();
+        assert_eq!(bottom.region, BBox::new(0.0, 495.0, 1000.0, 500.0));
+    }
+
+    /// An original, two budgets, and two boxes as fractions of the view.
+    fn looks() -> impl Strategy<Value = (Size, Budget, [f64; 4], [f64; 4])> {
+        let fractions = || [0.0..0.9f64, 0.0..0.9f64, 0.01..1.0f64, 0.01..1.0f64];
+        (
+            40..5000u32,
+            40..5000u32,
+            1..400u64,
+            fractions(),
+            fractions(),
+        )
+            .prop_map(|(w, h, k, a, b)| (Size::new(w, h), Budget::new(3136, k * 10_000, 28), a, b))
+    }
+
+    fn box_at(view: &View, [x, y, w, h]: [f64; 4]) -> BBox {
+        let (width, height) = (f64::from(view.size.width), f64::from(view.size.height));
+        let (x1, y1) = (x * width, y * height);
+        BBox::new(
+            x1,
+            y1,
+            x1 + (w * (width - x1)).max(1.0),
+            y1 + (h * (height - y1)).max(1.0),
+        )
+        .clamp(&view.size.bounds())
+    }
+
+    proptest! {
+        #[test]
+        fn nested_crops_hold_their_box_within_a_pixel((original, budget, a, b) in looks()) {
+            let mut view = View::whole(0, original, budget).unwrap();
+            for fractions in [a, b] {
+                let box_in_view = box_at(&view, fractions);
+                let wanted = view.original_from_view(box_in_view);
+                // There and back. 1e-6 px: f64 at 5000 px with a scale under 200 errs by less than 1e-9.
+                let back = view.view_from_original(wanted);
+                for (there, here) in <[f64; 4]>::from(back).into_iter().zip(<[f64; 4]>::from(box_in_view)) {
+                    prop_assert!((there - here).abs() < 1e-6);
+                }
+                let crop = view.crop(box_in_view, original, budget).unwrap();
+                prop_assert!(original.bounds().contains(&crop.region));
+                prop_assert_eq!(crop.region, crop.region.round_outward());
+                prop_assert!(crop.region.pad(1e-6).contains(&wanted));
+                if wanted.aspect() < 100.0 && wanted.width().min(wanted.height()) > 4.0 {
+                    let grown = [wanted.x1 - crop.region.x1, wanted.y1 - crop.region.y1, crop.region.x2 - wanted.x2, crop.region.y2 - wanted.y2];
+                    prop_assert!(grown.iter().all(|&g| g < 1.0), "grown by {:?}", grown);
+                }
+                // The crop's own corners are its region's corners: composing the maps loses nothing.
+                let whole = crop.original_from_view(crop.size.bounds());
+                for (there, here) in <[f64; 4]>::from(whole).into_iter().zip(<[f64; 4]>::from(crop.region)) {
+                    prop_assert!((there - here).abs() < 1e-6);
+                }
+                view = crop;
+            }
+        }
+
+        #[test]
+        fn shown_sizes_are_whole_factors_within_the_cap(w in 1..8000u32, h in 1..8000u32, low in 1..300u64, room in 4..1000u64) {
+            let budget = Budget::new(low * 1000, low * 1000 * room, 28);
+            let Ok(size) = smart_resize(Size::new(w, h), budget) else {
+                prop_assert!(w.max(h) > 200 * w.min(h));
+                return Ok(());
+            };
+            prop_assert!(size.width % 28 == 0 && size.height % 28 == 0 && size.area() > 0);
+            prop_assert!(size.area() >= budget.min_pixels || size.width.max(size.height) > 28);
+            prop_assert!(size.area() <= budget.max_pixels || size.width.min(size.height) == 28 || low * room < 40);
         }
     }
-    chosen
 }

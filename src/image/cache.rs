@@ -150,3 +150,80 @@ impl Inner {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::{RgbImage, save};
+    use super::*;
+
+    /// `n` pictures of 10 x 10 pixels, 300 bytes each.
+    fn pictures(dir: &Path, n: usize) -> Vec<PathBuf> {
+        (0..n)
+            .map(|i| {
+                let path = dir.join(format!("{i}.png"));
+                save(&RgbImage::new(10, 10), &path).unwrap();
+                path
+            })
+            .collect()
+    }
+
+    #[test]
+    fn the_least_recently_used_goes_first() {
+        let dir = tempfile::tempdir().unwrap();
+        let p = pictures(dir.path(), 3);
+        let cache = PictureCache::new(700);
+        let first = cache.get(&p[0]).unwrap();
+        cache.get(&p[1]).unwrap();
+        assert!(Arc::ptr_eq(&first, &cache.get(&p[0]).unwrap()));
+        cache.get(&p[2]).unwrap(); // 900 bytes: picture 1 was used longest ago
+        assert_eq!(
+            cache.stats(),
+            CacheStats {
+                hits: 1,
+                misses: 3,
+                evicted: 1,
+                pictures: 2,
+                bytes: 600
+            }
+        );
+        assert!(Arc::ptr_eq(&first, &cache.get(&p[0]).unwrap()));
+        cache.get(&p[1]).unwrap();
+        assert_eq!(cache.stats().misses, 4);
+    }
+
+    #[test]
+    fn too_large_is_not_kept_and_failures_are_tried_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let p = pictures(dir.path(), 1);
+        let cache = PictureCache::new(299);
+        cache.get(&p[0]).unwrap();
+        cache.get(&p[0]).unwrap();
+        assert_eq!(
+            cache.stats(),
+            CacheStats {
+                misses: 2,
+                ..CacheStats::default()
+            }
+        );
+        let late = dir.path().join("late.png");
+        assert!(cache.get(&late).is_err());
+        save(&RgbImage::new(2, 2), &late).unwrap();
+        assert!(cache.get(&late).is_ok());
+        assert_eq!(cache.stats().bytes, 12);
+    }
+
+    #[test]
+    fn asked_for_by_many_at_once_it_is_decoded_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let p = pictures(dir.path(), 2);
+        let cache = PictureCache::new(1 << 20);
+        std::thread::scope(|scope| {
+            for i in 0..16 {
+                let (cache, path) = (&cache, &p[i % 2]);
+                scope.spawn(move || cache.get(path).unwrap());
+            }
+        });
+        let stats = cache.stats();
+        assert_eq!((stats.misses, stats.hits, stats.bytes), (2, 14, 600));
+    }
+}

@@ -240,3 +240,123 @@ fn jpeg_is_complete(bytes: &[u8]) -> bool {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ::image::{ImageBuffer, Luma, Rgba};
+
+    /// Encoded in memory.
+    fn bytes(image: impl Into<DynamicImage>, format: ImageFormat) -> Vec<u8> {
+        let mut out = Cursor::new(Vec::new());
+        image.into().write_to(&mut out, format).unwrap();
+        out.into_inner()
+    }
+
+    fn error(data: &[u8]) -> String {
+        decode_bytes(data, "the/file").unwrap_err().to_string()
+    }
+
+    #[test]
+    fn modes_become_rgb_as_pil_does_it() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/decode");
+        let mut seen = 0;
+        for file in fs::read_dir(&folder).unwrap() {
+            let path = file.unwrap().path();
+            let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+            if name.ends_with(".rgb.png") {
+                continue;
+            }
+            let wanted = decode(&folder.join(format!("{name}.rgb.png"))).unwrap();
+            let got = decode(&path).unwrap();
+            assert_eq!(got.size(), wanted.size(), "{name}");
+            let worst = got
+                .rgb()
+                .iter()
+                .zip(wanted.rgb())
+                .map(|(&a, &b)| a.abs_diff(b))
+                .max();
+            // JPEG leaves the rounding of its transforms to the decoder: a few levels after colour conversion. The rest is exact.
+            let allowed = if name.ends_with(".jpg") { 3 } else { 0 };
+            assert!(worst <= Some(allowed), "{name}: {worst:?}");
+            seen += 1;
+        }
+        assert_eq!(seen, 12, "golden files missing");
+    }
+
+    #[test]
+    fn sixteen_bits_keep_their_high_byte_and_alpha_is_dropped() {
+        let grey: ImageBuffer<Luma<u16>, _> =
+            ImageBuffer::from_raw(2, 1, vec![0x12ff_u16, 0xfe01]).unwrap();
+        let picture = decode_bytes(&bytes(grey, ImageFormat::Png), "grey").unwrap();
+        assert_eq!(picture.rgb(), [0x12, 0x12, 0x12, 0xfe, 0xfe, 0xfe]);
+        let clear: ImageBuffer<Rgba<u8>, _> =
+            ImageBuffer::from_raw(1, 1, vec![9, 8, 7, 0]).unwrap();
+        assert_eq!(
+            decode_bytes(&bytes(clear, ImageFormat::Png), "clear")
+                .unwrap()
+                .rgb(),
+            [9, 8, 7]
+        );
+    }
+
+    #[test]
+    fn every_cut_of_a_file_is_an_error_and_never_a_panic() {
+        let ramp = RgbImage::from_fn(24, 17, |x, y| {
+            ::image::Rgb([(x * 10) as u8, (y * 15) as u8, (x * y) as u8])
+        });
+        for format in [ImageFormat::Png, ImageFormat::Jpeg, ImageFormat::WebP] {
+            let whole = bytes(ramp.clone(), format);
+            assert!(decode_bytes(&whole, "whole").is_ok());
+            for end in 0..whole.len() {
+                match decode_bytes(&whole[..end], "the/file") {
+                    Err(e) => assert!(e.to_string().ends_with("the/file"), "{e}"),
+                    // Only what comes after the pixels may be missing: PNG's closing chunk, WebP's padding.
+                    Ok(picture) => assert!(
+                        end + 20 >= whole.len() && picture.rgb() == ramp.as_raw(),
+                        "{format:?} at {end}"
+                    ),
+                }
+                let mut damaged = whole.clone();
+                damaged[end] ^= 0x5a;
+                // May be read (a damaged pixel) or refused, nothing else.
+                let _ = decode_bytes(&damaged, "the/file");
+            }
+        }
+    }
+
+    #[test]
+    fn errors_say_what_was_found_and_what_to_do() {
+        assert!(error(b"").contains("0 bytes"));
+        assert!(error(b"GIF89a....").contains("found a GIF"));
+        assert!(error(b"<!DOCTYPE html><html>404").contains("web page"));
+        assert!(error(b"version https://git-lfs.github.com/spec/v1").contains("git lfs pull"));
+        assert!(error(b"\x01\x02\x03").contains("3 bytes that begin 01 02 03"));
+        let jpeg = bytes(RgbImage::new(16, 16), ImageFormat::Jpeg);
+        assert!(error(&jpeg[..jpeg.len() - 2]).contains("cut short"));
+        let mut followed = jpeg.clone();
+        followed.extend_from_slice(&[0; 40]);
+        assert!(decode_bytes(&followed, "bytes after the end are fine").is_ok());
+        // The frame header's height and width made 65535: refused before anything is allocated.
+        let mut huge = jpeg;
+        let at = huge.windows(2).position(|w| w == [0xff, 0xc0]).unwrap();
+        huge[at + 5..at + 9].fill(0xff);
+        assert!(error(&huge).contains("65535x65535"));
+        let missing = decode(Path::new("no/such.png")).unwrap_err();
+        assert!(format!("{missing:#}").contains("no/such.png"));
+        assert!(
+            decode(Path::new("."))
+                .unwrap_err()
+                .to_string()
+                .contains("folder")
+        );
+    }
+
+    #[test]
+    fn the_extension_does_not_matter() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("really_a_png.jpg");
+        fs::write(&path, bytes(RgbImage::new(3, 2), ImageFormat::Png)).unwrap();
+        assert_eq!(decode(&path).unwrap().size(), Size::new(3, 2));
+    }
+}

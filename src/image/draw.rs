@@ -109,3 +109,71 @@ pub fn save(image: &RgbImage, path: &Path) -> Result<()> {
         )
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::decode;
+
+    /// Where red is, a row a line.
+    fn map(image: &RgbImage) -> Vec<String> {
+        image
+            .rows()
+            .map(|row| row.map(|p| if p[0] == 255 { '#' } else { '.' }).collect())
+            .collect()
+    }
+
+    #[test]
+    fn the_outline_lies_inside_the_box() {
+        let mut image = RgbImage::new(7, 5);
+        draw_box(&mut image, &BBox::new(1.0, 0.5, 5.9, 4.0), [255, 0, 0], 1);
+        assert_eq!(
+            map(&image),
+            [".#####.", ".#...#.", ".#...#.", ".#####.", "......."]
+        );
+    }
+
+    #[test]
+    fn what_sticks_out_or_makes_no_sense_is_not_drawn() {
+        let mut image = RgbImage::new(4, 3);
+        draw_box(&mut image, &BBox::new(-5.0, 1.0, 3.0, 9.0), [255, 0, 0], 1);
+        assert_eq!(map(&image), ["....", "###.", "..#."]);
+        let mut image = RgbImage::new(4, 3);
+        for nothing in [
+            [3.0, 1.0, 1.0, 2.0],
+            [f64::NAN, 0.0, 2.0, 2.0],
+            [50.0, 50.0, 60.0, 60.0],
+            [0.0, 0.0, f64::INFINITY, 1.0],
+        ] {
+            draw_box(&mut image, &nothing.into(), [255, 0, 0], 2);
+        }
+        draw_box(
+            &mut image,
+            &BBox::new(-1e18, -1e18, 1e18, 1e18),
+            [255, 0, 0],
+            2,
+        );
+        assert_eq!(map(&image), ["....", "....", "...."]);
+        draw_box(&mut image, &BBox::new(0.0, 0.0, 4.0, 3.0), [255, 0, 0], 9); // thicker than the box: filled
+        assert_eq!(map(&image), ["####", "####", "####"]);
+    }
+
+    #[test]
+    fn saved_pictures_come_back_and_nothing_else_is_left() {
+        let dir = tempfile::tempdir().unwrap();
+        let image = RgbImage::from_fn(9, 5, |x, y| Rgb([x as u8 * 20, y as u8 * 40, 7]));
+        let png = dir.path().join("a.png");
+        save(&RgbImage::new(1, 1), &png).unwrap();
+        save(&image, &png).unwrap(); // over the first
+        assert!(decode(&png).unwrap().as_image() == &image);
+        save(&image, &dir.path().join("a.JPG")).unwrap();
+        assert!(
+            save(&image, &dir.path().join("a.gif"))
+                .unwrap_err()
+                .to_string()
+                .contains("\"gif\"")
+        );
+        assert!(save(&image, &dir.path().join("no/folder.png")).is_err());
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
+    }
+}

@@ -37,6 +37,8 @@ impl Default for Processor {
             temporal: 2,
             merge: 2,
             mean: [0.481_454_66, 0.457_827_5, 0.408_210_73],
+            // The digits as published; two of them are beyond f32.
+            #[allow(clippy::excessive_precision)]
             std: [0.268_629_54, 0.261_302_58, 0.275_777_11],
         }
     }
@@ -212,7 +214,7 @@ impl Processor {
 
     /// The content of a `preprocessor_config.json`, with both generations of budget keys, as old and new readers expect.
     pub fn to_json(&self) -> Value {
-        // Through the shortest decimal of the f32, or 0.48145466 would be written as 0.4814546704292297.
+        // Through the shortest decimal that is the same f32, or 0.48145466 would be written as 0.48145467042922974.
         let decimals =
             |values: [f32; 3]| values.map(|v| v.to_string().parse::<f64>().unwrap_or(f64::from(v)));
         json!({
@@ -321,4 +323,185 @@ fn normalised(processor: &Processor) -> [[f32; 256]; CHANNELS] {
             (scaled - processor.mean[c]) / processor.std[c]
         })
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Small enough to write out: patches of 2x2 pixels, merged 2x2, two frames, values as they are (mean 0, std 1/255 undone below).
+    fn small() -> Processor {
+        Processor {
+            budget: Budget::new(1, 1 << 20, 4),
+            patch: 2,
+            temporal: 2,
+            merge: 2,
+            mean: [0.0; 3],
+            std: [1.0; 3],
+        }
+    }
+
+    #[test]
+    fn patches_of_one_token_are_neighbours() {
+        // 8 x 4 pixels, red counting up along the rows: 0..8, 8..16, ...; two tokens side by side of 2x2 patches each.
+        let rgb = RgbImage::from_fn(8, 4, |x, y| ::image::Rgb([(y * 8 + x) as u8, 100, 200]));
+        let rows = patches(&rgb, &small()).unwrap();
+        assert_eq!(rows.grid, Grid { t: 1, h: 2, w: 4 });
+        let row_len = 3 * 2 * 4;
+        let red: Vec<Vec<f32>> = rows
+            .data
+            .chunks(row_len)
+            .map(|row| row[..4].iter().map(|v| (v * 255.0).round()).collect())
+            .collect();
+        assert_eq!(
+            red,
+            [
+                [0.0, 1.0, 8.0, 9.0],
+                [2.0, 3.0, 10.0, 11.0],
+                [16.0, 17.0, 24.0, 25.0],
+                [18.0, 19.0, 26.0, 27.0],
+                [4.0, 5.0, 12.0, 13.0],
+                [6.0, 7.0, 14.0, 15.0],
+                [20.0, 21.0, 28.0, 29.0],
+                [22.0, 23.0, 30.0, 31.0],
+            ]
+        );
+        for row in rows.data.chunks(row_len) {
+            let (red, rest) = row.split_at(8);
+            assert_eq!(red[..4], red[4..], "the second frame repeats the first");
+            assert!(
+                rest[..8].iter().all(|&v| v == 100.0 / 255.0)
+                    && rest[8..].iter().all(|&v| v == 200.0 / 255.0)
+            );
+        }
+    }
+
+    #[test]
+    fn values_are_normalised_as_transformers_does() {
+        let values = normalised(&Processor::default());
+        // (level/255 - mean)/std, from transformers' Pillow backend, in f32: 1e-6 is a few of its last bits at this size.
+        for (c, level, wanted) in [
+            (0, 0, -1.792_262_6),
+            (0, 255, 1.930_336_2),
+            (1, 128, 0.168_897_32),
+            (2, 7, -1.380_679_4),
+        ] {
+            let got: f32 = values[c][level];
+            assert!(
+                (got - wanted).abs() < 1e-6,
+                "channel {c} level {level}: {got}"
+            );
+        }
+    }
+
+    #[test]
+    fn sides_that_are_no_whole_tokens_are_refused() {
+        let error = patches(&RgbImage::new(28, 27), &Processor::default())
+            .map(drop)
+            .unwrap_err();
+        assert!(error.to_string().contains("28x27"));
+        assert!(patches(&RgbImage::new(0, 0), &Processor::default()).is_err());
+    }
+
+    #[test]
+    fn both_generations_of_settings_are_read_and_written() {
+        let old = json!({"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "image_processor_type": "Qwen2VLImageProcessor"});
+        assert_eq!(
+            Processor::from_json(&old).unwrap().budget,
+            Budget::new(3136, 12_845_056, 28)
+        );
+        let new = json!({
+            "size": {"shortest_edge": 65536, "longest_edge": 16777216}, "patch_size": 16, "merge_size": 2, "resample": 3,
+            "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "image_processor_type": "Qwen2VLImageProcessorFast"
+        });
+        let read = Processor::from_json(&new).unwrap();
+        assert_eq!(
+            (read.budget, read.mean),
+            (Budget::new(65_536, 16_777_216, 32), [0.5; 3])
+        );
+        assert_eq!(
+            Processor::from_json(&json!({})).unwrap(),
+            Processor::default()
+        );
+        // When both generations stand there, the flat keys count, as in transformers.
+        let both =
+            json!({"min_pixels": 4000, "size": {"shortest_edge": 5000, "longest_edge": 6000}});
+        assert_eq!(
+            Processor::from_json(&both).unwrap().budget,
+            Budget::new(4000, 6000, 28)
+        );
+        for processor in [read, Processor::default()] {
+            assert_eq!(
+                Processor::from_json(&processor.to_json()).unwrap(),
+                processor
+            );
+        }
+        assert_eq!(
+            Processor::default().to_json()["image_mean"].to_string(),
+            "[0.48145467,0.4578275,0.40821072]"
+        );
+    }
+
+    #[test]
+    fn settings_that_ask_for_something_else_name_the_key() {
+        for (settings, key) in [
+            (json!({"resample": 2}), "`resample` is 2"),
+            (
+                json!({"image_processor_type": "CLIPImageProcessor"}),
+                "`image_processor_type` is \"CLIPImageProcessor\"",
+            ),
+            (json!({"do_normalize": false}), "`do_normalize`"),
+            (json!({"rescale_factor": 1.0}), "`rescale_factor`"),
+            (json!({"patch_size": 0}), "`patch_size` is 0"),
+            (
+                json!({"size": {"longest_edge": "big"}}),
+                "`size.longest_edge` is \"big\"",
+            ),
+            (json!({"image_std": [0, 1, 1]}), "`image_std`"),
+            (json!({"image_mean": [0.5]}), "`image_mean`"),
+            (json!({"min_pixels": 9_000_000}), "`min_pixels` is 9000000"),
+            (json!([1]), "expected a JSON object"),
+        ] {
+            let error = Processor::from_json(&settings).unwrap_err().to_string();
+            assert!(error.contains(key), "{error}");
+        }
+    }
+
+    #[test]
+    fn settings_are_found_in_either_file() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(
+            Processor::load(dir.path())
+                .unwrap_err()
+                .to_string()
+                .contains("preprocessor_config.json")
+        );
+        fs::write(
+            dir.path().join("preprocessor_config.json"),
+            r#"{"max_pixels": 7000}"#,
+        )
+        .unwrap();
+        fs::write(
+            dir.path().join("processor_config.json"),
+            r#"{"processor_class": "Qwen2_5_VLProcessor"}"#,
+        )
+        .unwrap();
+        assert_eq!(Processor::load(dir.path()).unwrap().budget.max_pixels, 7000);
+        fs::write(
+            dir.path().join("processor_config.json"),
+            r#"{"image_processor": {"max_pixels": 8000}}"#,
+        )
+        .unwrap();
+        assert_eq!(Processor::load(dir.path()).unwrap().budget.max_pixels, 8000);
+        fs::write(
+            dir.path().join("processor_config.json"),
+            r#"{"image_processor": {"resample": 0}}"#,
+        )
+        .unwrap();
+        let error = format!("{:#}", Processor::load(dir.path()).unwrap_err());
+        assert!(
+            error.contains("`resample`") && error.contains("processor_config.json"),
+            "{error}"
+        );
+    }
 }
