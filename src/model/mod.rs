@@ -428,3 +428,6 @@ fn check_head(head: Head) -> Result<()> {
     );
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;
