@@ -11,103 +11,26 @@
 
 mod action;
 mod convention;
+mod message;
+mod special;
 mod template;
 
 use std::collections::BTreeSet;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value as Json};
+use serde_json::Value as Json;
 use tokenizers::Tokenizer;
 
 pub use action::{Action, BoxClaim, Flaw, Reading, fence_end, has_answer};
 pub use convention::Convention;
+pub use message::{Content, Message, Part};
+pub use special::Special;
 
-use template::{Template, token_text};
-
-/// One turn of a conversation, in the usual JSON: `{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "…"}]}`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Message {
-    /// `system`, `user` or `assistant` (templates may know more).
-    pub role: String,
-    pub content: Content,
-}
-
-/// What a turn says: plain text, or text and images in order.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
-pub enum Content {
-    Text(String),
-    Parts(Vec<Part>),
-}
-
-/// A piece of a turn.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "type", rename_all = "lowercase", deny_unknown_fields)]
-pub enum Part {
-    /// An image; the path is for whoever reads the file, the tokens do not depend on it.
-    Image {
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        image: Option<PathBuf>,
-    },
-    Text {
-        text: String,
-    },
-}
-
-impl Part {
-    pub fn text(text: impl Into<String>) -> Part {
-        Part::Text { text: text.into() }
-    }
-
-    pub fn image() -> Part {
-        Part::Image { image: None }
-    }
-}
-
-impl Message {
-    pub fn system(text: impl Into<String>) -> Message {
-        Message { role: "system".into(), content: Content::Text(text.into()) }
-    }
-
-    pub fn user(parts: Vec<Part>) -> Message {
-        Message { role: "user".into(), content: Content::Parts(parts) }
-    }
-
-    pub fn assistant(text: impl Into<String>) -> Message {
-        Message { role: "assistant".into(), content: Content::Text(text.into()) }
-    }
-
-    /// The pieces of the turn; plain text is one piece.
-    pub fn parts(&self) -> Vec<Part> {
-        match &self.content {
-            Content::Text(text) => vec![Part::text(text.as_str())],
-            Content::Parts(parts) => parts.clone(),
-        }
-    }
-
-    /// The words of the turn without its images.
-    pub fn text(&self) -> String {
-        self.parts()
-            .into_iter()
-            .filter_map(|p| match p {
-                Part::Text { text } => Some(text),
-                Part::Image { .. } => None,
-            })
-            .collect()
-    }
-
-    /// How many images the turn shows.
-    pub fn images(&self) -> usize {
-        match &self.content {
-            Content::Text(_) => 0,
-            Content::Parts(parts) => parts.iter().filter(|p| matches!(p, Part::Image { .. })).count(),
-        }
-    }
-}
+use message::template_json;
+use special::read_object;
+use template::Template;
 
 /// Token ids and where each image's placeholder tokens stand in them, in order.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -118,26 +41,12 @@ pub struct Encoded {
     pub images: Vec<Range<usize>>,
 }
 
-/// Ids of the tokens that have a meaning to the program, as this checkpoint numbers them.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Special {
-    pub image_pad: u32,
-    pub vision_start: u32,
-    pub vision_end: u32,
-    pub video_pad: Option<u32>,
-    pub vision_pad: Option<u32>,
-    /// What the template ends a turn with, `<|im_end|>` for Qwen.
-    pub end_of_turn: u32,
-    /// What ends sampling; `end_of_turn` is always among them.
-    pub stops: Vec<u32>,
-}
-
 /// Tokenizer, template and special tokens of one checkpoint.
 pub struct Chat {
     tokenizer: Tokenizer,
     /// The same without added tokens: whatever it is given comes out as plain characters.
     plain: Tokenizer,
-    /// Every added token, and whether it only annotates (boxes, names): the assistant may write those, nobody else.
+    /// Every added token, longest first.
     added: Vec<AddedText>,
     template: Template,
     pub special: Special,
@@ -147,30 +56,39 @@ pub struct Chat {
 
 struct AddedText {
     content: String,
+    /// Whether it steers nothing (boxes, names, thinking, tool calls): the assistant may write those, nobody else.
     annotates: bool,
 }
 
-const ANNOTATIONS: [&str; 8] = [
+/// Stands for what the assistant said when the template is asked how a turn ends.
+const SAID: &str = "quokka";
+
+/// Control tokens in the tokenizer's eyes, but only words about places to us.
+const ANNOTATIONS: [&str; 6] = [
     "<|object_ref_start|>",
     "<|object_ref_end|>",
     "<|box_start|>",
     "<|box_end|>",
     "<|quad_start|>",
     "<|quad_end|>",
-    "<tool_call>",
-    "</tool_call>",
 ];
 
 impl Chat {
     /// Reads tokenizer.json, tokenizer_config.json, the chat template, and, where present, config.json and generation_config.json.
     ///
     /// # Errors
-    /// A missing or unreadable file; ids in config.json that are not the tokenizer's; a template that rewrites what was already said.
+    /// A missing or unreadable file; ids in config.json that are not the tokenizer's; a template that ends turns with no token of its own.
     pub fn load(dir: &Path) -> Result<Chat> {
         let path = dir.join("tokenizer.json");
-        let tokenizer = Tokenizer::from_file(&path).map_err(|e| anyhow!("reading the tokenizer: {e}; {}", path.display()))?;
-        let tokenizer_config = read_object(&dir.join("tokenizer_config.json"))?
-            .with_context(|| format!("reading the tokenizer: tokenizer_config.json is missing in {}", dir.display()))?;
+        let tokenizer = Tokenizer::from_file(&path)
+            .map_err(|e| anyhow!("reading the tokenizer: {e}; {}", path.display()))?;
+        let tokenizer_config =
+            read_object(&dir.join("tokenizer_config.json"))?.with_context(|| {
+                format!(
+                    "reading the tokenizer: tokenizer_config.json is missing in {}",
+                    dir.display()
+                )
+            })?;
         let config = read_object(&dir.join("config.json"))?.unwrap_or_default();
         let generation = read_object(&dir.join("generation_config.json"))?.unwrap_or_default();
 
@@ -180,27 +98,40 @@ impl Chat {
         let mut added: Vec<AddedText> = tokenizer
             .get_added_tokens_decoder()
             .into_values()
-            .map(|t| AddedText { annotates: ANNOTATIONS.contains(&t.content.as_str()), content: t.content })
+            .map(|t| AddedText {
+                annotates: !t.special || ANNOTATIONS.contains(&t.content.as_str()),
+                content: t.content,
+            })
             .filter(|t| !t.content.is_empty())
             .collect();
-        // Longest first: where one token is the beginning of another, the longer is meant.
-        added.sort_by(|a, b| b.content.len().cmp(&a.content.len()).then_with(|| a.content.cmp(&b.content)));
+        // Where one token is the beginning of another, the longer is meant.
+        added.sort_by(|a, b| {
+            b.content
+                .len()
+                .cmp(&a.content.len())
+                .then_with(|| a.content.cmp(&b.content))
+        });
 
-        let lookup = Lookup { tokenizer: &tokenizer, config: &config, dir };
-        let special = Special {
-            image_pad: lookup.required("image_token_id", "<|image_pad|>")?,
-            vision_start: lookup.required("vision_start_token_id", "<|vision_start|>")?,
-            vision_end: lookup.required("vision_end_token_id", "<|vision_end|>")?,
-            video_pad: lookup.optional("video_token_id", "<|video_pad|>")?,
-            vision_pad: lookup.optional("vision_token_id", "<|vision_pad|>")?,
-            end_of_turn: 0,
-            stops: lookup.stops(&generation, &tokenizer_config)?,
-        };
+        let special = Special::find(&tokenizer, &config, &generation, &tokenizer_config, dir)?;
         let template = Template::load(dir, &tokenizer_config)?;
-        let mut chat = Chat { tokenizer, plain, added, template, special, add_vision_id: false };
-        let empty = Message::user(vec![]);
-        let tail = chat.next_turn(0, &empty)?;
-        let first = chat.tokenize(&tail, true)?.first().copied();
+        let mut chat = Chat {
+            tokenizer,
+            plain,
+            added,
+            template,
+            special,
+            add_vision_id: false,
+        };
+        let probe = [
+            Message {
+                role: "user".into(),
+                content: Content::Text("a".into()),
+            },
+            Message::assistant(SAID),
+        ];
+        let answered = chat.render(&probe, false)?;
+        let tail = answered.rsplit_once(SAID).map_or("", |(_, tail)| tail);
+        let first = chat.tokenize(tail, true)?.first().copied();
         chat.special.end_of_turn = first.filter(|&id| chat.is_added(id)).with_context(|| {
             format!("reading the chat template: an assistant turn ends with {tail:?}, expected a control token first; {}", dir.display())
         })?;
@@ -215,17 +146,33 @@ impl Chat {
     /// # Errors
     /// The template refuses the messages.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
-        self.template.render(messages.iter().map(|m| m_json(m, |text| text.to_string())).collect(), add_generation_prompt, self.add_vision_id)
+        self.template.render(
+            messages
+                .iter()
+                .map(|m| template_json(m, |text| text.to_string()))
+                .collect(),
+            add_generation_prompt,
+            self.add_vision_id,
+        )
     }
 
     /// The conversation as token ids; image k (counted over all messages) becomes `image_tokens[k]` placeholder tokens.
     ///
     /// # Errors
     /// The template refuses the messages, or shows another number of images than the messages hold or `image_tokens` counts.
-    pub fn encode(&self, messages: &[Message], add_generation_prompt: bool, image_tokens: &[usize]) -> Result<Encoded> {
+    pub fn encode(
+        &self,
+        messages: &[Message],
+        add_generation_prompt: bool,
+        image_tokens: &[usize],
+    ) -> Result<Encoded> {
         let images: usize = messages.iter().map(Message::images).sum();
         let mark = self.mark_for(messages)?;
-        let rendered = self.template.render(self.marked(messages, mark), add_generation_prompt, self.add_vision_id)?;
+        let rendered = self.template.render(
+            self.marked(messages, mark),
+            add_generation_prompt,
+            self.add_vision_id,
+        )?;
         self.expand(self.tokenize_marked(&rendered, mark)?, images, image_tokens)
     }
 
@@ -287,11 +234,17 @@ impl Chat {
     /// The tokenizer's decoder fails.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
         let mut out = String::new();
-        for (k, known) in ids.split(|&id| self.tokenizer.id_to_token(id).is_none()).enumerate() {
+        for (k, known) in ids
+            .split(|&id| self.tokenizer.id_to_token(id).is_none())
+            .enumerate()
+        {
             if k > 0 {
                 out.push('\u{FFFD}');
             }
-            out += &self.tokenizer.decode(known, skip_special).map_err(|e| anyhow!("decoding {} tokens: {e}", known.len()))?;
+            out += &self
+                .tokenizer
+                .decode(known, skip_special)
+                .map_err(|e| anyhow!("decoding {} tokens: {e}", known.len()))?;
         }
         Ok(out)
     }
@@ -308,13 +261,23 @@ impl Chat {
 
     /// Ids in use: one more than the largest.
     pub fn vocabulary(&self) -> usize {
-        self.tokenizer.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1)
+        self.tokenizer
+            .get_vocab(true)
+            .into_values()
+            .max()
+            .map_or(0, |id| id as usize + 1)
     }
 
     /// What a policy whose table has `rows` rows must not sample: the tokens of images and video, and rows without a token. Ascending.
     pub fn banned(&self, rows: usize) -> Vec<u32> {
         let s = &self.special;
-        let vision = [Some(s.image_pad), Some(s.vision_start), Some(s.vision_end), s.video_pad, s.vision_pad];
+        let vision = [
+            Some(s.image_pad),
+            Some(s.vision_start),
+            Some(s.vision_end),
+            s.video_pad,
+            s.vision_pad,
+        ];
         let mut banned: BTreeSet<u32> = vision.into_iter().flatten().collect();
         let used: BTreeSet<u32> = self.tokenizer.get_vocab(true).into_values().collect();
         banned.extend((0..rows as u32).filter(|id| !used.contains(id)));
@@ -323,16 +286,26 @@ impl Chat {
 
     /// From the end of an assistant turn to the opening of the next, found by rendering a conversation with and without the new turn.
     fn next_turn(&self, images_before: usize, message: &Message) -> Result<String> {
-        const SAID: &str = "b";
-        let mut asked = vec![Part::image(); images_before];
-        asked.push(Part::text("a"));
-        let mut talk = vec![Message::user(asked)];
+        // Templates of text-only models take plain text alone.
+        let asked = if images_before == 0 {
+            Content::Text("a".into())
+        } else {
+            let mut parts = vec![Part::image(); images_before];
+            parts.push(Part::text("a"));
+            Content::Parts(parts)
+        };
+        let mut talk = vec![Message {
+            role: "user".into(),
+            content: asked,
+        }];
         let prompt = self.render(&talk, true)?;
         talk.push(Message::assistant(SAID));
         let answered = self.render(&talk, false)?;
         talk.push(message.clone());
         let next = self.render(&talk, true)?;
-        let said = answered.strip_prefix(&prompt).and_then(|rest| rest.strip_prefix(SAID));
+        let said = answered
+            .strip_prefix(&prompt)
+            .and_then(|rest| rest.strip_prefix(SAID));
         match (said, next.starts_with(&answered)) {
             (Some(tail), true) => Ok(format!("{tail}{}", &next[answered.len()..])),
             _ => bail!(
@@ -343,13 +316,21 @@ impl Chat {
     }
 
     fn is_added(&self, id: u32) -> bool {
-        self.tokenizer.id_to_token(id).is_some_and(|token| self.added.iter().any(|a| a.content == token))
+        self.tokenizer
+            .id_to_token(id)
+            .is_some_and(|token| self.added.iter().any(|a| a.content == token))
     }
 
     /// The whole tokenizer, or the one without added tokens.
     fn tokenize(&self, text: &str, with_added: bool) -> Result<Vec<u32>> {
-        let tokenizer = if with_added { &self.tokenizer } else { &self.plain };
-        let encoding = tokenizer.encode_fast(text, false).map_err(|e| anyhow!("encoding {} bytes of text: {e}", text.len()))?;
+        let tokenizer = if with_added {
+            &self.tokenizer
+        } else {
+            &self.plain
+        };
+        let encoding = tokenizer
+            .encode_fast(text, false)
+            .map_err(|e| anyhow!("encoding {} bytes of text: {e}", text.len()))?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -358,14 +339,21 @@ impl Chat {
         let used = |c: char| {
             messages.iter().any(|m| match &m.content {
                 Content::Text(text) => text.contains(c),
-                Content::Parts(parts) => parts.iter().any(|p| matches!(p, Part::Text { text } if text.contains(c))),
+                Content::Parts(parts) => parts
+                    .iter()
+                    .any(|p| matches!(p, Part::Text { text } if text.contains(c))),
             })
         };
-        ('\u{F0000}'..='\u{FFFFD}').find(|&c| !used(c)).context("encoding messages: they use every private character there is")
+        ('\u{F0000}'..='\u{FFFFD}')
+            .find(|&c| !used(c))
+            .context("encoding messages: they use every private character there is")
     }
 
     fn marked(&self, messages: &[Message], mark: char) -> Vec<Json> {
-        messages.iter().map(|m| m_json(m, |text| self.mark_text(text, m.role == "assistant", mark))).collect()
+        messages
+            .iter()
+            .map(|m| template_json(m, |text| self.mark_text(text, m.role == "assistant", mark)))
+            .collect()
     }
 
     fn marked_message(&self, message: &Message, mark: char) -> Message {
@@ -376,13 +364,20 @@ impl Chat {
                 parts
                     .iter()
                     .map(|p| match p {
-                        Part::Text { text } => Part::Text { text: self.mark_text(text, own, mark) },
-                        Part::Image { image } => Part::Image { image: image.clone() },
+                        Part::Text { text } => Part::Text {
+                            text: self.mark_text(text, own, mark),
+                        },
+                        Part::Image { image } => Part::Image {
+                            image: image.clone(),
+                        },
                     })
                     .collect(),
             ),
         };
-        Message { role: message.role.clone(), content }
+        Message {
+            role: message.role.clone(),
+            content,
+        }
     }
 
     /// `<|im_end|>` becomes `<` mark `|im_end|>`, wherever one starts, overlapping ones too.
@@ -391,7 +386,11 @@ impl Chat {
         for (at, c) in text.char_indices() {
             out.push(c);
             let rest = &text[at..];
-            if self.added.iter().any(|a| !(may_annotate && a.annotates) && rest.starts_with(&a.content)) {
+            if self
+                .added
+                .iter()
+                .any(|a| !(may_annotate && a.annotates) && rest.starts_with(&a.content))
+            {
                 out.push(mark);
             }
         }
@@ -413,7 +412,12 @@ impl Chat {
                 Some(control) => {
                     ids.extend(self.tokenize(&text[start..at].replace(mark, ""), false)?);
                     let id = self.tokenizer.token_to_id(&control.content);
-                    ids.push(id.with_context(|| format!("encoding text: the tokenizer lost its token {:?}", control.content))?);
+                    ids.push(id.with_context(|| {
+                        format!(
+                            "encoding text: the tokenizer lost its token {:?}",
+                            control.content
+                        )
+                    })?);
                     at += control.content.len();
                     start = at;
                 }
@@ -426,7 +430,10 @@ impl Chat {
 
     /// Each placeholder, which stands once for its image, becomes as many as the image has tokens.
     fn expand(&self, ids: Vec<u32>, images: usize, image_tokens: &[usize]) -> Result<Encoded> {
-        let places = ids.iter().filter(|&&id| id == self.special.image_pad).count();
+        let places = ids
+            .iter()
+            .filter(|&&id| id == self.special.image_pad)
+            .count();
         ensure!(
             places == images && places == image_tokens.len(),
             "placing images: the messages hold {images}, the template shows {places}, and sizes were given for {}",
@@ -438,97 +445,17 @@ impl Chat {
             if id != self.special.image_pad {
                 out.ids.push(id);
             } else if let Some(&count) = counts.next() {
-                ensure!(count > 0, "placing images: image {} has no tokens", out.images.len());
+                ensure!(
+                    count > 0,
+                    "placing images: image {} has no tokens",
+                    out.images.len()
+                );
                 let from = out.ids.len();
                 out.ids.resize(from + count, id);
                 out.images.push(from..from + count);
             }
         }
         Ok(out)
-    }
-}
-
-/// A message in the shape templates read, every text passed through `words`.
-fn m_json(message: &Message, words: impl Fn(&str) -> String) -> Json {
-    let content = match &message.content {
-        Content::Text(text) => Json::String(words(text)),
-        Content::Parts(parts) => Json::Array(
-            parts
-                .iter()
-                .map(|part| match part {
-                    Part::Image { .. } => serde_json::json!({"type": "image"}),
-                    Part::Text { text } => serde_json::json!({"type": "text", "text": words(text)}),
-                })
-                .collect(),
-        ),
-    };
-    serde_json::json!({"role": message.role, "content": content})
-}
-
-/// A JSON object from a file; `None` when there is no file.
-fn read_object(path: &Path) -> Result<Option<Map<String, Json>>> {
-    if !path.exists() {
-        return Ok(None);
-    }
-    let text = std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
-    let object = serde_json::from_str(&text).with_context(|| format!("reading a JSON object from {}", path.display()))?;
-    Ok(Some(object))
-}
-
-/// Where special tokens are found: config.json's ids first, the tokenizer's names else, and both must agree.
-struct Lookup<'a> {
-    tokenizer: &'a Tokenizer,
-    config: &'a Map<String, Json>,
-    dir: &'a Path,
-}
-
-impl Lookup<'_> {
-    fn optional(&self, key: &str, name: &str) -> Result<Option<u32>> {
-        let named = self.tokenizer.token_to_id(name);
-        let Some(value) = self.config.get(key).filter(|v| !v.is_null()) else { return Ok(named) };
-        let id = self.number(key, value)?;
-        match named {
-            Some(named) if named != id => bail!(
-                "looking up special tokens: config.json says {key} is {id}, but tokenizer.json has {name} at {named}; in {}",
-                self.dir.display()
-            ),
-            // Ids the tokenizer does not have are left-overs of a default config; they matter only where the token is needed.
-            _ => Ok(self.tokenizer.id_to_token(id).map(|_| id)),
-        }
-    }
-
-    fn required(&self, key: &str, name: &str) -> Result<u32> {
-        self.optional(key, name)?.with_context(|| {
-            format!(
-                "looking up special tokens: no {key} in config.json that the tokenizer knows and no token {name}, expected one; in {}",
-                self.dir.display()
-            )
-        })
-    }
-
-    fn number(&self, key: &str, value: &Json) -> Result<u32> {
-        let id = value.as_u64().and_then(|id| u32::try_from(id).ok());
-        id.with_context(|| format!("looking up special tokens: {key} is {value}, expected a token id; in {}", self.dir.display()))
-    }
-
-    /// generation_config.json's `eos_token_id` (one or several), else the tokenizer's `eos_token`, else config.json's id.
-    fn stops(&self, generation: &Map<String, Json>, tokenizer_config: &Map<String, Json>) -> Result<Vec<u32>> {
-        let list = |value: &Json| -> Result<Vec<u32>> {
-            match value {
-                Json::Array(ids) => ids.iter().map(|id| self.number("eos_token_id", id)).collect(),
-                one => Ok(vec![self.number("eos_token_id", one)?]),
-            }
-        };
-        let ids = |object: &Map<String, Json>| object.get("eos_token_id").filter(|v| !v.is_null()).map(list).transpose();
-        if let Some(stops) = ids(generation)? {
-            return Ok(stops);
-        }
-        if let Some(token) = token_text(tokenizer_config.get("eos_token")) {
-            let id = self.tokenizer.token_to_id(&token);
-            let id = id.with_context(|| format!("looking up special tokens: eos_token {token:?} is not in tokenizer.json of {}", self.dir.display()))?;
-            return Ok(vec![id]);
-        }
-        Ok(ids(self.config)?.unwrap_or_default())
     }
 }
 

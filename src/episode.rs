@@ -150,7 +150,7 @@ pub enum BoxOutcome {
     /// A side of at most `min_side` pixels.
     TooSmall,
     /// Longer than `max_aspect` times its width, or the other way round.
-    TooLong,
+    TooThin,
     /// The same region as before.
     Duplicate,
 }

@@ -12,7 +12,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::chat::{Chat, Message};
+use crate::chat::{Chat, Content, Message, Part};
 use crate::config::{self, BadConfig};
 use crate::data::{Dialogue, Order, read_dialogues};
 use crate::engine::embedded::{self, Embedded};
@@ -24,7 +24,7 @@ use crate::model::dense::{self, DenseHead, Fit};
 use crate::optim::Optim;
 use crate::progress::{self, Progress};
 use crate::run::{Environment, Interrupt, Interrupted, Invocation, Metrics, RunFolder, Stopwatch, peak_rss};
-use crate::synth::pretrain::Pretrain;
+use crate::synth::pretrain::{self, Pretrain};
 use crate::synth::recipe::Recipe;
 use crate::synth::{Split, assets_dir};
 
@@ -191,7 +191,8 @@ impl Source {
                     patches.push(image::patches(&view.rgb, processor)?);
                     objects.push(view.objects.clone());
                 }
-                let stream = stream_of(chat, processor, &dialogue.messages, &views)?;
+                let messages: Vec<Message> = dialogue.messages.iter().map(spoken).collect();
+                let stream = stream_of(chat, processor, &messages, &views)?;
                 Ok(Example { stream, patches, objects, task: dialogue.task.to_owned() })
             }
             Source::File { rows, pictures, budget } => {
@@ -211,6 +212,20 @@ impl Source {
             }
         }
     }
+}
+
+/// A drawn dialogue's turn in the words of the chat.
+fn spoken(message: &pretrain::Message) -> Message {
+    let parts = message.parts.iter().map(|part| match part {
+        pretrain::Part::Text(text) => Part::text(text.as_str()),
+        pretrain::Part::View(_) => Part::image(),
+    });
+    let role = match message.role {
+        pretrain::Role::System => "system",
+        pretrain::Role::User => "user",
+        pretrain::Role::Assistant => "assistant",
+    };
+    Message { role: role.into(), content: Content::Parts(parts.collect()) }
 }
 
 /// `foveate sft CONFIG`.

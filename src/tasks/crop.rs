@@ -197,7 +197,7 @@ fn reason(outcome: BoxOutcome) -> &'static str {
         BoxOutcome::Inverted => "the corners are the wrong way round",
         BoxOutcome::OutOfRange => "the box leaves the image",
         BoxOutcome::TooSmall => "the box is too small",
-        BoxOutcome::TooLong => "the box is too narrow",
+        BoxOutcome::TooThin => "the box is too narrow",
         BoxOutcome::Duplicate => "this region was shown already",
     }
 }
@@ -276,7 +276,9 @@ impl Crop {
             BoxVerdict::Inverted => BoxOutcome::Inverted,
             BoxVerdict::OutOfRange => BoxOutcome::OutOfRange,
             BoxVerdict::TooSmall => BoxOutcome::TooSmall,
-            BoxVerdict::TooLong => BoxOutcome::TooLong,
+            BoxVerdict::TooThin => BoxOutcome::TooThin,
+            // Whole numbers of the model are finite; a convention that scales them keeps them so.
+            BoxVerdict::NotFinite => BoxOutcome::OutOfRange,
         };
         let bbox = (outcome == BoxOutcome::Valid).then(|| seen.original_from_view(named));
         Reading { outcome: Some(outcome), bbox }

@@ -117,10 +117,11 @@ def build(name, case):
     out = os.path.join(HERE, name)
     shutil.rmtree(out, ignore_errors=True)
     os.makedirs(out)
-    torch.manual_seed(sum(map(ord, name)))
+    torch.manual_seed(case.get("seed", 1))
     for f in TOKENIZER_FILES:
         shutil.copy(os.path.join(NANO, f), out)
     tokenizer = AutoTokenizer.from_pretrained(out)
+    eos, bos = (tokenizer.convert_tokens_to_ids(t) for t in ["<|im_end|>", "<|endoftext|>"])
     ids = {k: tokenizer.convert_tokens_to_ids(t) for k, t in dict(image="<|image_pad|>", video="<|video_pad|>", start="<|vision_start|>", end="<|vision_end|>").items()}
     low, high = (n * 28 * 28 for n in case["pixels"])
     settings = dict(image_processor_type="Qwen2VLImageProcessor", processor_class="Qwen2_5_VLProcessor", patch_size=14, merge_size=2, temporal_patch_size=2,
@@ -132,7 +133,7 @@ def build(name, case):
     theta, sections = case["text"]["rope"]
     text = {k: v for k, v in case["text"].items() if k != "rope"}
     text |= dict(vocab_size=case["rows"], rope_parameters=dict(rope_type="default", rope_theta=theta, mrope_section=sections), max_position_embeddings=4096,
-                 rms_norm_eps=1e-6)
+                 rms_norm_eps=1e-6, bos_token_id=bos, eos_token_id=eos)
     vision = case["vision"] | dict(out_hidden_size=text["hidden_size"], patch_size=14, spatial_merge_size=2, temporal_patch_size=2)
     config = Qwen2_5_VLConfig(text_config=text | dict(tie_word_embeddings=case["tied"]), vision_config=vision, tie_word_embeddings=case["tied"],
                               image_token_id=ids["image"], video_token_id=ids["video"], vision_start_token_id=ids["start"], vision_end_token_id=ids["end"])
@@ -213,7 +214,7 @@ def build(name, case):
         greedy = model.generate(**prompt, max_new_tokens=12, do_sample=False, output_logits=True, return_dict_in_generate=True)
     new = greedy.sequences[0, prompt["input_ids"].shape[1]:]
     margin = min(float(torch.topk(row[0].float(), 2).values.diff().abs()) for row in greedy.logits)
-    assert margin > 2e-3, f"greedy choices of {name} are nearly tied ({margin}): change its seed"
+    assert margin > 2e-2, f"greedy choices of {name} are nearly tied ({margin}): change its seed"
     logprobs = torch.zeros(len(tokens))
     logprobs[1:] = torch.log_softmax(logits[:-1], -1).gather(-1, tokens[1:, None])[:, 0]
 
@@ -250,5 +251,26 @@ def build(name, case):
           f"loss {losses[0]:.5f} -> {losses[-1]:.5f}, greedy margin {margin:.4f}, {size / 1e6:.2f} MB")
 
 
+TEXTS = ["Question: Where is the lighthouse? Output the coordinates of the key image area in JSON.", "Find the dog.  \n\n Find\tthe CAT!\r\n",
+         '```json\n[{"bbox_2d":[12,34,567,999],"label":"lighthouse"},{"bbox_2d":[0,1,2,3],"label":"hot air balloon"}]\n```',
+         '```json\n[\n  {"bbox_2d": [12, 34, 567, 999], "label": "lighthouse"}\n]\n```', "Put the final answer in \\boxed{}. \\boxed{47} \\boxed{\\frac{1}{2}}",
+         "0 00 007 12 999 1000 1234567 3.14 -5 1,000 ١٢٣ ½", "naïve e\u0301 \u212b ﬁ 数字 日本語 한국어 עברית 🚀👩‍🚀", "I'm we'll THEY'RE don't", "", " ", "\n", "\0\x7f\ufeff",
+         "<think>Image-1</think><answer>[{\"image\":2,\"bbox_2d\":[1,2,3,4]}]</answer>", "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>x<|im_end|>\n<tool_call>"]
+
+
+def tokens():
+    """What transformers makes of the nano tokenizer: texts to ids and back, and rendered conversations."""
+    tokenizer = AutoTokenizer.from_pretrained(NANO)
+    talk = [dict(role="user", content=[dict(type="image"), dict(type="text", text="Which?"), dict(type="image")]), dict(role="assistant", content="{x}\n"),
+            dict(role="user", content=" plain\n")]
+    rendered = [dict(messages=m, prompt=prompt, numbered=numbered,
+                     text=tokenizer.apply_chat_template(m, tokenize=False, add_generation_prompt=prompt, add_vision_id=numbered))
+                for m in [talk, [dict(role="system", content="S")] + talk] for prompt in [False, True] for numbered in [False, True]]
+    texts = [dict(text=t, ids=tokenizer(t).input_ids, decoded=tokenizer.decode(tokenizer(t).input_ids), plain=tokenizer.decode(tokenizer(t).input_ids, skip_special_tokens=True))
+             for t in TEXTS]
+    json.dump(dict(texts=texts, rendered=rendered), open(os.path.join(HERE, "tokens.json"), "w"), indent=1, ensure_ascii=False)
+
+
+tokens()
 for name in sys.argv[1:] or CASES:
     build(name, CASES[name])
