@@ -15,6 +15,7 @@ use crate::model::trace::{Greedy, trace};
 use crate::model::config::TokenIds;
 use crate::model::{Config, Dtype, Trainable, Vlm, presets};
 use crate::progress::Progress;
+use crate::{report, score};
 use crate::synth::make::{MakeOptions, Set, make};
 
 /// Uses this many threads for everything; without a number, all cores.
@@ -22,6 +23,20 @@ pub fn use_threads(threads: Option<usize>) -> Result<()> {
     let Some(n) = threads else { return Ok(()) };
     ensure!(n > 0, BadConfig("--threads must be at least 1".into()));
     rayon::ThreadPoolBuilder::new().num_threads(n).build_global().context("starting the threads")
+}
+
+/// `foveate report`: writes the page and prints where it is.
+pub fn report(runs: &[PathBuf], out: Option<&std::path::Path>) -> Result<()> {
+    println!("{}", report::write(runs, out, report::EPISODES)?.display());
+    Ok(())
+}
+
+/// `foveate score`: rows on stdin, judgements on stdout. Bad rows are named there and make the exit code 1.
+pub fn score() -> Result<()> {
+    let summary = score::run(std::io::stdin().lock(), std::io::stdout().lock())?;
+    eprintln!("{} rows, mean {:.4}, {} bad rows", summary.rows, summary.mean, summary.errors);
+    ensure!(summary.errors == 0, "{} rows could not be judged; each says why in its place", summary.errors);
+    Ok(())
 }
 
 #[derive(Subcommand)]
