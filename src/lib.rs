@@ -9,10 +9,12 @@
 
 pub mod ask;
 pub mod batch;
+pub mod bench;
 pub mod chat;
 pub mod commands;
 pub mod config;
 pub mod data;
+pub mod demo;
 pub mod doctor;
 pub mod engine;
 pub mod episode;

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 use foveate::config::BadConfig;
-use foveate::{ask, commands, doctor, eval, rl, run, sft};
+use foveate::{ask, bench, commands, demo, doctor, eval, rl, run, sft};
 
 #[derive(Parser)]
 #[command(name = "foveate", version, about = "Teaches vision-language models where to look.", max_term_width = 100)]
@@ -63,6 +63,9 @@ enum Command {
     },
     /// Write every intermediate of one forward pass, to hold against transformers
     Trace(commands::Trace),
+    /// Measure one of the standard workloads
+    #[command(subcommand)]
+    Bench(bench::Workload),
     /// What this machine has, and what a config will need
     Doctor {
         config: Option<PathBuf>,
@@ -113,7 +116,7 @@ fn main() -> ExitCode {
 fn dispatch(cli: Cli) -> anyhow::Result<()> {
     commands::use_threads(cli.threads)?;
     match cli.command {
-        Command::Demo { .. } => Ok(()),
+        Command::Demo { out, quick, seed } => demo::main(&out, quick, seed),
         Command::Sft(args) => sft::main(&args.invocation()),
         Command::Rl(args) => rl::main(&args.invocation()),
         Command::Rollout(args) => rl::rollout_main(&args.invocation()),
@@ -124,6 +127,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Command::Model(command) => command.run(),
         Command::Score { json: _ } => commands::score(),
         Command::Trace(command) => command.run(),
+        Command::Bench(workload) => workload.run(),
         Command::Doctor { config, json } => doctor::main(config.as_deref(), json),
     }
 }

@@ -51,6 +51,7 @@ impl Options {
             top_p: self.top_p,
             max_new_tokens: self.max_new_tokens,
             stop: self.stop.clone(),
+            ignore_end: false,
         }
     }
 }

@@ -354,7 +354,7 @@ impl Embedded {
                 let speaker = &mut speakers[s];
                 speaker.out.ids.push(id);
                 speaker.out.logprobs.push(logprob);
-                if stop_ids.contains(&id) {
+                if stop_ids.contains(&id) && !sampling.ignore_end {
                     speaker.out.finish = Finish::EndOfTurn;
                     speaker.done = true;
                 } else if self.completes(&speaker.out.ids, &sampling.stop)? {

@@ -34,6 +34,8 @@ pub struct Sampling {
     pub max_new_tokens: usize,
     /// The policy's turn also ends where one of these texts is complete (its tokens are kept and trained).
     pub stop: Vec<String>,
+    /// Go on after an end of turn, so that exactly `max_new_tokens` are sampled; for benchmarks.
+    pub ignore_end: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
