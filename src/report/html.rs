@@ -76,7 +76,11 @@ pub fn number(value: f64) -> String {
     let size = value.abs();
     let text = match size {
         0.0 => return "0".into(),
-        _ if size >= 1e6 || size < 1e-4 => return format!("{value:.2e}"),
+        _ if size >= 1e6 || size < 1e-3 => {
+            let text = format!("{value:.2e}");
+            let (digits, power) = text.split_once('e').unwrap_or((&text, "0"));
+            return format!("{}e{power}", digits.trim_end_matches('0').trim_end_matches('.'));
+        }
         _ if size >= 1000.0 => format!("{value:.0}"),
         _ if size >= 100.0 => format!("{value:.1}"),
         _ if size >= 1.0 => format!("{value:.2}"),
@@ -133,8 +137,10 @@ mod tests {
             (-12.345, "-12.35"),
             (431.25, "431.2"),
             (1234.5, "1234"),
-            (0.00025, "0.00025"),
-            (1e-6, "1.00e-6"),
+            (0.0025, "0.0025"),
+            (0.00025, "2.5e-4"),
+            (1e-6, "1e-6"),
+            (-2.345e7, "-2.35e7"),
             (f64::NAN, "—"),
         ];
         for (value, expected) in cases {
