@@ -1,1 +1,133 @@
-fn main(){}
+//! The command line. Reads as a contents page: one line a command, the work is in the library.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+use foveate::config::BadConfig;
+use foveate::{ask, bench, commands, demo, doctor, eval, rl, run, sft};
+
+#[derive(Parser)]
+#[command(name = "foveate", version, about = "Teaches vision-language models where to look.", max_term_width = 100)]
+struct Cli {
+    /// Number of threads (default: all cores)
+    #[arg(long, global = true)]
+    threads: Option<usize>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// The whole story on this machine: train a small model two ways, compare, write the report
+    Demo {
+        /// Folder for runs, data and the report
+        #[arg(long, default_value = "runs/demo")]
+        out: PathBuf,
+        /// A true miniature, for a first look and for CI
+        #[arg(long)]
+        quick: bool,
+        /// Seed of data, sampling and training order
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+    },
+    /// Supervised fine-tuning
+    Sft(RunArgs),
+    /// Reinforcement learning (GRPO, MGPO and their relatives)
+    Rl(RunArgs),
+    /// Play only: sample episodes and write them down
+    Rollout(RunArgs),
+    /// One or more tasks x splits -> a table
+    Eval(RunArgs),
+    /// Ask a model about a picture and see every turn
+    Ask(ask::Options),
+    /// Run folders -> one HTML file
+    Report {
+        #[arg(required = true)]
+        runs: Vec<PathBuf>,
+        /// Where to write the page (default: report.html in the first run folder)
+        #[arg(long)]
+        out: Option<PathBuf>,
+    },
+    /// Make the bundled data sets, or check a file of rows
+    #[command(subcommand)]
+    Data(commands::Data),
+    /// New random models, information, export
+    #[command(subcommand)]
+    Model(commands::Model),
+    /// Judge answers: JSON rows on stdin, JSON rows on stdout
+    Score {
+        /// Accepted for uniformity; the output is JSON always
+        #[arg(long)]
+        json: bool,
+    },
+    /// Write every intermediate of one forward pass, to hold against transformers
+    Trace(commands::Trace),
+    /// Measure one of the standard workloads
+    #[command(subcommand)]
+    Bench(bench::Workload),
+    /// What this machine has, and what a config will need
+    Doctor {
+        config: Option<PathBuf>,
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+#[derive(Args)]
+struct RunArgs {
+    /// TOML file of the run
+    config: PathBuf,
+    /// Overrides, for instance optim.learning_rate=3e-5
+    overrides: Vec<String>,
+    /// Print the resolved config and the numbers derived from it; do nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// Go on from the newest checkpoint of the run folder
+    #[arg(long)]
+    resume: bool,
+    /// One JSON object on stdout
+    #[arg(long)]
+    json: bool,
+}
+
+impl RunArgs {
+    fn invocation(self) -> run::Invocation {
+        run::Invocation { config: self.config, overrides: self.overrides, dry_run: self.dry_run, resume: self.resume, json: self.json }
+    }
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match dispatch(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if error.downcast_ref::<run::Interrupted>().is_some() => {
+            eprintln!("{error}");
+            ExitCode::from(130)
+        }
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            let usage = error.chain().any(|cause| cause.is::<BadConfig>());
+            ExitCode::from(if usage { 2 } else { 1 })
+        }
+    }
+}
+
+fn dispatch(cli: Cli) -> anyhow::Result<()> {
+    commands::use_threads(cli.threads)?;
+    match cli.command {
+        Command::Demo { out, quick, seed } => demo::main(&out, quick, seed),
+        Command::Sft(args) => sft::main(&args.invocation()),
+        Command::Rl(args) => rl::main(&args.invocation()),
+        Command::Rollout(args) => rl::rollout_main(&args.invocation()),
+        Command::Eval(args) => eval::main(&args.invocation()),
+        Command::Ask(options) => ask::main(&options),
+        Command::Report { runs, out } => commands::report(&runs, out.as_deref()),
+        Command::Data(command) => command.run(),
+        Command::Model(command) => command.run(),
+        Command::Score { json: _ } => commands::score(),
+        Command::Trace(command) => command.run(),
+        Command::Bench(workload) => workload.run(),
+        Command::Doctor { config, json } => doctor::main(config.as_deref(), json),
+    }
+}

@@ -122,6 +122,13 @@ impl Progress {
         state.message = message.into();
     }
 
+    /// Sets how much is done of how much; for work that counts itself.
+    pub fn at(&self, done: u64, total: u64) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.done = done;
+        state.total = total;
+    }
+
     /// Counts `parts` more done.
     pub fn add(&self, parts: u64) {
         self.state

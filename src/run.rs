@@ -14,7 +14,7 @@ mod process;
 
 pub use checkpoint::{Checkpoint, Draft, STATE};
 pub use metrics::{Metrics, MetricsFile, MetricsLog};
-pub use process::{EXIT_INTERRUPTED, Environment, Interrupt, Stopwatch, peak_rss};
+pub use process::{EXIT_INTERRUPTED, Environment, Interrupt, Interrupted, Invocation, Stopwatch, peak_rss};
 
 use anyhow::{Context, Result, bail};
 use serde::{Serialize, de::DeserializeOwned};
@@ -50,7 +50,7 @@ impl RunFolder {
         let root = path.as_ref();
         if holds_run(root) {
             bail!(
-                "this folder already holds a run; go on with it by adding `resume=true`, choose another folder, or remove it: {}",
+                "this folder already holds a run; go on with it by adding `--resume`, choose another folder, or remove it: {}",
                 root.display()
             );
         }
@@ -74,7 +74,7 @@ impl RunFolder {
         let root = path.as_ref();
         if !holds_run(root) {
             bail!(
-                "there is no run to resume here; leave out `resume=true` to start one: {}",
+                "there is no run to resume here; leave out `--resume` to start one: {}",
                 root.display()
             );
         }
@@ -368,7 +368,7 @@ mod tests {
         drop(run);
         let error = format!("{:#}", RunFolder::create(&path).unwrap_err());
         assert!(
-            error.contains("already holds a run") && error.contains("resume=true"),
+            error.contains("already holds a run") && error.contains("--resume"),
             "{error}"
         );
         let elsewhere = folder.path().join("nothing");

@@ -81,6 +81,45 @@ pub fn peak_rss() -> u64 {
     }
 }
 
+/// A run that ended because a person asked for it; the program's exit code is 130.
+#[derive(Debug)]
+pub struct Interrupted(String);
+
+impl Interrupted {
+    /// After `step`, whose checkpoint lies in `folder`.
+    pub fn after(step: u64, folder: &std::path::Path) -> Interrupted {
+        Interrupted(format!(
+            "interrupted after step {step}; its checkpoint is written, go on with --resume: {}",
+            folder.display()
+        ))
+    }
+
+    /// In work that keeps no checkpoint.
+    pub fn without_checkpoint() -> Interrupted {
+        Interrupted("interrupted; this command keeps no checkpoint, start it again".into())
+    }
+}
+
+impl std::fmt::Display for Interrupted {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Interrupted {}
+
+/// How a command with a config file was called.
+#[derive(Clone, Debug)]
+pub struct Invocation {
+    pub config: std::path::PathBuf,
+    /// `key=value`
+    pub overrides: Vec<String>,
+    /// Print the resolved plan, do nothing.
+    pub dry_run: bool,
+    pub resume: bool,
+    pub json: bool,
+}
+
 /// Seconds of one step by part, for the `timing_s/*` metrics.
 ///
 /// ```

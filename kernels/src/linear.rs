@@ -1,0 +1,456 @@
+//! Linear layers: y = x·wᵀ + b with weights as Hugging Face stores them, [out, in].
+//!
+//! Hides the choice between `gemm` (many rows) and our own panel product (few rows), which give the same bits.
+//! The order fixed for one output: the M inputs are cut into `ceil(M / 512)` equal blocks; each block is a run of
+//! fused multiply-adds from zero in order of m; the bias comes first and the blocks are added to it in order. `gemm`
+//! keeps that order on its general path whenever k ≤ 512 (it never cuts such a k), so we hand it one block at a
+//! time and keep clear of its special paths (vectors, k ≤ 2, and tiny results) by giving those to the panel product.
+
+use crate::matmul::{self, Target, View};
+use crate::panel::{self, WIDTH};
+use rayon::prelude::*;
+
+/// Longest run of multiply-adds; the length `gemm` never splits.
+const BLOCK: usize = 512;
+/// Below this many rows `gemm` spends more on packing the weights (by one thread) than the panel product takes in all.
+const FEW_ROWS: usize = 64;
+/// Multiply-adds below which waking other threads costs more than it saves.
+const WORTH_THREADS: usize = 1 << 18;
+
+fn block_len(m: usize) -> usize {
+    m.div_ceil(m.div_ceil(BLOCK).max(1)).max(1)
+}
+
+/// # Shapes
+/// y `[T, N]` = x `[T, M]` · w `[N, M]`ᵀ + b `[N]`.
+pub fn forward(
+    y: &mut [f32],
+    x: &[f32],
+    w: &[f32],
+    b: Option<&[f32]>,
+    t: usize,
+    m: usize,
+    n: usize,
+) {
+    check(y.len(), x.len(), w.len(), b.map(<[f32]>::len), t, m, n);
+    if t < FEW_ROWS || n < 16 || m < 3 {
+        few_rows(y, x, Weights::Rows(w), b, t, m, n);
+        return;
+    }
+    if let Some(b) = b {
+        y.chunks_exact_mut(n).for_each(|row| row.copy_from_slice(b));
+    }
+    let block = block_len(m);
+    for k0 in (0..m).step_by(block) {
+        let k = block.min(m - k0);
+        let c = Target {
+            data: y,
+            offset: 0,
+            stride: n,
+        };
+        let (left, right) = (View::rows(x, k0, m), View::rows(w, k0, m).transposed());
+        matmul::multiply(c, left, right, t, n, k, 1.0, k0 > 0 || b.is_some(), true);
+    }
+}
+
+/// Weights laid out once for products with few rows, as decoding needs them; same bits as [`forward`].
+///
+/// Costs as much memory as the weights themselves. Worth it where the same weights meet few rows many times.
+pub struct Packed {
+    /// For each panel of `WIDTH` outputs, a matrix [M, WIDTH].
+    panels: Vec<f32>,
+    m: usize,
+    n: usize,
+}
+
+impl Packed {
+    /// # Shapes
+    /// w `[N, M]`.
+    pub fn new(w: &[f32], m: usize, n: usize) -> Self {
+        assert_eq!(w.len(), n * m, "linear: weight [{n}, {m}]");
+        let mut panels = vec![0.0; n.div_ceil(WIDTH) * WIDTH * m];
+        if m > 0 {
+            panels
+                .par_chunks_mut(WIDTH * m)
+                .enumerate()
+                .for_each(|(p, panel)| {
+                    let first = p * WIDTH;
+                    panel::transpose_into(panel, &w[first * m..], m, m, WIDTH.min(n - first));
+                });
+        }
+        Self { panels, m, n }
+    }
+
+    /// # Shapes
+    /// y `[T, N]` = x `[T, M]` · w `[N, M]`ᵀ + b `[N]`.
+    pub fn forward(&self, y: &mut [f32], x: &[f32], b: Option<&[f32]>, t: usize) {
+        check(
+            y.len(),
+            x.len(),
+            self.n * self.m,
+            b.map(<[f32]>::len),
+            t,
+            self.m,
+            self.n,
+        );
+        few_rows(y, x, Weights::Panels(&self.panels), b, t, self.m, self.n);
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Weights<'a> {
+    Rows(&'a [f32]),
+    Panels(&'a [f32]),
+}
+
+fn few_rows(
+    y: &mut [f32],
+    x: &[f32],
+    w: Weights<'_>,
+    b: Option<&[f32]>,
+    t: usize,
+    m: usize,
+    n: usize,
+) {
+    if t == 0 || n == 0 {
+        return;
+    }
+    let panels = n.div_ceil(WIDTH);
+    // Each panel's outputs side by side, so that panels can be computed apart: [panels, T, WIDTH].
+    let mut result = vec![0.0f32; panels * t * WIDTH];
+    let one = |(p, out): (usize, &mut [f32])| {
+        let first = p * WIDTH;
+        let cols = WIDTH.min(n - first);
+        if let Some(b) = b {
+            out.chunks_exact_mut(WIDTH)
+                .for_each(|row| row[..cols].copy_from_slice(&b[first..first + cols]));
+        }
+        let block = block_len(m);
+        let mut scratch = match w {
+            Weights::Rows(_) => vec![0.0; block * WIDTH],
+            Weights::Panels(_) => Vec::new(),
+        };
+        for k0 in (0..m).step_by(block) {
+            let k = block.min(m - k0);
+            let panel = match w {
+                Weights::Rows(w) => {
+                    panel::transpose_into(&mut scratch, &w[first * m + k0..], m, k, cols);
+                    &scratch[..]
+                }
+                Weights::Panels(panels) => &panels[first * m + k0 * WIDTH..],
+            };
+            add_block(out, &x[k0..], m, panel, t, k, b.is_some() || k0 > 0);
+        }
+    };
+    if t * m * n < WORTH_THREADS {
+        result.chunks_exact_mut(t * WIDTH).enumerate().for_each(one);
+    } else {
+        let at_once = (WORTH_THREADS / 4 / (t * m * WIDTH).max(1)).max(1);
+        result
+            .par_chunks_exact_mut(t * WIDTH)
+            .enumerate()
+            .with_min_len(at_once)
+            .for_each(one);
+    }
+    for (p, out) in result.chunks_exact(t * WIDTH).enumerate() {
+        let first = p * WIDTH;
+        let cols = WIDTH.min(n - first);
+        for (row, y) in out.chunks_exact(WIDTH).zip(y.chunks_exact_mut(n)) {
+            y[first..first + cols].copy_from_slice(&row[..cols]);
+        }
+    }
+}
+
+/// One block of k: a product from zero, then one addition to what `out` holds.
+fn add_block(
+    out: &mut [f32],
+    x: &[f32],
+    m: usize,
+    panel: &[f32],
+    t: usize,
+    k: usize,
+    started: bool,
+) {
+    const ROWS: usize = 8;
+    if !started {
+        panel::multiply(out, WIDTH, x, m, panel, WIDTH, t, k, WIDTH, false);
+        return;
+    }
+    let mut part = [0.0f32; ROWS * WIDTH];
+    for r in (0..t).step_by(ROWS) {
+        let rows = ROWS.min(t - r);
+        panel::multiply(
+            &mut part,
+            WIDTH,
+            &x[r * m..],
+            m,
+            panel,
+            WIDTH,
+            rows,
+            k,
+            WIDTH,
+            false,
+        );
+        for (o, p) in out[r * WIDTH..(r + rows) * WIDTH].iter_mut().zip(&part) {
+            *o += p;
+        }
+    }
+}
+
+/// # Shapes
+/// dx `[T, M]` = dy `[T, N]` · w `[N, M]`, added to dx when `accumulate`.
+pub fn backward_input(
+    dx: &mut [f32],
+    dy: &[f32],
+    w: &[f32],
+    t: usize,
+    m: usize,
+    n: usize,
+    accumulate: bool,
+) {
+    check(dy.len(), dx.len(), w.len(), None, t, m, n);
+    let c = Target {
+        data: dx,
+        offset: 0,
+        stride: m,
+    };
+    matmul::multiply(
+        c,
+        View::rows(dy, 0, n),
+        View::rows(w, 0, m),
+        t,
+        m,
+        n,
+        1.0,
+        accumulate,
+        true,
+    );
+}
+
+/// # Shapes
+/// dw `[N, M]` += dy `[T, N]`ᵀ · x `[T, M]`; db `[N]` += column sums of dy.
+pub fn backward_weight(
+    dw: &mut [f32],
+    db: Option<&mut [f32]>,
+    dy: &[f32],
+    x: &[f32],
+    t: usize,
+    m: usize,
+    n: usize,
+) {
+    check(
+        dy.len(),
+        x.len(),
+        dw.len(),
+        db.as_ref().map(|b| b.len()),
+        t,
+        m,
+        n,
+    );
+    let c = Target {
+        data: dw,
+        offset: 0,
+        stride: m,
+    };
+    matmul::multiply(
+        c,
+        View::rows(dy, 0, n).transposed(),
+        View::rows(x, 0, m),
+        n,
+        m,
+        t,
+        1.0,
+        true,
+        true,
+    );
+    if let Some(db) = db
+        && n > 0
+    {
+        for row in dy.chunks_exact(n) {
+            for (b, g) in db.iter_mut().zip(row) {
+                *b += g;
+            }
+        }
+    }
+}
+
+fn check(y: usize, x: usize, w: usize, b: Option<usize>, t: usize, m: usize, n: usize) {
+    assert_eq!(
+        y,
+        t * n,
+        "linear: output side has {y} numbers, expected [T={t}, N={n}]"
+    );
+    assert_eq!(
+        x,
+        t * m,
+        "linear: input side has {x} numbers, expected [T={t}, M={m}]"
+    );
+    assert_eq!(
+        w,
+        n * m,
+        "linear: weight has {w} numbers, expected [N={n}, M={m}]"
+    );
+    if let Some(b) = b {
+        assert_eq!(b, n, "linear: bias has {b} numbers, expected [N={n}]");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::oracle::{
+        self, assert_close, assert_same_bits, assert_threads_agree, gradient, numbers, weighted,
+        wide,
+    };
+
+    fn product(x: &[f32], w: &[f32], b: Option<&[f32]>, t: usize, m: usize, n: usize) -> Vec<f32> {
+        let mut y = vec![f32::NAN; t * n];
+        forward(&mut y, x, w, b, t, m, n);
+        y
+    }
+
+    #[test]
+    fn a_product_by_hand() {
+        // [1 2; 3 4] · [1 0; 0 1; 1 1]ᵀ + [10 20 30]
+        let y = product(
+            &[1.0, 2.0, 3.0, 4.0],
+            &[1.0, 0.0, 0.0, 1.0, 1.0, 1.0],
+            Some(&[10.0, 20.0, 30.0]),
+            2,
+            2,
+            3,
+        );
+        assert_eq!(y, [11.0, 22.0, 33.0, 13.0, 24.0, 37.0]);
+    }
+
+    #[test]
+    fn agrees_with_the_oracle_on_ragged_sizes() {
+        for (t, m, n) in [
+            (1, 1, 1),
+            (1, 7, 5),
+            (3, 2, 40),
+            (5, 33, 31),
+            (64, 16, 16),
+            (65, 100, 67),
+            (70, 513, 33),
+            (40, 600, 5),
+            (2, 1100, 97),
+        ] {
+            let (x, w, b) = (numbers(1, t * m), numbers(2, n * m), numbers(3, n));
+            let exact = oracle::linear(&wide(&x), &wide(&w), Some(&wide(&b)), t, m, n);
+            // A run of m products in ±1 each rounded at 6e-8 of a partial sum near sqrt(m).
+            let tolerance = 1e-6 * (m as f64).sqrt().max(1.0);
+            assert_close(
+                "forward",
+                &product(&x, &w, Some(&b), t, m, n),
+                &exact,
+                tolerance,
+            );
+            let mut y = vec![0.0; t * n];
+            Packed::new(&w, m, n).forward(&mut y, &x, Some(&b), t);
+            assert_close("packed", &y, &exact, tolerance);
+        }
+    }
+
+    #[test]
+    fn a_row_has_the_same_bits_however_many_rows_there_are() {
+        for m in [2, 3, 32, 128, 384, 513, 1176, 3420] {
+            for (n, bias) in [(96, true), (200, false), (7, true)] {
+                let (x, w, b) = (numbers(1, 200 * m), numbers(2, n * m), numbers(3, n));
+                let b = bias.then_some(&b[..]);
+                let all = product(&x, &w, b, 200, m, n);
+                let packed = Packed::new(&w, m, n);
+                for t in [1, 2, 3, 5, 8, 17, 63, 64, 65, 199] {
+                    // Rows from the middle, so that their place changes too.
+                    let from = 200 - t;
+                    let some = product(&x[from * m..], &w, b, t, m, n);
+                    assert_same_bits(&format!("T={t} M={m} N={n}"), &some, &all[from * n..]);
+                    let mut some = vec![0.0; t * n];
+                    packed.forward(&mut some, &x[from * m..], b, t);
+                    assert_same_bits(
+                        &format!("packed T={t} M={m} N={n}"),
+                        &some,
+                        &all[from * n..],
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_among_very_many_has_the_same_bits() {
+        // Enough rows for `gemm` to cut them into several outer blocks.
+        let (t, m, n) = (1500, 600, 80);
+        let (x, w) = (numbers(1, t * m), numbers(2, n * m));
+        let all = product(&x, &w, None, t, m, n);
+        for row in [0, 1, 700, 1499] {
+            let one = product(&x[row * m..(row + 1) * m], &w, None, 1, m, n);
+            assert_same_bits("row", &one, &all[row * n..(row + 1) * n]);
+        }
+    }
+
+    #[test]
+    fn outputs_do_not_depend_on_how_many_others_are_asked() {
+        let (m, n) = (384, 300);
+        let (x, w) = (numbers(1, 40 * m), numbers(2, n * m));
+        let all = product(&x, &w, None, 40, m, n);
+        for some in [1, 15, 16, 17, 128] {
+            let y = product(&x, &w[..some * m], None, 40, m, some);
+            for (row, all) in y.chunks_exact(some).zip(all.chunks_exact(n)) {
+                assert_same_bits(&format!("N={some}"), row, &all[..some]);
+            }
+        }
+    }
+
+    #[test]
+    fn threads_do_not_change_bits() {
+        let (t, m, n) = (150, 700, 300);
+        let (x, w, dy) = (numbers(1, t * m), numbers(2, n * m), numbers(3, t * n));
+        assert_threads_agree("few rows", || product(&x[..8 * m], &w, None, 8, m, n));
+        assert_threads_agree("many rows", || product(&x, &w, None, t, m, n));
+        assert_threads_agree("backward input", || {
+            let mut dx = vec![0.0; t * m];
+            backward_input(&mut dx, &dy, &w, t, m, n, false);
+            dx
+        });
+        assert_threads_agree("backward weight", || {
+            let mut dw = vec![0.0; n * m];
+            backward_weight(&mut dw, None, &dy, &x, t, m, n);
+            dw
+        });
+    }
+
+    #[test]
+    fn gradients_are_those_of_finite_differences() {
+        for (t, m, n) in [(1, 3, 2), (4, 5, 6), (9, 20, 3)] {
+            let (x, w, b, dy) = (
+                numbers(1, t * m),
+                numbers(2, n * m),
+                numbers(3, n),
+                numbers(4, t * n),
+            );
+            let (xs, ws, bs) = (wide(&x), wide(&w), wide(&b));
+            let dx = gradient(&xs, |x| {
+                weighted(&oracle::linear(x, &ws, Some(&bs), t, m, n), &dy)
+            });
+            let dw = gradient(&ws, |w| {
+                weighted(&oracle::linear(&xs, w, Some(&bs), t, m, n), &dy)
+            });
+            let db = gradient(&bs, |b| {
+                weighted(&oracle::linear(&xs, &ws, Some(b), t, m, n), &dy)
+            });
+            let mut found = vec![f32::NAN; t * m];
+            backward_input(&mut found, &dy, &w, t, m, n, false);
+            // Sums of at most 20 products in ±1.
+            assert_close("dx", &found, &dx, 2e-6);
+            backward_input(&mut found, &dy, &w, t, m, n, true);
+            let twice: Vec<f64> = dx.iter().map(|g| 2.0 * g).collect();
+            assert_close("dx accumulated", &found, &twice, 4e-6);
+            let (mut found_w, mut found_b) = (vec![1.0; n * m], vec![1.0; n]);
+            backward_weight(&mut found_w, Some(&mut found_b), &dy, &x, t, m, n);
+            let plus_one = |g: &[f64]| g.iter().map(|g| g + 1.0).collect::<Vec<_>>();
+            assert_close("dw", &found_w, &plus_one(&dw), 2e-6);
+            assert_close("db", &found_b, &plus_one(&db), 2e-6);
+        }
+    }
+}

@@ -1,0 +1,315 @@
+//! Our own small matrix product: a few rows times a panel of columns, each output a run of fused multiply-adds
+//! over k in order.
+//!
+//! It serves where `gemm` is slow or changes its order of summation: few rows (decoding) and attention. A panel is a
+//! matrix [k, `WIDTH`] stored row by row. What must stay true: an output's bits depend on its row of `a`, its column
+//! of the panel and the value it starts from, never on the tile it was computed in; that is the order of `gemm`'s
+//! general path within one block of k, too.
+
+use crate::vector::{FUSED, PLAIN, WIDE, dispatch, mul_add};
+
+/// Columns of a panel.
+pub(crate) const WIDTH: usize = 32;
+
+dispatch! {
+    /// out[r, c] = (accumulate: out[r, c], else 0) + Σ_k a[r, k] · panel[k, c], k in order.
+    ///
+    /// A function of its own for each instruction set: inlined into larger ones, its loops keep their bounds checks.
+    ///
+    /// # Shapes
+    /// out: rows of `out_stride`, `cols` used; a: rows of `a_stride`, `k` used; panel: k rows of `panel_stride`, `cols` used.
+    pub(crate) fn multiply(
+        out: &mut [f32],
+        out_stride: usize,
+        a: &[f32],
+        a_stride: usize,
+        panel: &[f32],
+        panel_stride: usize,
+        rows: usize,
+        k: usize,
+        cols: usize,
+        accumulate: bool,
+    ) = multiply_body
+}
+#[inline(always)]
+#[allow(clippy::too_many_arguments)]
+fn multiply_body<const LEVEL: u8>(
+    out: &mut [f32],
+    out_stride: usize,
+    a: &[f32],
+    a_stride: usize,
+    panel: &[f32],
+    panel_stride: usize,
+    rows: usize,
+    k: usize,
+    cols: usize,
+    accumulate: bool,
+) {
+    let mut c = 0;
+    // Wide registers take a block of 32 columns as two vectors; narrow ones 16 at a time, or the tile would spill.
+    while LEVEL == WIDE && c + 32 <= cols {
+        columns::<LEVEL, 32>(
+            &mut out[c..],
+            out_stride,
+            a,
+            a_stride,
+            &panel[c..],
+            panel_stride,
+            rows,
+            k,
+            accumulate,
+        );
+        c += 32;
+    }
+    while c + 16 <= cols {
+        columns::<LEVEL, 16>(
+            &mut out[c..],
+            out_stride,
+            a,
+            a_stride,
+            &panel[c..],
+            panel_stride,
+            rows,
+            k,
+            accumulate,
+        );
+        c += 16;
+    }
+    while c + 8 <= cols {
+        columns::<LEVEL, 8>(
+            &mut out[c..],
+            out_stride,
+            a,
+            a_stride,
+            &panel[c..],
+            panel_stride,
+            rows,
+            k,
+            accumulate,
+        );
+        c += 8;
+    }
+    while c < cols {
+        columns::<LEVEL, 1>(
+            &mut out[c..],
+            out_stride,
+            a,
+            a_stride,
+            &panel[c..],
+            panel_stride,
+            rows,
+            k,
+            accumulate,
+        );
+        c += 1;
+    }
+}
+
+#[inline(always)]
+#[allow(clippy::too_many_arguments)]
+fn columns<const LEVEL: u8, const W: usize>(
+    out: &mut [f32],
+    out_stride: usize,
+    a: &[f32],
+    a_stride: usize,
+    panel: &[f32],
+    panel_stride: usize,
+    rows: usize,
+    k: usize,
+    accumulate: bool,
+) {
+    let mut r = 0;
+    macro_rules! take {
+        ($n:literal) => {
+            while rows - r >= $n {
+                tile::<LEVEL, $n, W>(
+                    &mut out[r * out_stride..],
+                    out_stride,
+                    &a[r * a_stride..],
+                    a_stride,
+                    panel,
+                    panel_stride,
+                    k,
+                    accumulate,
+                );
+                r += $n;
+            }
+        };
+    }
+    // 8 rows × 2 vectors fill the 32 wide registers; 4 rows × 2 vectors the 16 narrow ones.
+    match LEVEL {
+        WIDE => take!(8),
+        FUSED | PLAIN => {}
+        _ => unreachable!("no such instruction level"),
+    }
+    take!(4);
+    take!(2);
+    take!(1);
+}
+
+#[inline(always)]
+#[allow(clippy::too_many_arguments)]
+fn tile<const LEVEL: u8, const R: usize, const W: usize>(
+    out: &mut [f32],
+    out_stride: usize,
+    a: &[f32],
+    a_stride: usize,
+    panel: &[f32],
+    panel_stride: usize,
+    k: usize,
+    accumulate: bool,
+) {
+    let mut acc = [[0.0f32; W]; R];
+    if accumulate {
+        for (r, acc) in acc.iter_mut().enumerate() {
+            acc.copy_from_slice(&out[r * out_stride..][..W]);
+        }
+    }
+    let rows: [&[f32]; R] = std::array::from_fn(|r| &a[r * a_stride..][..k]);
+    for kk in 0..k {
+        let Some(b) = panel[kk * panel_stride..].first_chunk::<W>() else {
+            unreachable!("panel too short")
+        };
+        for r in 0..R {
+            let x = rows[r][kk];
+            for w in 0..W {
+                acc[r][w] = mul_add::<LEVEL>(x, b[w], acc[r][w]);
+            }
+        }
+    }
+    for (r, acc) in acc.iter().enumerate() {
+        out[r * out_stride..][..W].copy_from_slice(acc);
+    }
+}
+
+dispatch! {
+    /// Writes `cols` rows of a row-major matrix as columns of a panel: panel[k, c] = rows[c, k]; other columns stay.
+    pub(crate) fn transpose_into(panel: &mut [f32], rows: &[f32], stride: usize, k: usize, cols: usize) = transpose_body
+}
+#[inline(always)]
+fn transpose_body<const LEVEL: u8>(
+    panel: &mut [f32],
+    rows: &[f32],
+    stride: usize,
+    k: usize,
+    cols: usize,
+) {
+    const B: usize = 8;
+    let mut k0 = 0;
+    while k0 < k {
+        let kb = B.min(k - k0);
+        let mut c0 = 0;
+        while c0 < cols {
+            let cb = B.min(cols - c0);
+            if kb == B && cb == B {
+                let mut block = [[0.0f32; B]; B];
+                for (c, line) in block.iter_mut().enumerate() {
+                    line.copy_from_slice(&rows[(c0 + c) * stride + k0..][..B]);
+                }
+                for kk in 0..B {
+                    let mut line = [0.0f32; B];
+                    for c in 0..B {
+                        line[c] = block[c][kk];
+                    }
+                    panel[(k0 + kk) * WIDTH + c0..][..B].copy_from_slice(&line);
+                }
+            } else {
+                for c in 0..cb {
+                    for kk in 0..kb {
+                        panel[(k0 + kk) * WIDTH + c0 + c] = rows[(c0 + c) * stride + k0 + kk];
+                    }
+                }
+            }
+            c0 += cb;
+        }
+        k0 += kb;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::oracle::{assert_same_bits, numbers};
+
+    /// One output: a run of multiply-adds in order.
+    fn by_hand(a: &[f32], panel: &[f32], stride: usize, c: usize, start: f32) -> f32 {
+        a.iter()
+            .enumerate()
+            .fold(start, |sum, (k, &x)| x.mul_add(panel[k * stride + c], sum))
+    }
+
+    #[test]
+    fn every_tile_is_one_run_of_fused_multiply_adds() {
+        let (k, a_stride, stride, out_stride) = (21, 25, 90, 95);
+        let (a, panel, start) = (
+            numbers(1, 20 * a_stride),
+            numbers(2, k * stride),
+            numbers(3, 20 * out_stride),
+        );
+        for rows in [1, 2, 3, 7, 8, 19] {
+            for cols in [1, 5, 8, 15, 16, 31, 32, 90] {
+                for accumulate in [false, true] {
+                    let expected: Vec<f32> = (0..rows * cols)
+                        .map(|i| {
+                            let (r, c) = (i / cols, i % cols);
+                            let from = if accumulate {
+                                start[r * out_stride + c]
+                            } else {
+                                0.0
+                            };
+                            by_hand(&a[r * a_stride..][..k], &panel, stride, c, from)
+                        })
+                        .collect();
+                    let narrow = |f: &dyn Fn(&mut [f32])| -> Vec<f32> {
+                        let mut out = start.clone();
+                        f(&mut out);
+                        (0..rows * cols)
+                            .map(|i| out[i / cols * out_stride + i % cols])
+                            .collect()
+                    };
+                    // Both levels that fuse agree, whatever their tiles.
+                    let wide = narrow(&|out| {
+                        multiply_body::<WIDE>(
+                            out, out_stride, &a, a_stride, &panel, stride, rows, k, cols,
+                            accumulate,
+                        )
+                    });
+                    let fused = narrow(&|out| {
+                        multiply_body::<FUSED>(
+                            out, out_stride, &a, a_stride, &panel, stride, rows, k, cols,
+                            accumulate,
+                        )
+                    });
+                    assert_same_bits("wide", &wide, &expected);
+                    assert_same_bits("fused", &fused, &expected);
+                    let chosen = narrow(&|out| {
+                        multiply(
+                            out, out_stride, &a, a_stride, &panel, stride, rows, k, cols,
+                            accumulate,
+                        )
+                    });
+                    for (x, y) in chosen.iter().zip(&expected) {
+                        // A machine without fused multiply-add rounds twice.
+                        assert!((x - y).abs() < 1e-5);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_panel_is_the_transpose() {
+        for (k, cols) in [(1, 1), (8, 8), (9, 17), (24, 32)] {
+            let stride = k + 3;
+            let rows = numbers(1, cols * stride);
+            let mut panel = vec![7.0; k * WIDTH];
+            transpose_into(&mut panel, &rows, stride, k, cols);
+            for kk in 0..k {
+                for c in 0..WIDTH {
+                    let expected = if c < cols { rows[c * stride + kk] } else { 7.0 };
+                    assert_eq!(panel[kk * WIDTH + c], expected);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,282 @@
+//! The small commands: data, model, trace. Each is a few lines around a library call.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, ensure};
+use clap::{Args, Subcommand};
+use serde_json::json;
+
+use crate::chat::{Chat, Message, Part};
+use crate::config::BadConfig;
+use crate::data;
+use crate::geometry::{Size, View};
+use crate::image::{self, Processor, decode};
+use crate::model::trace::{Greedy, trace};
+use crate::model::config::TokenIds;
+use crate::model::{Config, Dtype, Trainable, Vlm, presets};
+use crate::progress::Progress;
+use crate::{report, score};
+use crate::synth::make::{MakeOptions, Set, make};
+
+/// Uses this many threads for everything; without a number, all cores.
+pub fn use_threads(threads: Option<usize>) -> Result<()> {
+    let Some(n) = threads else { return Ok(()) };
+    ensure!(n > 0, BadConfig("--threads must be at least 1".into()));
+    rayon::ThreadPoolBuilder::new().num_threads(n).build_global().context("starting the threads")
+}
+
+/// `foveate report`: writes the page and prints where it is.
+pub fn report(runs: &[PathBuf], out: Option<&std::path::Path>) -> Result<()> {
+    println!("{}", report::write(runs, out, report::EPISODES)?.display());
+    Ok(())
+}
+
+/// `foveate score`: rows on stdin, judgements on stdout. Bad rows are named there and make the exit code 1.
+pub fn score() -> Result<()> {
+    let summary = score::run(std::io::stdin().lock(), std::io::stdout().lock())?;
+    eprintln!("{} rows, mean {:.4}, {} bad rows", summary.rows, summary.mean, summary.errors);
+    ensure!(summary.errors == 0, "{} rows could not be judged; each says why in its place", summary.errors);
+    Ok(())
+}
+
+#[derive(Subcommand)]
+pub enum Data {
+    /// Draw a bundled data set from a seed
+    Make {
+        /// plates
+        set: String,
+        /// Folder to write
+        #[arg(long)]
+        out: PathBuf,
+        /// Training questions
+        #[arg(long, default_value_t = 1000)]
+        train: usize,
+        /// Held-out questions (other photographs, other pictures of the objects, other digits)
+        #[arg(long, default_value_t = 300)]
+        test: usize,
+        /// WIDTHxHEIGHT of the pictures
+        #[arg(long, default_value = "2016x1512")]
+        size: String,
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+        /// Replace the folder if it is there
+        #[arg(long)]
+        overwrite: bool,
+        #[arg(long)]
+        json: bool,
+    },
+    /// Validate a file of rows, row by row
+    Check {
+        file: PathBuf,
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+impl Data {
+    pub fn run(self) -> Result<()> {
+        match self {
+            Data::Make { set, out, train, test, size, seed, overwrite, json } => {
+                let size = parse_size(&size)?;
+                let set = Set::named(&set).map_err(|e| BadConfig(e.to_string()))?;
+                let options =
+                    MakeOptions { set, out, train, test, size, seed, world: Default::default(), overwrite };
+                let bar = Progress::start("drawing", "picture", 0, 0);
+                let made = make(&options, &|done, all| bar.at(done as u64, all as u64))?;
+                bar.finish();
+                if json {
+                    println!("{}", serde_json::to_string(&made)?);
+                } else {
+                    println!("{}\n{}", made.train.display(), made.test.display());
+                    eprintln!("{} and {} questions on {} pictures", made.train_rows, made.test_rows, made.pictures);
+                }
+                Ok(())
+            }
+            Data::Check { file, json } => {
+                let report = data::check(&file)?;
+                if json {
+                    println!("{}", serde_json::to_string(&report)?);
+                } else {
+                    for problem in &report.problems {
+                        println!("{problem}");
+                    }
+                    eprintln!("{} rows, {} pictures, {} problems", report.rows, report.pictures, report.problems.len());
+                }
+                ensure!(report.problems.is_empty(), "{} bad rows in {}", report.problems.len(), file.display());
+                Ok(())
+            }
+        }
+    }
+}
+
+fn parse_size(text: &str) -> Result<Size> {
+    let parsed = text.split_once('x').and_then(|(w, h)| Some((w.parse().ok()?, h.parse().ok()?)));
+    match parsed {
+        Some((width, height)) if width > 0 && height > 0 => Ok(Size { width, height }),
+        _ => Err(BadConfig(format!("--size {text}: expected WIDTHxHEIGHT in pixels, for instance 2016x1512")).into()),
+    }
+}
+
+#[derive(Subcommand)]
+pub enum Model {
+    /// Write a random model of a preset, in Hugging Face layout
+    New {
+        /// nano, mini, qwen2.5-vl-3b, qwen2.5-vl-7b
+        #[arg(long)]
+        preset: String,
+        #[arg(long)]
+        out: PathBuf,
+        /// Folder with tokenizer, template and processor (default: the bundled nano tokenizer)
+        #[arg(long)]
+        tokenizer: Option<PathBuf>,
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+        #[arg(long, default_value = "f32")]
+        dtype: String,
+    },
+    /// Sizes, parameters and memory of a checkpoint
+    Info {
+        dir: PathBuf,
+        #[arg(long)]
+        json: bool,
+    },
+    /// Write a checkpoint again, for instance in another number format
+    Export {
+        dir: PathBuf,
+        #[arg(long)]
+        out: PathBuf,
+        /// f32 or bf16
+        #[arg(long, default_value = "bf16")]
+        dtype: String,
+    },
+}
+
+fn dtype(name: &str) -> Result<Dtype> {
+    match name {
+        "f32" => Ok(Dtype::F32),
+        "bf16" => Ok(Dtype::Bf16),
+        _ => Err(BadConfig(format!("--dtype {name}: expected f32 or bf16")).into()),
+    }
+}
+
+impl Model {
+    pub fn run(self) -> Result<()> {
+        match self {
+            Model::New { preset, out, tokenizer, seed, dtype: name } => {
+                let dtype = dtype(&name)?;
+                let tokenizer = match tokenizer {
+                    Some(dir) => dir,
+                    None => crate::synth::assets_dir()?.join("nano"),
+                };
+                ensure!(
+                    !out.join("config.json").exists(),
+                    "there is a model already, choose another folder or remove it: {}",
+                    out.display()
+                );
+                let model = new_model(&preset, &tokenizer, seed)?;
+                model.save(&out, dtype, Some(&tokenizer))?;
+                println!("{}", out.display());
+                Ok(())
+            }
+            Model::Info { dir, json } => {
+                let config = Config::load(&dir)?;
+                let memory = presets::memory(&config, Trainable::ALL);
+                if json {
+                    println!("{}", json!({"config": config.to_json("float32"), "memory": memory}));
+                    return Ok(());
+                }
+                let gib = |bytes: u64| format!("{:.2} GiB", bytes as f64 / (1u64 << 30) as f64);
+                println!("{}", dir.display());
+                println!("parameters      {:.2} M", memory.parameters as f64 / 1e6);
+                println!(
+                    "text            {} layers, {} wide, {} heads / {} kv, vocabulary {}",
+                    config.text.layers, config.text.hidden, config.text.heads, config.text.kv_heads, config.text.vocab
+                );
+                println!("vision          {} blocks, {} wide", config.vision.depth, config.vision.hidden);
+                println!("sampling        {}", gib(memory.weights_bytes));
+                println!("training        {} and activations", gib(memory.weights_bytes + memory.training_bytes));
+                println!("per token       {} bytes kept, {} with recompute, {} cached", memory.tape_bytes_per_row, memory.recompute_bytes_per_row, memory.cache_bytes_per_row);
+                Ok(())
+            }
+            Model::Export { dir, out, dtype: name } => {
+                let dtype = dtype(&name)?;
+                ensure!(dir != out, "--out is the checkpoint itself; choose another folder");
+                Vlm::load(&dir)?.save(&out, dtype, Some(&dir))?;
+                println!("{}", out.display());
+                Ok(())
+            }
+        }
+    }
+}
+
+/// A random model of a preset with the ids of a tokenizer folder.
+pub fn new_model(preset: &str, tokenizer: &std::path::Path, seed: u64) -> Result<Vlm> {
+    let chat = Chat::load(tokenizer)?;
+    // Rows beyond the tokenizer's are banned from sampling; a round number of them keeps the products even.
+    let rows = chat.vocabulary().next_multiple_of(64);
+    let config = presets::preset(preset, rows, &token_ids(&chat)?).map_err(|e| BadConfig(e.to_string()))?;
+    Ok(presets::initialise(config, seed))
+}
+
+/// The ids that a model's config must name, as this tokenizer numbers them.
+fn token_ids(chat: &Chat) -> Result<TokenIds> {
+    let s = &chat.special;
+    let end = chat.id("<|endoftext|>");
+    Ok(TokenIds {
+        image_pad: s.image_pad,
+        video_pad: s.video_pad.context("the tokenizer has no <|video_pad|> token")?,
+        vision_start: s.vision_start,
+        vision_end: s.vision_end,
+        bos: end,
+        eos: vec![s.end_of_turn],
+        pad: end,
+    })
+}
+
+#[derive(Args)]
+pub struct Trace {
+    #[arg(long)]
+    model: PathBuf,
+    /// JSON list of {"role", "content": [{"type": "image", "image": PATH} | {"type": "text", "text": ...}]}
+    #[arg(long)]
+    messages: PathBuf,
+    /// safetensors file to write
+    #[arg(long)]
+    out: PathBuf,
+    /// Decode so many tokens greedily
+    #[arg(long)]
+    greedy: Option<usize>,
+}
+
+impl Trace {
+    pub fn run(self) -> Result<()> {
+        let chat = Chat::load(&self.model)?;
+        let processor = Processor::load(&self.model)?;
+        let model = Vlm::load(&self.model)?;
+        let text = std::fs::read_to_string(&self.messages)
+            .with_context(|| format!("reading the messages: {}", self.messages.display()))?;
+        let messages: Vec<Message> = serde_json::from_str(&text).with_context(|| {
+            format!("reading the messages, a JSON list of {{\"role\", \"content\"}}: {}", self.messages.display())
+        })?;
+        let base = self.messages.parent().unwrap_or(std::path::Path::new("."));
+        let mut grids = Vec::new();
+        let mut pixels = Vec::new();
+        for part in messages.iter().flat_map(Message::parts) {
+            let Part::Image { image: path } = part else { continue };
+            let path = path.with_context(|| format!("an image without a path in {}", self.messages.display()))?;
+            let picture = decode(&base.join(path))?;
+            let view = View::whole(grids.len(), picture.size(), processor.budget)?;
+            let patches = image::patches(&image::show(&picture, &view)?, &processor)?;
+            grids.push(patches.grid);
+            pixels.extend(patches.data);
+        }
+        let tokens: Vec<usize> = grids.iter().map(|g| g.tokens(processor.merge)).collect();
+        // A conversation that ends with the user is one that the model should go on with.
+        let goes_on = messages.last().is_none_or(|m| m.role != "assistant");
+        let encoded = chat.encode(&messages, goes_on, &tokens)?;
+        let greedy = self.greedy.map(|tokens| Greedy { tokens, stop: &chat.special.stops });
+        trace(&model, &encoded.ids, &grids, pixels, greedy)?.write(&self.out)?;
+        println!("{}", self.out.display());
+        Ok(())
+    }
+}

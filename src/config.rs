@@ -1,0 +1,149 @@
+//! One file = one run. Reads a TOML file and `key=value` overrides into a typed plan.
+//!
+//! The types stand with the modules that read them; this file only knows how to read. Unknown keys are errors that name
+//! the nearest key. There is no inheritance between files; the resolved plan is what the run folder keeps.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, anyhow, bail};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+/// A bad configuration; the program ends with exit code 2.
+#[derive(Debug)]
+pub struct BadConfig(pub String);
+
+impl std::fmt::Display for BadConfig {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for BadConfig {}
+
+/// Reads `path`, applies overrides such as `optim.lr=3e-5`, and fills a plan.
+pub fn load<T: DeserializeOwned>(path: &Path, overrides: &[String]) -> Result<T> {
+    let text = std::fs::read_to_string(path)
+        .map_err(|e| BadConfig(format!("the config file cannot be read ({e}); give the path of a TOML file, for instance one of configs/: {}", path.display())))?;
+    parse(&text, overrides).with_context(|| format!("in the config {}", path.display()))
+}
+
+/// The same from text.
+pub fn parse<T: DeserializeOwned>(text: &str, overrides: &[String]) -> Result<T> {
+    let mut table: toml::Table = toml::from_str(text).map_err(|e| BadConfig(e.to_string()))?;
+    for item in overrides {
+        apply(&mut table, item)?;
+    }
+    // Through text once more, so that an error can point at the place and serde names the key.
+    toml::Value::Table(table).try_into().map_err(|e: toml::de::Error| anyhow!(BadConfig(explain(&e.to_string()))))
+}
+
+/// The plan as TOML, every default written out.
+pub fn to_toml<T: Serialize>(plan: &T) -> Result<String> {
+    toml::to_string_pretty(plan).context("writing the resolved config")
+}
+
+fn apply(table: &mut toml::Table, item: &str) -> Result<()> {
+    let Some((key, value)) = item.split_once('=') else {
+        bail!(BadConfig(format!("`{item}` is not an override; write key=value, for instance optim.lr=3e-5")));
+    };
+    // A bare word is a string: `task.template=mgpo` needs no quotes.
+    let value = toml::from_str::<toml::Table>(&format!("v = {value}"))
+        .ok()
+        .and_then(|mut t| t.remove("v"))
+        .unwrap_or_else(|| toml::Value::String(value.to_owned()));
+    let mut at = table;
+    let parts: Vec<&str> = key.trim().split('.').collect();
+    for (i, part) in parts.iter().enumerate() {
+        if i + 1 == parts.len() {
+            at.insert((*part).to_owned(), value);
+            return Ok(());
+        }
+        at = at
+            .entry((*part).to_owned())
+            .or_insert_with(|| toml::Value::Table(toml::Table::new()))
+            .as_table_mut()
+            .ok_or_else(|| anyhow!(BadConfig(format!("`{key}`: `{part}` is a value, not a section"))))?;
+    }
+    Ok(())
+}
+
+/// Adds the nearest known key to serde's "unknown field `x`, expected one of `a`, `b`".
+fn explain(message: &str) -> String {
+    let message = message.trim();
+    let Some(rest) = message.split("unknown field `").nth(1) else { return message.to_owned() };
+    let Some((unknown, rest)) = rest.split_once('`') else { return message.to_owned() };
+    let known: Vec<&str> =
+        rest.lines().next().unwrap_or("").split('`').skip(1).step_by(2).collect();
+    let nearest = known
+        .iter()
+        .map(|k| (strsim::jaro_winkler(unknown, k), *k))
+        .max_by(|a, b| a.0.total_cmp(&b.0))
+        .filter(|(score, _)| *score > 0.6);
+    let section = message.lines().find_map(|l| l.strip_prefix("in `")).and_then(|l| l.strip_suffix('`'));
+    let place = section.map(|s| format!(" in [{s}]")).unwrap_or_default();
+    match nearest {
+        Some((_, near)) => format!("unknown key `{unknown}`{place}; did you mean `{near}`? Known here: {}", known.join(", ")),
+        None => format!("unknown key `{unknown}`{place}; known here: {}", known.join(", ")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde::Deserialize;
+
+    #[derive(Debug, Deserialize, Serialize, PartialEq)]
+    #[serde(deny_unknown_fields)]
+    struct Plan {
+        name: String,
+        optim: Optim,
+    }
+
+    #[derive(Debug, Deserialize, Serialize, PartialEq)]
+    #[serde(deny_unknown_fields, default)]
+    struct Optim {
+        learning_rate: f64,
+        betas: [f64; 2],
+    }
+
+    impl Default for Optim {
+        fn default() -> Optim {
+            Optim { learning_rate: 1e-6, betas: [0.9, 0.999] }
+        }
+    }
+
+    #[test]
+    fn overrides_replace_values_and_words_need_no_quotes() {
+        let plan: Plan = parse(
+            "name = \"a\"\n[optim]\nlearning_rate = 1.0",
+            &["name=short".into(), "optim.learning_rate=3e-5".into(), "optim.betas=[0.8,0.9]".into()],
+        )
+        .unwrap();
+        assert_eq!(plan, Plan { name: "short".into(), optim: Optim { learning_rate: 3e-5, betas: [0.8, 0.9] } });
+    }
+
+    #[test]
+    fn an_unknown_key_names_the_nearest() {
+        let error = parse::<Plan>("name = \"a\"\n[optim]\nlearnin_rate = 1.0", &[]).unwrap_err();
+        let text = format!("{error:#}");
+        assert!(text.contains("unknown key `learnin_rate`") && text.contains("did you mean `learning_rate`"), "{text}");
+        assert!(error.downcast_ref::<BadConfig>().is_some());
+    }
+
+    #[test]
+    fn a_wrong_type_and_a_bad_override_are_named() {
+        let text = format!("{:#}", parse::<Plan>("name = 3\n[optim]", &[]).unwrap_err());
+        assert!(text.contains("name") && text.contains("string"), "{text}");
+        let text = format!("{:#}", parse::<Plan>("name = \"a\"\n[optim]", &["lr".into()]).unwrap_err());
+        assert!(text.contains("key=value"), "{text}");
+        let text = format!("{:#}", parse::<Plan>("name = \"a\"", &["name.x=1".into()]).unwrap_err());
+        assert!(text.contains("not a section"), "{text}");
+    }
+
+    #[test]
+    fn the_resolved_plan_reads_back() {
+        let plan = Plan { name: "a".into(), optim: Optim::default() };
+        assert_eq!(parse::<Plan>(&to_toml(&plan).unwrap(), &[]).unwrap(), plan);
+    }
+}

@@ -1,0 +1,473 @@
+//! Rows of data: what is asked about which pictures, and what the answer is.
+//!
+//! It hides the file format (JSON lines, one row a line) behind [`Sample`]. Pictures stay closed files here. What must stay
+//! true: a row is either wholly valid or refused with its file, its number and the key at fault; paths in a file are
+//! relative to that file and absolute (or relative to the working directory) in a `Sample`; boxes are in original pixels.
+//!
+//! ```json
+//! {"id": "plates-test-00000-0", "images": ["images/test_00000.jpg"], "question": "What number is on the plate under the fox?",
+//!  "answer": "7", "targets": [{"image": 1, "bbox": [812, 640, 857, 685], "label": "plate under the fox"}]}
+//! ```
+
+use std::collections::HashMap;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use crate::geometry::{BBox, Size};
+
+mod dialogue;
+mod order;
+mod row;
+
+pub use dialogue::{Dialogue, read_dialogues};
+pub use order::Order;
+
+/// One row.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sample {
+    pub id: String,
+    pub images: Vec<PathBuf>,
+    pub question: String,
+    /// Empty when the answer is free.
+    pub choices: Vec<String>,
+    pub answer: String,
+    /// Where the answer is to be seen: for judging and reports, never for training.
+    pub targets: Vec<Target>,
+    pub task: Option<String>,
+    pub split: Option<String>,
+    /// Keys of the row that this program does not know; kept as they are.
+    pub extra: Map<String, Value>,
+}
+
+impl Sample {
+    /// A question of one's own, without a known answer.
+    pub fn question(images: &[PathBuf], question: &str, choices: Vec<String>) -> Sample {
+        Sample {
+            id: "question".into(),
+            images: images.to_vec(),
+            question: question.into(),
+            choices,
+            answer: String::new(),
+            targets: Vec::new(),
+            task: None,
+            split: None,
+            extra: Map::new(),
+        }
+    }
+}
+
+/// A box of interest in one of the sample's pictures.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Target {
+    /// Counts from 1, as people and the file do.
+    pub image: usize,
+    /// Original pixels.
+    pub bbox: BBox,
+    pub label: Option<String>,
+}
+
+/// Something wrong with a file of rows. `row` counts from 1, as an editor counts lines; 0 is the file as a whole.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Problem {
+    pub row: usize,
+    pub key: String,
+    pub reason: String,
+}
+
+impl std::fmt::Display for Problem {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match (self.row, self.key.is_empty()) {
+            (0, _) => write!(f, "{}", self.reason),
+            (row, true) => write!(f, "row {row}: {}", self.reason),
+            (row, false) => write!(f, "row {row}, key {:?}: {}", self.key, self.reason),
+        }
+    }
+}
+
+/// What [`check`] found.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    pub path: PathBuf,
+    /// Rows that are not blank, good or bad.
+    pub rows: usize,
+    /// Different pictures named in the rows.
+    pub pictures: usize,
+    pub problems: Vec<Problem>,
+}
+
+/// All rows of a file, in order. Blank lines are skipped.
+///
+/// # Errors
+/// The file cannot be read, has no rows, or some row is bad; the first few bad rows are named.
+pub fn read(path: &Path) -> Result<Vec<Sample>> {
+    let (samples, report) = examine(path, false)?;
+    const SHOWN: usize = 3;
+    if report.problems.is_empty() {
+        return Ok(samples);
+    }
+    let shown: Vec<String> = report
+        .problems
+        .iter()
+        .take(SHOWN)
+        .map(Problem::to_string)
+        .collect();
+    let more = match report.problems.len().saturating_sub(SHOWN) {
+        0 => String::new(),
+        n => format!("; and {n} more (foveate data check lists them all)"),
+    };
+    bail!(
+        "reading data: {}{more}: {}",
+        shown.join("; "),
+        path.display()
+    )
+}
+
+/// Reads every row and decodes every picture; lists all that is wrong.
+///
+/// # Errors
+/// Only when the file itself cannot be read; bad rows are in the report.
+pub fn check(path: &Path) -> Result<Report> {
+    Ok(examine(path, true)?.1)
+}
+
+fn examine(path: &Path, decode: bool) -> Result<(Vec<Sample>, Report)> {
+    let bytes =
+        std::fs::read(path).with_context(|| format!("reading the data file {}", path.display()))?;
+    let folder = path.parent().unwrap_or(Path::new(""));
+    let mut problems = Vec::new();
+    let mut parsed: Vec<(usize, Sample)> = Vec::new();
+    let mut ids: HashMap<String, usize> = HashMap::new();
+    let mut rows = 0;
+    for (i, line) in bytes.split(|&b| b == b'\n').enumerate() {
+        if line.trim_ascii().is_empty() {
+            continue;
+        }
+        rows += 1;
+        match row::parse(line, folder) {
+            Ok(sample) => {
+                if let Some(first) = ids.insert(sample.id.clone(), i + 1) {
+                    problems.push(Problem {
+                        row: i + 1,
+                        key: "id".into(),
+                        reason: format!(
+                            "{:?} was used in row {first} already, expected every id once",
+                            sample.id
+                        ),
+                    });
+                }
+                parsed.push((i + 1, sample));
+            }
+            Err((key, reason)) => problems.push(Problem {
+                row: i + 1,
+                key,
+                reason,
+            }),
+        }
+    }
+    if rows == 0 {
+        problems.push(Problem {
+            row: 0,
+            key: String::new(),
+            reason: "there are no rows, expected one JSON object a line".into(),
+        });
+    }
+    let mut paths: Vec<&PathBuf> = parsed
+        .iter()
+        .flat_map(|(_, sample)| &sample.images)
+        .collect();
+    paths.sort();
+    paths.dedup();
+    let sizes: HashMap<&PathBuf, Result<Size, String>> = paths
+        .par_iter()
+        .map(|&path| {
+            (
+                path,
+                picture_size(path, decode).map_err(|e| format!("{e:#}")),
+            )
+        })
+        .collect();
+    for (row, sample) in &parsed {
+        problems.extend(picture_problems(*row, sample, &sizes));
+    }
+    problems.sort_by_key(|p| p.row);
+    let report = Report {
+        path: path.to_owned(),
+        rows,
+        pictures: sizes.len(),
+        problems,
+    };
+    Ok((
+        parsed.into_iter().map(|(_, sample)| sample).collect(),
+        report,
+    ))
+}
+
+/// Missing or damaged pictures of a row, and boxes outside them.
+fn picture_problems(
+    row: usize,
+    sample: &Sample,
+    sizes: &HashMap<&PathBuf, Result<Size, String>>,
+) -> Vec<Problem> {
+    let mut problems = Vec::new();
+    for (k, path) in sample.images.iter().enumerate() {
+        if let Some(Err(reason)) = sizes.get(path) {
+            problems.push(Problem {
+                row,
+                key: format!("images[{k}]"),
+                reason: reason.clone(),
+            });
+        }
+    }
+    for (k, target) in sample.targets.iter().enumerate() {
+        let Some(Ok(size)) = sample
+            .images
+            .get(target.image - 1)
+            .and_then(|path| sizes.get(path))
+        else {
+            continue;
+        };
+        if !size.bounds().contains(&target.bbox) {
+            problems.push(Problem {
+                row,
+                key: format!("targets[{k}].bbox"),
+                reason: format!(
+                    "found {}, expected a box inside the picture, which is {size}",
+                    target.bbox
+                ),
+            });
+        }
+    }
+    problems
+}
+
+/// Width and height as shown, that is after the EXIF orientation; with `decode` the whole picture is read.
+fn picture_size(path: &Path, decode: bool) -> Result<Size> {
+    use ::image::ImageDecoder;
+    if !path.exists() {
+        bail!("there is no picture at {}", path.display());
+    }
+    if decode {
+        return Ok(crate::image::decode(path)?.size());
+    }
+    let reading = || format!("reading the picture {}", path.display());
+    let mut decoder = ::image::ImageReader::open(path)
+        .with_context(reading)?
+        .with_guessed_format()
+        .with_context(reading)?
+        .into_decoder()
+        .with_context(reading)?;
+    let (width, height) = decoder.dimensions();
+    use ::image::metadata::Orientation::*;
+    Ok(match decoder.orientation().with_context(reading)? {
+        Rotate90 | Rotate270 | Rotate90FlipH | Rotate270FlipH => Size::new(height, width),
+        NoTransforms | Rotate180 | FlipHorizontal | FlipVertical => Size::new(width, height),
+    })
+}
+
+/// Writes rows; the file appears whole or not at all. Paths under the file's folder are written relative to it.
+///
+/// # Errors
+/// The folder does not exist or cannot be written to.
+pub fn write(path: &Path, samples: &[Sample]) -> Result<()> {
+    let writing = || format!("writing the data file {}", path.display());
+    let folder = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let mut file = tempfile::Builder::new()
+        .prefix(".rows-")
+        .suffix(".tmp")
+        .tempfile_in(folder)
+        .with_context(writing)?;
+    {
+        let mut out = std::io::BufWriter::new(file.as_file_mut());
+        for sample in samples {
+            writeln!(out, "{}", to_json(sample, folder)).with_context(writing)?;
+        }
+        out.flush().with_context(writing)?;
+    }
+    file.as_file().sync_all().with_context(writing)?;
+    readable_by_all(file.as_file()).with_context(writing)?;
+    file.persist(path).with_context(writing)?;
+    Ok(())
+}
+
+/// Temporary files are made for their owner only; a data set is for everybody who may enter its folder.
+fn readable_by_all(file: &std::fs::File) -> std::io::Result<()> {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        file.set_permissions(std::fs::Permissions::from_mode(0o644))?;
+    }
+    Ok(())
+}
+
+fn to_json(sample: &Sample, folder: &Path) -> Value {
+    let mut row = Map::new();
+    row.insert("id".into(), json!(sample.id));
+    let relative = |path: &PathBuf| {
+        path.strip_prefix(folder)
+            .unwrap_or(path)
+            .to_string_lossy()
+            .into_owned()
+    };
+    row.insert(
+        "images".into(),
+        sample.images.iter().map(relative).collect(),
+    );
+    row.insert("question".into(), json!(sample.question));
+    if !sample.choices.is_empty() {
+        row.insert("choices".into(), json!(sample.choices));
+    }
+    row.insert("answer".into(), json!(sample.answer));
+    if !sample.targets.is_empty() {
+        let target = |t: &Target| {
+            // Whole numbers are written as such: they are what people compare with.
+            let side = |v: f64| {
+                if v.fract() == 0.0 {
+                    json!(v as i64)
+                } else {
+                    json!(v)
+                }
+            };
+            let mut target = json!({"image": t.image, "bbox": <[f64; 4]>::from(t.bbox).map(side)});
+            if let Some(label) = &t.label {
+                target["label"] = json!(label);
+            }
+            target
+        };
+        row.insert(
+            "targets".into(),
+            sample.targets.iter().map(target).collect(),
+        );
+    }
+    for (key, value) in [("task", &sample.task), ("split", &sample.split)] {
+        if let Some(value) = value {
+            row.insert(key.into(), json!(value));
+        }
+    }
+    row.extend(sample.extra.clone());
+    Value::Object(row)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn folder_with_picture() -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        ::image::RgbImage::new(40, 30)
+            .save(folder.path().join("a.png"))
+            .unwrap();
+        folder
+    }
+
+    #[test]
+    fn rows_survive_writing_and_reading() {
+        let folder = folder_with_picture();
+        let path = folder.path().join("rows.jsonl");
+        let sample = Sample {
+            id: "1".into(),
+            images: vec![folder.path().join("a.png")],
+            question: "What is \"it\"?\n".into(),
+            choices: vec!["a cup".into(), "a hat".into()],
+            answer: "A".into(),
+            targets: vec![Target {
+                image: 1,
+                bbox: BBox::new(1.0, 2.5, 40.0, 30.0),
+                label: None,
+            }],
+            task: Some("answer".into()),
+            split: None,
+            extra: Map::from_iter([("weight".to_owned(), json!(2))]),
+        };
+        write(&path, std::slice::from_ref(&sample)).unwrap();
+        assert!(
+            std::fs::read_to_string(&path)
+                .unwrap()
+                .contains(r#""images":["a.png"]"#)
+        );
+        assert_eq!(read(&path).unwrap(), [sample]);
+    }
+
+    #[test]
+    fn every_bad_row_is_named_with_key_found_and_expected() {
+        let folder = folder_with_picture();
+        let path = folder.path().join("rows.jsonl");
+        std::fs::write(
+            folder.path().join("broken.png"),
+            b"\x89PNG\r\n\x1a\nnot really",
+        )
+        .unwrap();
+        let rows = [
+            r#"{"id":"good","images":["a.png"],"question":"?","answer":"7"}"#,
+            r#"{"id":"b","images":["a.png"],"question":5,"answer":"7"}"#,
+            r#"{"id":"c","images":["none.png"],"question":"?","answer":"7"}"#,
+            "",
+            r#"{"id":"d","images":["a.png"],"question":"?","answer":"7","targets":[{"image":1,"bbox":[0,0,41,30]}]}"#,
+            r#"{"id":"e","images":["a.png"],"question":"?","answer":"7","targets":[{"image":0,"bbox":[0,0,4,3]}]}"#,
+            r#"{"id":"f","images":["broken.png"],"question":"?","answer":"7"}"#,
+            r#"{"id":"good","images":["a.png"],"question":"?","answer":"7"}"#,
+            "not json",
+        ];
+        std::fs::write(&path, rows.join("\n")).unwrap();
+        let report = check(&path).unwrap();
+        assert_eq!(report.rows, 8);
+        let found: Vec<(usize, &str)> = report
+            .problems
+            .iter()
+            .map(|p| (p.row, p.key.as_str()))
+            .collect();
+        assert_eq!(
+            found,
+            [
+                (2, "question"),
+                (3, "images[0]"),
+                (5, "targets[0].bbox"),
+                (6, "targets[0].image"),
+                (7, "images[0]"),
+                (8, "id"),
+                (9, "")
+            ]
+        );
+        assert_eq!(
+            report.problems[0].to_string(),
+            r#"row 2, key "question": found the number 5, expected a text"#
+        );
+        assert!(
+            report.problems[2].reason.contains("[0, 0, 41, 30]")
+                && report.problems[2].reason.contains("40x30")
+        );
+        let error = read(&path).unwrap_err().to_string();
+        assert!(
+            error.contains("row 2")
+                && error.contains("and 4 more")
+                && error.ends_with("rows.jsonl"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn an_empty_file_is_an_error() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("rows.jsonl");
+        std::fs::write(&path, "\n\n").unwrap();
+        assert!(
+            read(&path)
+                .unwrap_err()
+                .to_string()
+                .contains("there are no rows")
+        );
+        assert!(
+            read(&folder.path().join("absent.jsonl"))
+                .unwrap_err()
+                .to_string()
+                .contains("absent.jsonl")
+        );
+    }
+}

@@ -1,0 +1,94 @@
+//! `foveate doctor`: what this machine has, and what a config will need, before anything is loaded.
+
+use std::path::Path;
+
+use anyhow::Result;
+use serde_json::{Value, json};
+
+use crate::config;
+use crate::model::{Config, presets};
+use crate::rl;
+use crate::run::Environment;
+
+pub fn main(path: Option<&Path>, as_json: bool) -> Result<()> {
+    let machine = Environment::now();
+    let backends = json!({"embedded": true});
+    let simd = instruction_sets();
+    let need = match path {
+        Some(path) => Some(needs(path)?),
+        None => None,
+    };
+    if as_json {
+        println!("{}", json!({"machine": machine, "instruction_sets": simd, "engines": backends, "needs": need}));
+        return Ok(());
+    }
+    let gib = |bytes: f64| format!("{:.2} GiB", bytes / (1u64 << 30) as f64);
+    println!("processor         {}", machine.cpu);
+    println!("instruction sets  {}", simd.join(" "));
+    println!("threads           {}", rayon::current_num_threads());
+    println!("memory            {}", machine.memory.map_or("unknown".into(), |b| gib(b as f64)));
+    println!("engines           embedded (CPU)");
+    if let Some(need) = need {
+        println!("\n{}", path.map(|p| p.display().to_string()).unwrap_or_default());
+        for key in ["weights", "training_state", "reference", "activations", "cache", "pictures", "total"] {
+            if let Some(bytes) = need[key].as_f64() {
+                println!("{key:17} {}", gib(bytes));
+            }
+        }
+        let room = machine.memory.unwrap_or(u64::MAX) as f64;
+        if need["total"].as_f64().unwrap_or(0.0) > 0.9 * room {
+            println!("\nThis will not fit. Set model.recompute = true, lower model.micro_batch_tokens or the pixel budget, or freeze parts of the model.");
+        }
+    }
+    Ok(())
+}
+
+/// Rough sizes in bytes of what an RL config holds at its peak.
+fn needs(path: &Path) -> Result<Value> {
+    let plan: rl::Plan = config::load::<rl::Plan>(path, &[])?.resolve()?;
+    let model = Config::load(&plan.model.path)?;
+    let memory = presets::memory(&model, plan.model.trainable()?);
+    let objective = plan.objective()?;
+    let rows = plan.model.micro_batch_tokens as u64;
+    let per_row = if plan.model.recompute { memory.recompute_bytes_per_row } else { memory.tape_bytes_per_row };
+    // An image token is four patches; at most every row is one.
+    let patches = if plan.model.trainable()?.tower() { 4 * rows * memory.tape_bytes_per_patch } else { 0 };
+    let reference = if objective.needs_reference() { 4 * memory.trained as u64 } else { 0 };
+    let episode = (plan.task.max_pixels / 784) * plan.task.turns as u64 + (plan.rollout.max_new_tokens * plan.task.turns) as u64;
+    let cache = memory.cache_bytes_per_row * episode * (plan.train.prompts * plan.train.group) as u64;
+    let parts = [
+        ("weights", memory.weights_bytes),
+        ("training_state", memory.training_bytes),
+        ("reference", reference),
+        ("activations", rows * per_row + patches),
+        ("cache", cache),
+        ("pictures", plan.model.picture_cache_mib << 20),
+    ];
+    // Sampling and learning alternate: the cache is gone when activations are kept.
+    let total: u64 = parts.iter().map(|(_, b)| b).sum::<u64>() - cache.min(rows * per_row + patches);
+    let mut out: serde_json::Map<String, Value> = parts.iter().map(|(k, b)| ((*k).to_owned(), json!(b))).collect();
+    out.insert("total".into(), json!(total));
+    Ok(Value::Object(out))
+}
+
+/// What the kernels will choose from on this processor.
+fn instruction_sets() -> Vec<&'static str> {
+    #[allow(unused_mut)]
+    let mut found = Vec::new();
+    #[cfg(target_arch = "x86_64")]
+    {
+        for (name, there) in [
+            ("avx2", std::is_x86_feature_detected!("avx2")),
+            ("fma", std::is_x86_feature_detected!("fma")),
+            ("avx512f", std::is_x86_feature_detected!("avx512f")),
+            ("avx512bf16", std::is_x86_feature_detected!("avx512bf16")),
+        ] {
+            if there {
+                found.push(name);
+            }
+        }
+    }
+    #[cfg(target_arch = "aarch64")]
+    found.push("neon");
+    found
+}

@@ -1,0 +1,627 @@
+//! The default engine: our own forward and backward on this machine's CPU, one set of weights for sampling and training.
+//!
+//! A prompt is read once for its group, later turns continue each member's own cache, and a picture is encoded once as long
+//! as the vision tower stays as it is. Because every kernel gives a row the same bits in any company, the log-probs of
+//! sampling are those of training, to the last bit.
+
+use std::collections::{HashMap, HashSet};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail, ensure};
+use foveate_kernels::{logprob, sample};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+
+use super::{Completion, Finish, Group, Prompt, Sampler, Sampling, Scores, Trainer, Weights, Who};
+use crate::batch::{self, Batch};
+use crate::chat::{Chat, Convention};
+use crate::config::BadConfig;
+use crate::episode::{Placed, Stream};
+use crate::geometry::Grid;
+use crate::image::{self, PictureCache, Processor};
+use crate::model;
+use crate::model::block::Keep;
+use crate::model::generate::{Cache, Extension, SequenceId};
+use crate::model::{Dtype, Gradients, Head, Trainable, Vlm};
+use crate::optim::{AdamW, Optim, Trained};
+use crate::sft::Example;
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Options {
+    /// Checkpoint folder in Hugging Face layout.
+    pub path: PathBuf,
+    /// Parts that are not trained: any of `vision`, `merger`, `embeddings`, `text`.
+    pub freeze: Vec<String>,
+    /// Compute activations a second time in the backward pass instead of keeping them: a third more work, far less memory.
+    pub recompute: bool,
+    /// Rows (tokens) of one forward and backward pass; a group that has more stands alone.
+    pub micro_batch_tokens: usize,
+    /// Decoded pictures kept in memory, in MiB.
+    pub picture_cache_mib: u64,
+}
+
+impl Default for Options {
+    fn default() -> Options {
+        Options {
+            path: "assets/nano".into(),
+            freeze: Vec::new(),
+            recompute: false,
+            micro_batch_tokens: 8192,
+            picture_cache_mib: 512,
+        }
+    }
+}
+
+impl Options {
+    pub fn trainable(&self) -> Result<Trainable> {
+        let mut trainable = Trainable::ALL;
+        for part in &self.freeze {
+            match part.as_str() {
+                "vision" => trainable.vision = false,
+                "merger" => trainable.merger = false,
+                "embeddings" => trainable.embeddings = false,
+                "text" => trainable.text = false,
+                other => bail!(BadConfig(format!(
+                    "model.freeze names `{other}`; known are vision, merger, embeddings, text"
+                ))),
+            }
+        }
+        Ok(trainable)
+    }
+}
+
+/// What training needs beyond sampling.
+pub struct Training {
+    pub optim: Optim,
+    /// Optimiser updates of the whole run, for the schedule.
+    pub steps: u64,
+    /// The temperature that episodes are sampled at.
+    pub temperature: f32,
+    /// Keep the first weights for a KL term.
+    pub reference: bool,
+}
+
+/// A picture's view, as a key: the same file, region and size give the same features while the tower is unchanged.
+type ViewKey = (Arc<Path>, [u64; 4], (u32, u32));
+
+fn key(placed: &Placed) -> ViewKey {
+    let r = placed.view.region;
+    (
+        placed.path.clone(),
+        [r.x1, r.y1, r.x2, r.y2].map(f64::to_bits),
+        (placed.view.size.width, placed.view.size.height),
+    )
+}
+
+/// A conversation whose keys and values are still in the cache.
+struct Kept {
+    sequence: SequenceId,
+    /// How many tokens of the stream it holds.
+    rows: usize,
+}
+
+struct Learning {
+    gradients: Gradients,
+    optimizer: AdamW,
+    trained: Vec<Trained>,
+    optim: Optim,
+    /// Of the whole run, for the schedule.
+    steps: u64,
+    /// The trained ranges of the weights as they were at the start.
+    reference: Option<Vec<(std::ops::Range<usize>, Vec<f32>)>>,
+}
+
+pub struct Embedded {
+    pub model: Vlm,
+    pub chat: Arc<Chat>,
+    pub pictures: Arc<PictureCache>,
+    pub processor: Arc<Processor>,
+    pub convention: Convention,
+    options: Options,
+    trainable: Trainable,
+    temperature: f32,
+    /// Ids that cannot be sampled: vision tokens (a sampled one would have no picture) and rows without a token.
+    banned: Vec<u32>,
+    training: Option<Learning>,
+    cache: Option<Cache>,
+    kept: HashMap<u64, Kept>,
+    features: HashMap<ViewKey, Arc<Vec<f32>>>,
+}
+
+/// Values of cached features kept at most: 64 Mi f32 are 256 MiB.
+const FEATURE_VALUES: usize = 64 << 20;
+
+/// The optimiser's state in a checkpoint folder.
+const OPTIMIZER: &str = "optimizer.safetensors";
+
+/// Pictures encoded in one call.
+const ENCODE_AT_ONCE: usize = 16;
+
+impl Embedded {
+    /// Opens a checkpoint for sampling, and for training if `training` says how.
+    pub fn open(options: &Options, training: Option<&Training>) -> Result<Embedded> {
+        let dir = &options.path;
+        let model = Vlm::load(dir)?;
+        Embedded::with_model(model, options, training)
+    }
+
+    /// The same around weights that are already in memory; tokenizer and processor still come from the folder.
+    pub fn with_model(model: Vlm, options: &Options, training: Option<&Training>) -> Result<Embedded> {
+        let dir = &options.path;
+        let chat = Chat::load(dir)?;
+        let processor = Processor::load(dir)?;
+        let trainable = options.trainable()?;
+        let banned = chat.banned(model.config.text.vocab);
+        let convention = Convention::of("qwen2_5_vl")?;
+        let training_state = training.map(|t| -> Result<Learning> {
+            t.optim.validate().map_err(|e| BadConfig(e.to_string()))?;
+            let layout = &model.weights.layout;
+            let ranges: Vec<_> =
+                layout.entries.iter().filter(|e| trainable.has(e.group)).map(|e| e.range.clone()).collect();
+            let trained: Vec<Trained> = layout
+                .entries
+                .iter()
+                .filter(|e| trainable.has(e.group))
+                .map(|e| Trained { range: e.range.clone(), decay: e.shape.len() > 1 })
+                .collect();
+            let reference = t
+                .reference
+                .then(|| ranges.iter().map(|r| (r.clone(), model.weights.data[r.clone()].to_vec())).collect());
+            Ok(Learning {
+                gradients: Gradients::zeros(layout),
+                optimizer: AdamW::new(trained.clone())?,
+                trained,
+                optim: t.optim.clone(),
+                steps: t.steps,
+                reference,
+            })
+        });
+        let training_state: Option<Learning> = training_state.transpose()?;
+        Ok(Embedded {
+            model,
+            chat: Arc::new(chat),
+            pictures: Arc::new(PictureCache::new(options.picture_cache_mib << 20)),
+            processor: Arc::new(processor),
+            convention,
+            options: options.clone(),
+            trainable,
+            temperature: training.map_or(1.0, |t| t.temperature),
+            banned,
+            training: training_state,
+            cache: None,
+            kept: HashMap::new(),
+            features: HashMap::new(),
+        })
+    }
+
+    pub fn max_positions(&self) -> usize {
+        self.model.config.text.max_positions
+    }
+
+    /// The learning rate of the coming update.
+    pub fn learning_rate(&self) -> f64 {
+        self.training.as_ref().map_or(0.0, |t| t.optim.lr_at(t.optimizer.steps(), t.steps))
+    }
+
+    pub fn gradients(&self) -> Option<&Gradients> {
+        self.training.as_ref().map(|t| &t.gradients)
+    }
+
+    /// Patches of some views, cut from the original pictures.
+    fn patches(&self, views: &[&Placed]) -> Result<Vec<image::Patches>> {
+        views
+            .par_iter()
+            .map(|placed| {
+                let picture = self.pictures.get(&placed.path)?;
+                image::patches(&image::show(&picture, &placed.view)?, &self.processor)
+            })
+            .collect()
+    }
+
+    /// Features of some views, each computed once while the tower stays as it is.
+    fn encode(&mut self, views: &[&Placed]) -> Result<Vec<Arc<Vec<f32>>>> {
+        let mut missing: Vec<&Placed> = Vec::new();
+        let mut asked = HashSet::new();
+        for view in views {
+            if !self.features.contains_key(&key(view)) && asked.insert(key(view)) {
+                missing.push(view);
+            }
+        }
+        let held: usize = self.features.values().map(|f| f.len()).sum();
+        if held > FEATURE_VALUES && !missing.is_empty() {
+            // Simple and rare: start over with what is wanted now.
+            self.features.clear();
+            return self.encode(views);
+        }
+        let d = self.model.config.text.hidden;
+        for chunk in missing.chunks(ENCODE_AT_ONCE) {
+            let patches = self.patches(chunk)?;
+            let grids: Vec<_> = patches.iter().map(|p| p.grid).collect();
+            let data: Vec<f32> = patches.into_iter().flat_map(|p| p.data).collect();
+            let features = self.model.encode(&data, &grids)?;
+            let mut rest = &features[..];
+            for (view, grid) in chunk.iter().zip(&grids) {
+                let (mine, others) = rest.split_at(grid.tokens(self.processor.merge) * d);
+                self.features.insert(key(view), Arc::new(mine.to_vec()));
+                rest = others;
+            }
+        }
+        views
+            .iter()
+            .map(|v| self.features.get(&key(v)).cloned().context("a view was encoded and is not there"))
+            .collect()
+    }
+
+    /// Packs groups and gives every image its features (frozen tower, or no gradient wanted) or its patches.
+    fn prepare(&mut self, groups: &[Group], gradient: bool) -> Result<Batch> {
+        let mut batch = batch::pack(&self.model, groups)?;
+        let placed = std::mem::take(&mut batch.images);
+        let views: Vec<&Placed> = placed.iter().collect();
+        if gradient && self.trainable.tower() {
+            for patches in self.patches(&views)? {
+                batch.packed.patches.extend_from_slice(&patches.data);
+            }
+        } else {
+            for (image, features) in batch.packed.images.iter_mut().zip(self.encode(&views)?) {
+                image.features = Some(features);
+            }
+        }
+        batch.images = placed;
+        Ok(batch)
+    }
+
+    /// Continues conversations in the cache: prompts first, then token by token until all have stopped.
+    fn generate(&mut self, prompts: &[Prompt], sampling: &Sampling) -> Result<Vec<Vec<Completion>>> {
+        struct Speaker {
+            prompt: usize,
+            sequence: SequenceId,
+            next_position: i32,
+            rng: ChaCha8Rng,
+            out: Completion,
+            done: bool,
+        }
+        let total: usize = prompts.iter().map(|p| p.stream.len() + p.room * p.seeds.len()).sum();
+        let fits = prompts.iter().all(|p| p.seeds.len() == 1 && self.kept.contains_key(&p.session));
+        if !fits {
+            // Untouched memory of the arena costs nothing: it is only claimed where tokens are written.
+            self.cache = Some(Cache::new(&self.model.config, total));
+            self.kept.clear();
+        }
+        let mut cache = self.cache.take().context("no cache to continue in")?;
+        let d = self.model.config.text.hidden;
+
+        // What each prompt still has to read, with its images.
+        let mut reads = Vec::with_capacity(prompts.len());
+        for p in prompts {
+            let from = if fits { self.kept[&p.session].rows } else { 0 };
+            let views: Vec<&Placed> = p.stream.images.iter().filter(|i| i.first >= from).collect();
+            let features: Vec<f32> = self.encode(&views)?.iter().flat_map(|f| f.iter().copied()).collect();
+            let sequence = match fits {
+                true => self.kept[&p.session].sequence,
+                false if p.seeds.len() == 1 => cache.add_sequence(None, p.stream.len() + p.room)?,
+                false => cache.add_sequence(None, p.stream.len())?,
+            };
+            let positions = model::positions(&p.stream.ids, &p.stream.grids(), &self.model.config)?;
+            reads.push((from, sequence, positions, features));
+        }
+        let mut hidden = vec![0.0; prompts.len() * d];
+        // One prompt at a time keeps the activations of the reading small; each is long enough to fill the machine.
+        for (i, (p, (from, sequence, positions, features))) in prompts.iter().zip(&reads).enumerate() {
+            let extension = Extension {
+                sequence: *sequence,
+                ids: &p.stream.ids[*from..],
+                positions: positions.axes.each_ref().map(|a| &a[*from..]),
+                features,
+            };
+            hidden[i * d..(i + 1) * d].copy_from_slice(&self.model.extend(&mut cache, &[extension])?);
+        }
+
+        let mut speakers = Vec::new();
+        let mut rows = Vec::new();
+        for (i, (p, (_, sequence, positions, _))) in prompts.iter().zip(&reads).enumerate() {
+            for &seed in p.seeds {
+                let sequence = match p.seeds.len() {
+                    1 => *sequence,
+                    _ => cache.add_sequence(Some(*sequence), p.room)?,
+                };
+                rows.extend_from_slice(&hidden[i * d..(i + 1) * d]);
+                speakers.push(Speaker {
+                    prompt: i,
+                    sequence,
+                    next_position: positions.next,
+                    rng: ChaCha8Rng::seed_from_u64(seed),
+                    out: Completion { ids: vec![], logprobs: vec![], finish: Finish::Length },
+                    done: false,
+                });
+            }
+        }
+
+        let v = self.model.config.text.vocab;
+        let stop_ids = self.chat.special.stops.clone();
+        let mut active: Vec<usize> = (0..speakers.len()).collect();
+        for n in 1..=sampling.max_new_tokens {
+            let mut logits = logprob::logits(&rows, self.model.head(), &self.banned, d, v);
+            let drawn: Vec<(u32, f32)> = {
+                let us: Vec<f64> = active.iter().map(|&s| speakers[s].rng.random::<f64>()).collect();
+                logits.par_chunks_mut(v).zip(us).map(|(row, u)| draw(row, sampling, u)).collect()
+            };
+            let mut ids = Vec::with_capacity(active.len());
+            for (&s, &(id, logprob)) in active.iter().zip(&drawn) {
+                let speaker = &mut speakers[s];
+                speaker.out.ids.push(id);
+                speaker.out.logprobs.push(logprob);
+                if stop_ids.contains(&id) && !sampling.ignore_end {
+                    speaker.out.finish = Finish::EndOfTurn;
+                    speaker.done = true;
+                } else if self.completes(&speaker.out.ids, &sampling.stop)? {
+                    speaker.out.finish = Finish::StopText;
+                    speaker.done = true;
+                }
+                ids.push(id);
+            }
+            // The token is written into the cache even where the turn ends: the next turn continues behind it.
+            let going: Vec<usize> = (0..active.len()).filter(|&k| !speakers[active[k]].done).collect();
+            if n == sampling.max_new_tokens || going.is_empty() {
+                break;
+            }
+            let positions: Vec<i32> = going.iter().map(|&k| speakers[active[k]].next_position).collect();
+            let extensions: Vec<Extension> = going
+                .iter()
+                .zip(&positions)
+                .map(|(&k, position)| Extension {
+                    sequence: speakers[active[k]].sequence,
+                    ids: std::slice::from_ref(&ids[k]),
+                    positions: [std::slice::from_ref(position); 3],
+                    features: &[],
+                })
+                .collect();
+            rows = self.model.extend(&mut cache, &extensions)?;
+            let next: Vec<usize> = going.iter().map(|&k| active[k]).collect();
+            for &s in &next {
+                speakers[s].next_position += 1;
+            }
+            active = next;
+        }
+
+        let mut completions: Vec<Vec<Completion>> = prompts.iter().map(|p| Vec::with_capacity(p.seeds.len())).collect();
+        for speaker in speakers {
+            let p = &prompts[speaker.prompt];
+            let session = p.session + completions[speaker.prompt].len() as u64;
+            self.kept.insert(session, Kept { sequence: speaker.sequence, rows: cache.len(speaker.sequence) });
+            completions[speaker.prompt].push(speaker.out);
+        }
+        self.cache = Some(cache);
+        Ok(completions)
+    }
+
+    /// Adds the gradient of written dialogues. `weigh` gives each trained token its weight; `look` may add a loss on the
+    /// visual tokens of an example: it gets their features and grids and returns the gradient by the features.
+    pub fn accumulate_examples(
+        &mut self,
+        examples: &[Example],
+        weigh: &mut dyn FnMut(usize, &Scores) -> Result<Weights>,
+        look: &mut dyn FnMut(usize, &[f32], &[Grid]) -> Option<Vec<f32>>,
+    ) -> Result<()> {
+        let keep = if self.options.recompute { Keep::Inputs } else { Keep::Everything };
+        let groups: Vec<Group> = examples.iter().map(|e| e.stream.alone()).collect();
+        for run in batch::micro_batches(&groups, self.options.micro_batch_tokens) {
+            let first = run.start;
+            let mut batch = batch::pack(&self.model, &groups[run.clone()])?;
+            for patches in examples[run.clone()].iter().flat_map(|e| &e.patches) {
+                batch.packed.patches.extend_from_slice(&patches.data);
+            }
+            let out = self.model.evaluate(&batch.packed, Head::PLAIN, keep, self.trainable)?;
+            let mut weights = Vec::with_capacity(out.logprobs.len());
+            for (g, group) in split(&batch, &out.logprobs, &out.entropies).iter().enumerate() {
+                weights.extend(weigh(first + g, &group[0])?.logprobs);
+            }
+            let tape = out.tape.context("the forward pass kept nothing for the backward pass")?;
+            let mut on_features = Vec::new();
+            let mut asked = false;
+            let mut rest = tape.features();
+            for i in run {
+                let grids: Vec<Grid> = examples[i].patches.iter().map(|p| p.grid).collect();
+                let tokens: usize = grids.iter().map(|g| g.tokens(self.processor.merge)).sum();
+                let (mine, others) = rest.split_at(tokens * self.model.config.text.hidden);
+                rest = others;
+                match look(i, mine, &grids) {
+                    Some(gradient) => {
+                        asked = true;
+                        on_features.extend(gradient);
+                    }
+                    None => on_features.resize(on_features.len() + mine.len(), 0.0),
+                }
+            }
+            let training = self.training.as_mut().context("the engine was opened for sampling only")?;
+            self.model.backward(
+                &batch.packed,
+                tape,
+                &weights,
+                None,
+                asked.then_some(on_features.as_slice()),
+                self.trainable,
+                &mut training.gradients,
+            )?;
+        }
+        Ok(())
+    }
+
+    /// Whether the text written so far ends a turn by a stop text.
+    fn completes(&self, ids: &[u32], stops: &[String]) -> Result<bool> {
+        if stops.is_empty() {
+            return Ok(false);
+        }
+        // A token is at least one byte, so the end of the text is in the last tokens.
+        let longest = stops.iter().map(String::len).max().unwrap_or(0);
+        let tail = self.chat.decode(&ids[ids.len().saturating_sub(longest + 4)..], true)?;
+        Ok(stops.iter().any(|s| tail.ends_with(s.as_str())))
+    }
+
+    /// Swaps the trained weights with the kept first ones; called in pairs.
+    fn swap_reference(&mut self) -> Result<()> {
+        let training = self.training.as_mut().context("no reference weights: the engine was opened for sampling only")?;
+        let reference = training.reference.as_mut().context("the run keeps no reference weights")?;
+        for (range, kept) in reference {
+            self.model.weights.data[range.clone()].swap_with_slice(kept);
+        }
+        Ok(())
+    }
+
+    fn score(&mut self, groups: &[Group]) -> Result<Vec<Vec<Scores>>> {
+        let mut all = Vec::with_capacity(groups.len());
+        for run in batch::micro_batches(groups, self.options.micro_batch_tokens) {
+            let batch = self.prepare(&groups[run], false)?;
+            let head = Head { temperature: self.temperature, banned: &self.banned };
+            let out = self.model.evaluate(&batch.packed, head, Keep::Nothing, self.trainable)?;
+            all.extend(split(&batch, &out.logprobs, &out.entropies));
+        }
+        Ok(all)
+    }
+}
+
+fn draw(row: &mut [f32], sampling: &Sampling, u: f64) -> (u32, f32) {
+    if sampling.temperature <= 0.0 {
+        return sample::greedy(row);
+    }
+    if let Some(k) = sampling.top_k {
+        sample::top_k(row, k);
+    }
+    if let Some(p) = sampling.top_p {
+        sample::top_p(row, sampling.temperature, f64::from(p));
+    }
+    sample::categorical(row, sampling.temperature, u)
+}
+
+fn split(batch: &Batch, logprobs: &[f32], entropies: &[f32]) -> Vec<Vec<Scores>> {
+    batch
+        .targets
+        .iter()
+        .map(|group| {
+            group
+                .iter()
+                .map(|r| Scores { logprobs: logprobs[r.clone()].to_vec(), entropies: entropies[r.clone()].to_vec() })
+                .collect()
+        })
+        .collect()
+}
+
+impl Sampler for Embedded {
+    fn sample(&mut self, prompts: &[Prompt], sampling: &Sampling) -> Result<Vec<Vec<Completion>>> {
+        if prompts.is_empty() {
+            return Ok(Vec::new());
+        }
+        ensure!(sampling.max_new_tokens > 0, "rollout.max_new_tokens is 0; the policy could not say a word");
+        self.generate(prompts, sampling)
+    }
+
+    fn end_step(&mut self) {
+        self.cache = None;
+        self.kept.clear();
+    }
+}
+
+impl Trainer for Embedded {
+    fn logprobs(&mut self, groups: &[Group], who: Who) -> Result<Vec<Vec<Scores>>> {
+        if who == Who::Policy {
+            return self.score(groups);
+        }
+        // Features of a trained tower belong to the policy, not to the reference.
+        let tower = self.trainable.tower();
+        if tower {
+            self.features.clear();
+        }
+        self.swap_reference()?;
+        let scores = self.score(groups);
+        self.swap_reference()?;
+        if tower {
+            self.features.clear();
+        }
+        scores
+    }
+
+    fn accumulate(
+        &mut self,
+        groups: &[Group],
+        weigh: &mut dyn FnMut(usize, usize, &Scores) -> Result<Weights>,
+    ) -> Result<()> {
+        let keep = if self.options.recompute { Keep::Inputs } else { Keep::Everything };
+        for run in batch::micro_batches(groups, self.options.micro_batch_tokens) {
+            let first = run.start;
+            let batch = self.prepare(&groups[run], true)?;
+            let head = Head { temperature: self.temperature, banned: &self.banned };
+            let out = self.model.evaluate(&batch.packed, head, keep, self.trainable)?;
+            let mut weights = Vec::with_capacity(out.logprobs.len());
+            let mut entropy_weights: Vec<f32> = Vec::new();
+            for (g, group) in split(&batch, &out.logprobs, &out.entropies).iter().enumerate() {
+                for (m, scores) in group.iter().enumerate() {
+                    let w = weigh(first + g, m, scores)?;
+                    ensure!(
+                        w.logprobs.len() == scores.logprobs.len(),
+                        "{} weights for {} trained tokens",
+                        w.logprobs.len(),
+                        scores.logprobs.len()
+                    );
+                    weights.extend_from_slice(&w.logprobs);
+                    if let Some(e) = w.entropies {
+                        entropy_weights.extend_from_slice(&e);
+                    }
+                }
+            }
+            // A step without any signal needs no backward pass.
+            if weights.iter().chain(&entropy_weights).all(|w| *w == 0.0) {
+                continue;
+            }
+            let training = self.training.as_mut().context("the engine was opened for sampling only")?;
+            let tape = out.tape.context("the forward pass kept nothing for the backward pass")?;
+            let entropies = (entropy_weights.len() == weights.len()).then_some(entropy_weights.as_slice());
+            self.model.backward(&batch.packed, tape, &weights, entropies, None, self.trainable, &mut training.gradients)?;
+        }
+        Ok(())
+    }
+
+    fn step(&mut self, learning_rate: f64) -> Result<f64> {
+        let training = self.training.as_mut().context("the engine was opened for sampling only")?;
+        let Learning { optimizer, gradients, optim, .. } = training;
+        let stepped = optimizer.step(&mut self.model.weights.data, &gradients.data, optim, learning_rate)?;
+        ensure!(
+            stepped.applied,
+            "the gradient is not finite ({}); the weights were left as they are. Lower optim.lr, or resume from the last checkpoint",
+            stepped.grad_norm
+        );
+        gradients.data.fill(0.0);
+        if self.trainable.tower() {
+            self.features.clear();
+        }
+        Ok(stepped.grad_norm)
+    }
+
+    fn save(&self, dir: &Path) -> Result<()> {
+        // Always exact: a run that goes on from here must go on bit for bit. `model export` writes bf16.
+        self.model.save(dir, Dtype::F32, Some(&self.options.path))?;
+        if let Some(training) = &self.training {
+            training.optimizer.save(&dir.join(OPTIMIZER))?;
+        }
+        Ok(())
+    }
+
+    fn load(&mut self, dir: &Path) -> Result<()> {
+        let layout = self.model.weights.layout.clone();
+        self.model.weights = crate::model::load_weights(dir, &layout)?;
+        if let Some(training) = &mut self.training {
+            training.optimizer = AdamW::load(training.trained.clone(), &dir.join(OPTIMIZER))?;
+        }
+        self.features.clear();
+        Ok(())
+    }
+}
+
+impl Stream {
+    /// The streams of a group that has one member.
+    pub fn alone(&self) -> Group<'_> {
+        vec![self]
+    }
+}

@@ -1,0 +1,229 @@
+//! Decoded pictures kept by path, so that a picture asked for by every member of a group is decoded once.
+//!
+//! It hides who decodes and what is thrown out. What must stay true: at most the given number of bytes is kept; several threads that
+//! ask for one picture at once cause one decoding; and a file that failed is tried again next time.
+
+use super::{Picture, decode};
+use anyhow::Result;
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// Thread-safe; the least recently used picture goes first. Changes of a file on disk are not noticed.
+pub struct PictureCache {
+    limit: u64,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Default)]
+struct Inner {
+    slots: HashMap<PathBuf, Slot>,
+    clock: u64,
+    bytes: u64,
+    stats: CacheStats,
+}
+
+struct Slot {
+    /// Its own lock, held while decoding: others who want the same picture wait, others go on.
+    picture: Arc<Mutex<Option<Arc<Picture>>>>,
+    used: u64,
+    /// 0 until decoded.
+    bytes: u64,
+}
+
+/// What the cache did so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CacheStats {
+    pub hits: u64,
+    pub misses: u64,
+    /// Pictures thrown out to keep within the limit.
+    pub evicted: u64,
+    pub pictures: usize,
+    pub bytes: u64,
+}
+
+impl PictureCache {
+    /// Keeps at most `bytes` of decoded pixels (3 bytes a pixel). 0 keeps nothing.
+    pub fn new(bytes: u64) -> PictureCache {
+        PictureCache {
+            limit: bytes,
+            inner: Mutex::default(),
+        }
+    }
+
+    /// The picture, decoded now or before.
+    ///
+    /// # Errors
+    /// Those of [`decode`]; not remembered.
+    pub fn get(&self, path: &Path) -> Result<Arc<Picture>> {
+        let slot = {
+            let mut inner = lock(&self.inner);
+            inner.clock += 1;
+            let now = inner.clock;
+            let slot = inner.slots.entry(path.to_owned()).or_insert_with(|| Slot {
+                picture: Arc::default(),
+                used: 0,
+                bytes: 0,
+            });
+            slot.used = now;
+            Arc::clone(&slot.picture)
+        };
+        // Decoding must not use rayon: a worker waiting inside it could pick up another task that waits for this very lock.
+        let mut held = lock(&slot);
+        if let Some(picture) = held.as_ref() {
+            lock(&self.inner).stats.hits += 1;
+            return Ok(Arc::clone(picture));
+        }
+        let decoded = decode(path);
+        let mut inner = lock(&self.inner);
+        inner.stats.misses += 1;
+        let picture = match decoded {
+            Ok(picture) => Arc::new(picture),
+            Err(error) => {
+                inner.remove_if(path, &slot);
+                return Err(error);
+            }
+        };
+        *held = Some(Arc::clone(&picture));
+        inner.keep(path, &slot, picture.rgb().len() as u64, self.limit);
+        Ok(picture)
+    }
+
+    pub fn stats(&self) -> CacheStats {
+        let inner = lock(&self.inner);
+        let pictures = inner.slots.values().filter(|s| s.bytes > 0).count();
+        CacheStats {
+            pictures,
+            bytes: inner.bytes,
+            ..inner.stats
+        }
+    }
+}
+
+impl Inner {
+    /// Forgets the slot, unless another has taken its place meanwhile.
+    fn remove_if(&mut self, path: &Path, slot: &Arc<Mutex<Option<Arc<Picture>>>>) {
+        if self
+            .slots
+            .get(path)
+            .is_some_and(|s| Arc::ptr_eq(&s.picture, slot))
+            && let Some(gone) = self.slots.remove(path)
+        {
+            self.bytes -= gone.bytes;
+        }
+    }
+
+    /// Counts a picture just decoded and throws out old ones until it fits; one larger than everything is not kept itself.
+    fn keep(
+        &mut self,
+        path: &Path,
+        slot: &Arc<Mutex<Option<Arc<Picture>>>>,
+        bytes: u64,
+        limit: u64,
+    ) {
+        if bytes > limit {
+            self.remove_if(path, slot);
+            return;
+        }
+        match self.slots.get_mut(path) {
+            Some(s) if Arc::ptr_eq(&s.picture, slot) => s.bytes = bytes,
+            _ => return,
+        }
+        self.bytes += bytes;
+        while self.bytes > limit {
+            let oldest = self
+                .slots
+                .iter()
+                .filter(|(p, s)| s.bytes > 0 && p.as_path() != path)
+                .min_by_key(|(_, s)| s.used)
+                .map(|(p, _)| p.clone());
+            let Some(gone) = oldest.and_then(|p| self.slots.remove(&p)) else {
+                break;
+            };
+            self.bytes -= gone.bytes;
+            self.stats.evicted += 1;
+        }
+    }
+}
+
+/// A panic elsewhere leaves these maps whole (nothing panics between two of their changes), so a poisoned lock is no reason to stop.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{RgbImage, save};
+    use super::*;
+
+    /// `n` pictures of 10 x 10 pixels, 300 bytes each.
+    fn pictures(dir: &Path, n: usize) -> Vec<PathBuf> {
+        (0..n)
+            .map(|i| {
+                let path = dir.join(format!("{i}.png"));
+                save(&RgbImage::new(10, 10), &path).unwrap();
+                path
+            })
+            .collect()
+    }
+
+    #[test]
+    fn the_least_recently_used_goes_first() {
+        let dir = tempfile::tempdir().unwrap();
+        let p = pictures(dir.path(), 3);
+        let cache = PictureCache::new(700);
+        let first = cache.get(&p[0]).unwrap();
+        cache.get(&p[1]).unwrap();
+        assert!(Arc::ptr_eq(&first, &cache.get(&p[0]).unwrap()));
+        cache.get(&p[2]).unwrap(); // 900 bytes: picture 1 was used longest ago
+        assert_eq!(
+            cache.stats(),
+            CacheStats {
+                hits: 1,
+                misses: 3,
+                evicted: 1,
+                pictures: 2,
+                bytes: 600
+            }
+        );
+        assert!(Arc::ptr_eq(&first, &cache.get(&p[0]).unwrap()));
+        cache.get(&p[1]).unwrap();
+        assert_eq!(cache.stats().misses, 4);
+    }
+
+    #[test]
+    fn too_large_is_not_kept_and_failures_are_tried_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let p = pictures(dir.path(), 1);
+        let cache = PictureCache::new(299);
+        cache.get(&p[0]).unwrap();
+        cache.get(&p[0]).unwrap();
+        assert_eq!(
+            cache.stats(),
+            CacheStats {
+                misses: 2,
+                ..CacheStats::default()
+            }
+        );
+        let late = dir.path().join("late.png");
+        assert!(cache.get(&late).is_err());
+        save(&RgbImage::new(2, 2), &late).unwrap();
+        assert!(cache.get(&late).is_ok());
+        assert_eq!(cache.stats().bytes, 12);
+    }
+
+    #[test]
+    fn asked_for_by_many_at_once_it_is_decoded_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let p = pictures(dir.path(), 2);
+        let cache = PictureCache::new(1 << 20);
+        std::thread::scope(|scope| {
+            for i in 0..16 {
+                let (cache, path) = (&cache, &p[i % 2]);
+                scope.spawn(move || cache.get(path).unwrap());
+            }
+        });
+        let stats = cache.stats();
+        assert_eq!((stats.misses, stats.hits, stats.bytes), (2, 14, 600));
+    }
+}

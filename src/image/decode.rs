@@ -1,0 +1,362 @@
+//! Files to 8-bit RGB in upright position.
+//!
+//! It hides file formats (told by content, never by the name's extension), EXIF orientation and colour modes. What must stay true: a file
+//! that is missing, cut short, damaged or absurdly large gives one error that names it, says what was found and what
+//! to do, and never a panic, a half grey picture or an allocation of the size a header claims.
+//!
+//! Colour modes follow PIL's `convert("RGB")`: alpha is dropped, not blended; a palette is looked up; grey is repeated; CMYK is
+//! multiplied out. 16 bits become 8 by taking the high byte, as PIL does for colour; 16-bit GREY too, where PIL instead
+//! clips everything over 255 to white, which no data set can want. Lossy formats may differ from libjpeg by a few grey levels.
+
+use crate::geometry::{BBox, Size};
+use ::image::error::{ImageError, LimitErrorKind};
+use ::image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits, RgbImage};
+use anyhow::{Context, Result, bail, ensure};
+use std::fs;
+use std::io::Cursor;
+use std::path::Path;
+
+/// Most pixels of a picture that is opened, as PIL's limit against decompression bombs: 179 megapixels, 537 MB decoded.
+pub const MAX_PIXELS: u64 = 178_956_970;
+
+/// Most bytes of a file that is opened.
+const MAX_FILE: u64 = 1 << 30;
+
+/// A decoded original: 8-bit RGB, rows from the top, upright.
+pub struct Picture {
+    rgb: RgbImage,
+}
+
+impl Picture {
+    pub fn new(rgb: RgbImage) -> Picture {
+        Picture { rgb }
+    }
+
+    pub fn size(&self) -> Size {
+        Size {
+            width: self.rgb.width(),
+            height: self.rgb.height(),
+        }
+    }
+
+    /// Rows of `width` × 3 bytes.
+    pub fn rgb(&self) -> &[u8] {
+        self.rgb.as_raw()
+    }
+
+    /// The whole of it as an image, to draw on or save.
+    pub fn as_image(&self) -> &RgbImage {
+        &self.rgb
+    }
+
+    /// The pixels of a box, rounded outward and clamped, at their own size; `None` when nothing is inside.
+    pub fn cut(&self, region: &BBox) -> Option<RgbImage> {
+        let r = region.round_outward().clamp(&self.size().bounds());
+        (r.area() > 0.0).then(|| {
+            let (x, y, w, h) = (
+                r.x1 as u32,
+                r.y1 as u32,
+                r.width() as u32,
+                r.height() as u32,
+            );
+            ::image::imageops::crop_imm(&self.rgb, x, y, w, h).to_image()
+        })
+    }
+}
+
+impl std::fmt::Debug for Picture {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Picture({})", self.size())
+    }
+}
+
+/// Opens a PNG, JPEG or WebP file (of an animation, the first frame).
+///
+/// # Errors
+/// One message with what was found, what to do, and the path.
+pub fn decode(path: &Path) -> Result<Picture> {
+    let found = fs::metadata(path)
+        .with_context(|| format!("opening a picture: is the path right? {}", path.display()))?;
+    ensure!(
+        found.is_file(),
+        "opening a picture: this is a folder or a device, expected a PNG, JPEG or WebP file: {}",
+        path.display()
+    );
+    ensure!(
+        found.len() <= MAX_FILE,
+        "opening a picture: the file has {} bytes, expected at most {MAX_FILE}: {}",
+        found.len(),
+        path.display()
+    );
+    let bytes = fs::read(path).with_context(|| format!("reading a picture: {}", path.display()))?;
+    decode_bytes(&bytes, &path.display().to_string())
+}
+
+/// The same from memory; `name` is what errors call it.
+///
+/// # Errors
+/// As [`decode`].
+pub fn decode_bytes(bytes: &[u8], name: &str) -> Result<Picture> {
+    ensure!(
+        !bytes.is_empty(),
+        "decoding a picture: the file is empty (0 bytes), expected a PNG, JPEG or WebP; fetch it again: {name}"
+    );
+    let format = match ::image::guess_format(bytes) {
+        Ok(format @ (ImageFormat::Png | ImageFormat::Jpeg | ImageFormat::WebP)) => format,
+        _ => bail!(
+            "decoding a picture: found {}, expected a PNG, JPEG or WebP file; convert it or fetch it again: {name}",
+            describe(bytes)
+        ),
+    };
+    if format == ImageFormat::Jpeg && !jpeg_is_complete(bytes) {
+        // The decoder would fill the missing part with grey and say nothing.
+        bail!(
+            "decoding a picture: the JPEG is cut short, it ends after {} bytes without an end marker; fetch it again: {name}",
+            bytes.len()
+        );
+    }
+    let problem = |error: ImageError| match error {
+        ImageError::Limits(e) if !matches!(e.kind(), LimitErrorKind::Unsupported { .. }) => {
+            anyhow::anyhow!(
+                "decoding a picture: the {format:?} needs more memory than allowed ({e}), expected at most {MAX_PIXELS} pixels; shrink it: {name}"
+            )
+        }
+        ImageError::Unsupported(e) => {
+            anyhow::anyhow!(
+                "decoding a picture: this kind of {format:?} is not read ({e}); save it again as plain RGB: {name}"
+            )
+        }
+        e => anyhow::anyhow!(
+            "decoding a picture: the {format:?} is damaged or cut short after {} bytes ({e}); fetch it again: {name}",
+            bytes.len()
+        ),
+    };
+    let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
+    let mut limits = Limits::no_limits();
+    // Eight bytes a pixel, the widest mode, and as much again for the decoder's own buffers.
+    limits.max_alloc = Some(MAX_PIXELS * 16);
+    reader.limits(limits);
+    let mut decoder = reader.into_decoder().map_err(problem)?;
+    let (width, height) = decoder.dimensions();
+    ensure!(
+        width > 0 && height > 0,
+        "decoding a picture: its header says {width}x{height} pixels, expected at least 1x1: {name}"
+    );
+    ensure!(
+        u64::from(width) * u64::from(height) <= MAX_PIXELS,
+        "decoding a picture: its header says {width}x{height} pixels, expected at most {MAX_PIXELS} in all; shrink it: {name}"
+    );
+    let orientation = decoder.orientation().map_err(problem)?;
+    let mut image = DynamicImage::from_decoder(decoder).map_err(problem)?;
+    image.apply_orientation(orientation);
+    Ok(Picture { rgb: to_rgb(image) })
+}
+
+/// Drops alpha, repeats grey, keeps the high byte of 16 bits.
+fn to_rgb(image: DynamicImage) -> RgbImage {
+    let (width, height) = (image.width(), image.height());
+    let high = |v: u16| (v >> 8) as u8;
+    let grey = |v: u8| [v; 3];
+    let raw: Vec<u8> = match image {
+        DynamicImage::ImageRgb8(rgb) => return rgb,
+        DynamicImage::ImageRgba8(i) => i.pixels().flat_map(|p| [p[0], p[1], p[2]]).collect(),
+        DynamicImage::ImageLuma8(i) => i.pixels().flat_map(|p| grey(p[0])).collect(),
+        DynamicImage::ImageLumaA8(i) => i.pixels().flat_map(|p| grey(p[0])).collect(),
+        DynamicImage::ImageLuma16(i) => i.pixels().flat_map(|p| grey(high(p[0]))).collect(),
+        DynamicImage::ImageLumaA16(i) => i.pixels().flat_map(|p| grey(high(p[0]))).collect(),
+        DynamicImage::ImageRgb16(i) => i
+            .pixels()
+            .flat_map(|p| [high(p[0]), high(p[1]), high(p[2])])
+            .collect(),
+        DynamicImage::ImageRgba16(i) => i
+            .pixels()
+            .flat_map(|p| [high(p[0]), high(p[1]), high(p[2])])
+            .collect(),
+        // Float modes do not come out of these three formats; the type is open, so say how anyway.
+        other => return other.into_rgb8(),
+    };
+    let Some(rgb) = RgbImage::from_raw(width, height, raw) else {
+        unreachable!("three bytes for each pixel")
+    };
+    rgb
+}
+
+/// What a file that is no picture of ours looks like, in words.
+fn describe(bytes: &[u8]) -> String {
+    let start = &bytes[..bytes.len().min(512)];
+    let brand = |b: &[u8]| start.get(4..8) == Some(b"ftyp") && start.get(8..12) == Some(b);
+    let text = String::from_utf8_lossy(start).trim_start().to_lowercase();
+    let what = if start.starts_with(b"GIF8") {
+        "a GIF"
+    } else if start.starts_with(b"BM") {
+        "a BMP"
+    } else if start.starts_with(b"II*\0") || start.starts_with(b"MM\0*") {
+        "a TIFF"
+    } else if brand(b"avif") {
+        "an AVIF"
+    } else if brand(b"heic") || brand(b"mif1") || brand(b"heix") {
+        "a HEIC"
+    } else if text.starts_with("<svg") || (text.starts_with("<?xml") && text.contains("<svg")) {
+        "an SVG"
+    } else if text.starts_with("<!doctype") || text.starts_with("<html") {
+        "a web page (an error page instead of the download?)"
+    } else if start.starts_with(b"version https://git-lfs") {
+        "a Git LFS pointer (run `git lfs pull`)"
+    } else {
+        let head: Vec<String> = start.iter().take(8).map(|b| format!("{b:02x}")).collect();
+        return format!("{} bytes that begin {}", bytes.len(), head.join(" "));
+    };
+    what.to_owned()
+}
+
+/// Whether a JPEG's segments lead to its end marker. Bytes after that are common (phones append to files) and fine.
+fn jpeg_is_complete(bytes: &[u8]) -> bool {
+    let mut at = 2;
+    loop {
+        // To the next marker, over whatever lies between: coded data after a scan's header, stuffed FF 00 included.
+        let Some(found) = bytes
+            .get(at..)
+            .and_then(|rest| rest.iter().position(|&b| b == 0xff))
+        else {
+            return false;
+        };
+        at += found + 1;
+        let Some(&marker) = bytes.get(at) else {
+            return false;
+        };
+        match marker {
+            0xff => continue,
+            0xd9 => return true,
+            // Stuffing, restart markers and start of image carry no length.
+            0x00 | 0x01 | 0xd0..=0xd8 => at += 1,
+            _ => {
+                let Some(&[high, low]) =
+                    bytes.get(at + 1..at + 3).and_then(|b| b.first_chunk::<2>())
+                else {
+                    return false;
+                };
+                at += 1 + usize::from(u16::from_be_bytes([high, low])).max(2);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ::image::{ImageBuffer, Luma, Rgba};
+
+    /// Encoded in memory.
+    fn bytes(image: impl Into<DynamicImage>, format: ImageFormat) -> Vec<u8> {
+        let mut out = Cursor::new(Vec::new());
+        image.into().write_to(&mut out, format).unwrap();
+        out.into_inner()
+    }
+
+    fn error(data: &[u8]) -> String {
+        decode_bytes(data, "the/file").unwrap_err().to_string()
+    }
+
+    #[test]
+    fn modes_become_rgb_as_pil_does_it() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/decode");
+        let mut seen = 0;
+        for file in fs::read_dir(&folder).unwrap() {
+            let path = file.unwrap().path();
+            let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+            if name.ends_with(".rgb.png") {
+                continue;
+            }
+            let wanted = decode(&folder.join(format!("{name}.rgb.png"))).unwrap();
+            let got = decode(&path).unwrap();
+            assert_eq!(got.size(), wanted.size(), "{name}");
+            let worst = got
+                .rgb()
+                .iter()
+                .zip(wanted.rgb())
+                .map(|(&a, &b)| a.abs_diff(b))
+                .max();
+            // JPEG leaves the rounding of its transforms to the decoder: a few levels after colour conversion. The rest is exact.
+            let allowed = if name.ends_with(".jpg") { 3 } else { 0 };
+            assert!(worst <= Some(allowed), "{name}: {worst:?}");
+            seen += 1;
+        }
+        assert_eq!(seen, 12, "golden files missing");
+    }
+
+    #[test]
+    fn sixteen_bits_keep_their_high_byte_and_alpha_is_dropped() {
+        let grey: ImageBuffer<Luma<u16>, _> =
+            ImageBuffer::from_raw(2, 1, vec![0x12ff_u16, 0xfe01]).unwrap();
+        let picture = decode_bytes(&bytes(grey, ImageFormat::Png), "grey").unwrap();
+        assert_eq!(picture.rgb(), [0x12, 0x12, 0x12, 0xfe, 0xfe, 0xfe]);
+        let clear: ImageBuffer<Rgba<u8>, _> =
+            ImageBuffer::from_raw(1, 1, vec![9, 8, 7, 0]).unwrap();
+        assert_eq!(
+            decode_bytes(&bytes(clear, ImageFormat::Png), "clear")
+                .unwrap()
+                .rgb(),
+            [9, 8, 7]
+        );
+    }
+
+    #[test]
+    fn every_cut_of_a_file_is_an_error_and_never_a_panic() {
+        let ramp = RgbImage::from_fn(24, 17, |x, y| {
+            ::image::Rgb([(x * 10) as u8, (y * 15) as u8, (x * y) as u8])
+        });
+        for format in [ImageFormat::Png, ImageFormat::Jpeg, ImageFormat::WebP] {
+            let whole = bytes(ramp.clone(), format);
+            assert!(decode_bytes(&whole, "whole").is_ok());
+            for end in 0..whole.len() {
+                match decode_bytes(&whole[..end], "the/file") {
+                    Err(e) => assert!(e.to_string().ends_with("the/file"), "{e}"),
+                    // Only what comes after the pixels may be missing: PNG's closing chunk, WebP's padding.
+                    Ok(picture) => assert!(
+                        end + 20 >= whole.len() && picture.rgb() == ramp.as_raw(),
+                        "{format:?} at {end}"
+                    ),
+                }
+                let mut damaged = whole.clone();
+                damaged[end] ^= 0x5a;
+                // May be read (a damaged pixel) or refused, nothing else.
+                let _ = decode_bytes(&damaged, "the/file");
+            }
+        }
+    }
+
+    #[test]
+    fn errors_say_what_was_found_and_what_to_do() {
+        assert!(error(b"").contains("0 bytes"));
+        assert!(error(b"GIF89a....").contains("found a GIF"));
+        assert!(error(b"<!DOCTYPE html><html>404").contains("web page"));
+        assert!(error(b"version https://git-lfs.github.com/spec/v1").contains("git lfs pull"));
+        assert!(error(b"\x01\x02\x03").contains("3 bytes that begin 01 02 03"));
+        let jpeg = bytes(RgbImage::new(16, 16), ImageFormat::Jpeg);
+        assert!(error(&jpeg[..jpeg.len() - 2]).contains("cut short"));
+        let mut followed = jpeg.clone();
+        followed.extend_from_slice(&[0; 40]);
+        assert!(decode_bytes(&followed, "bytes after the end are fine").is_ok());
+        // The frame header's height and width made 65535: refused before anything is allocated.
+        let mut huge = jpeg;
+        let at = huge.windows(2).position(|w| w == [0xff, 0xc0]).unwrap();
+        huge[at + 5..at + 9].fill(0xff);
+        assert!(error(&huge).contains("65535x65535"));
+        let missing = decode(Path::new("no/such.png")).unwrap_err();
+        assert!(format!("{missing:#}").contains("no/such.png"));
+        assert!(
+            decode(Path::new("."))
+                .unwrap_err()
+                .to_string()
+                .contains("folder")
+        );
+    }
+
+    #[test]
+    fn the_extension_does_not_matter() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("really_a_png.jpg");
+        fs::write(&path, bytes(RgbImage::new(3, 2), ImageFormat::Png)).unwrap();
+        assert_eq!(decode(&path).unwrap().size(), Size::new(3, 2));
+    }
+}

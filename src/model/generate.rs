@@ -1,0 +1,236 @@
+//! Sampling with a key/value cache: many sequences advance together, a prompt's rows are stored once and shared.
+//!
+//! A [`Cache`] is one array of rows per layer. A sequence owns a reserved run of rows and may see, before its own, the
+//! rows of one other sequence: the prompt of its group. Members may stop at different times and be continued later with
+//! any number of tokens, images included (the closer view of a second turn). It hides where rows lie. What must stay
+//! true: the hidden state of a token is bit for bit that of a packed pass over the same tokens with the same
+//! `shared`/`own` spans, because the kernels give each row the same bits however many rows a call has.
+
+use std::ops::Range;
+
+use anyhow::{Result, ensure};
+use foveate_kernels::attention::{self, Span};
+
+use super::Vlm;
+use super::block::{self, Qkv};
+use super::config::Config;
+use super::text::{self, FeatureRun};
+
+/// Names a sequence of one cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct SequenceId(usize);
+
+#[derive(Clone, Debug)]
+struct Sequence {
+    shared: Range<usize>,
+    start: usize,
+    len: usize,
+    reserved: usize,
+}
+
+/// Keys and values of all sequences.
+pub struct Cache {
+    /// Per layer `[capacity, Hkv, K]`.
+    k: Vec<Vec<f32>>,
+    v: Vec<Vec<f32>>,
+    capacity: usize,
+    used: usize,
+    /// Values of one row: heads × width.
+    width: usize,
+    sequences: Vec<Sequence>,
+}
+
+/// New tokens of one sequence.
+#[derive(Clone, Copy, Debug)]
+pub struct Extension<'a> {
+    pub sequence: SequenceId,
+    /// `[n]`, at least one.
+    pub ids: &'a [u32],
+    /// Time, height, width, each `[n]`.
+    pub positions: [&'a [i32]; 3],
+    /// `[placeholders among ids, D]`, in order.
+    pub features: &'a [f32],
+}
+
+impl Cache {
+    /// Room for `rows` tokens over all sequences; see `Memory::cache_bytes_per_row` for what a row costs.
+    pub fn new(config: &Config, rows: usize) -> Cache {
+        let width = config.text.kv_heads * config.text.head_dim();
+        let arena = || {
+            (0..config.text.layers)
+                .map(|_| vec![0.0; rows * width])
+                .collect()
+        };
+        Cache {
+            k: arena(),
+            v: arena(),
+            capacity: rows,
+            used: 0,
+            width,
+            sequences: Vec::new(),
+        }
+    }
+
+    /// A sequence with room for `reserve` tokens of its own, after all tokens that `shared` holds now.
+    pub fn add_sequence(
+        &mut self,
+        shared: Option<SequenceId>,
+        reserve: usize,
+    ) -> Result<SequenceId> {
+        let shared = match shared {
+            None => 0..0,
+            Some(id) => {
+                let prefix = &self.sequences[id.0];
+                ensure!(
+                    prefix.shared.is_empty(),
+                    "a shared prompt cannot itself share another sequence's rows"
+                );
+                prefix.start..prefix.start + prefix.len
+            }
+        };
+        ensure!(
+            self.used + reserve <= self.capacity,
+            "the cache has {} of {} rows left, {reserve} are needed; make it larger or play fewer episodes at once",
+            self.capacity - self.used,
+            self.capacity
+        );
+        self.sequences.push(Sequence {
+            shared,
+            start: self.used,
+            len: 0,
+            reserved: reserve,
+        });
+        self.used += reserve;
+        Ok(SequenceId(self.sequences.len() - 1))
+    }
+
+    /// Tokens a sequence sees: the shared ones and its own.
+    pub fn len(&self, id: SequenceId) -> usize {
+        let s = &self.sequences[id.0];
+        s.shared.len() + s.len
+    }
+
+    /// Tokens a sequence can still take.
+    pub fn room(&self, id: SequenceId) -> usize {
+        let s = &self.sequences[id.0];
+        s.reserved - s.len
+    }
+
+    /// Rows not yet reserved.
+    pub fn free_rows(&self) -> usize {
+        self.capacity - self.used
+    }
+
+    /// Forgets every sequence; the memory stays.
+    pub fn clear(&mut self) {
+        self.sequences.clear();
+        self.used = 0;
+    }
+}
+
+impl Vlm {
+    /// Appends tokens to sequences and gives the final hidden state of each one's last new token, `[extensions, D]`.
+    /// A prompt is one extension of many tokens; a decoding step is one token for each member still speaking.
+    pub fn extend(&self, cache: &mut Cache, extensions: &[Extension]) -> Result<Vec<f32>> {
+        let config = &self.config.text;
+        let (d, dims) = (config.hidden, config.dims());
+        let index = &self.weights.layout.text;
+        let weights = &self.weights.data;
+
+        let mut ids = Vec::new();
+        let mut axes = [const { Vec::new() }; 3];
+        let mut features = Vec::new();
+        let mut runs = Vec::new();
+        let mut spans: Vec<Span> = Vec::with_capacity(extensions.len());
+        let mut taken = vec![false; cache.sequences.len()];
+        for e in extensions {
+            let n = e.ids.len();
+            let s = &cache.sequences[e.sequence.0];
+            ensure!(
+                !std::mem::replace(&mut taken[e.sequence.0], true),
+                "a sequence stands twice among the extensions"
+            );
+            ensure!(n > 0, "an extension without tokens");
+            ensure!(
+                n <= s.reserved - s.len,
+                "{n} tokens for a sequence with room for {}",
+                s.reserved - s.len
+            );
+            ensure!(
+                e.positions.iter().all(|p| p.len() == n),
+                "positions for another number of tokens than {n}"
+            );
+            ensure!(
+                e.ids.iter().all(|id| (*id as usize) < config.vocab),
+                "a token id is outside the vocabulary of {}",
+                config.vocab
+            );
+            if !e.features.is_empty() {
+                let pads = ids.len();
+                let pads = (0..n)
+                    .filter(|i| e.ids[*i] == self.config.ids.image_pad)
+                    .map(|i| pads + i);
+                runs.extend(pads.map(|first_row| FeatureRun { first_row, rows: 1 }));
+            }
+            features.extend_from_slice(e.features);
+            ensure!(
+                features.len() == runs.len() * d,
+                "{} feature values do not fit the image placeholders of the extension ({d} each)",
+                e.features.len()
+            );
+            spans.push(Span {
+                queries: ids.len()..ids.len() + n,
+                shared: s.shared.clone(),
+                own: s.start..s.start + s.len + n,
+                causal: true,
+            });
+            ids.extend_from_slice(e.ids);
+            axes.iter_mut()
+                .zip(e.positions)
+                .for_each(|(axis, p)| axis.extend_from_slice(p));
+        }
+        if extensions.is_empty() {
+            return Ok(Vec::new());
+        }
+
+        let table = config.rotation(axes.each_ref().map(Vec::as_slice));
+        let mut x = text::inputs(index, weights, &ids, &features, &runs, d);
+        for (l, layer) in index.layers.iter().enumerate() {
+            let Qkv { mut q, k, v } = block::project(layer, &dims, weights, &x, &table);
+            for span in &spans {
+                let w = cache.width;
+                let n = span.queries.len();
+                let to = (span.own.end - n) * w..span.own.end * w;
+                let from = span.queries.start * w..span.queries.end * w;
+                cache.k[l][to.clone()].copy_from_slice(&k[from.clone()]);
+                cache.v[l][to].copy_from_slice(&v[from]);
+            }
+            if l + 1 == index.layers.len() {
+                // Only the last token of each extension goes on to the head; the others have left their keys.
+                let last: Vec<usize> = spans.iter().map(|s| s.queries.end - 1).collect();
+                q = block::pick(&q, &last, d);
+                x = block::pick(&x, &last, d);
+                spans
+                    .iter_mut()
+                    .enumerate()
+                    .for_each(|(i, s)| s.queries = i..i + 1);
+            }
+            let mut o = vec![0.0; q.len()];
+            let mut lse = vec![0.0; q.len() / dims.k];
+            attention::forward(
+                &mut o,
+                &mut lse,
+                &q,
+                &cache.k[l],
+                &cache.v[l],
+                &spans,
+                dims.attention(),
+            );
+            x = block::finish(layer, &dims, weights, &x, &o).y;
+        }
+        for e in extensions {
+            cache.sequences[e.sequence.0].len += e.ids.len();
+        }
+        Ok(block::normed(&x, &weights[index.norm.clone()], dims.eps).0)
+    }
+}

@@ -1,0 +1,337 @@
+//! Sizes to start from, random parameters for them, and what they cost in memory.
+//!
+//! `nano` and `mini` are made for training on a laptop from nothing; the others have the sizes of the published
+//! checkpoints. Initialisation is one seeded stream over the entries in layout order, so a preset, a seed and a
+//! vocabulary size name one model exactly.
+
+use anyhow::{Result, bail};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use super::Vlm;
+use super::config::{Config, TextConfig, TokenIds, VisionConfig};
+use super::layout::{Group, Layout, Trainable, Weights};
+
+/// Names that [`preset`] takes.
+pub const NAMES: [&str; 4] = ["nano", "mini", "qwen2.5-vl-3b", "qwen2.5-vl-7b"];
+
+/// Ids of Qwen's own tokenizer.
+pub fn qwen_ids() -> TokenIds {
+    TokenIds {
+        image_pad: 151_655,
+        video_pad: 151_656,
+        vision_start: 151_652,
+        vision_end: 151_653,
+        bos: Some(151_643),
+        eos: vec![151_645],
+        pad: Some(151_643),
+    }
+}
+
+/// The configuration of a name. `vocab` and `ids` come from the tokenizer; the published sizes keep their own.
+pub fn preset(name: &str, vocab: usize, ids: &TokenIds) -> Result<Config> {
+    Ok(match name {
+        "nano" => Config {
+            ids: ids.clone(),
+            ..nano(vocab)
+        },
+        "mini" => Config {
+            ids: ids.clone(),
+            ..mini(vocab)
+        },
+        "qwen2.5-vl-3b" => qwen25_vl_3b(),
+        "qwen2.5-vl-7b" => qwen25_vl_7b(),
+        other => bail!("unknown preset `{other}`; there are {}", NAMES.join(", ")),
+    })
+}
+
+fn last_ids(vocab: usize) -> TokenIds {
+    let id = |back: usize| vocab.saturating_sub(back) as u32;
+    TokenIds {
+        image_pad: id(2),
+        video_pad: id(1),
+        vision_start: id(4),
+        vision_end: id(3),
+        bos: None,
+        eos: vec![id(5)],
+        pad: Some(id(6)),
+    }
+}
+
+/// About 2.5 million parameters beside the embeddings. Until a tokenizer says better, the special ids are the last ones.
+pub fn nano(vocab: usize) -> Config {
+    Config {
+        vision: VisionConfig {
+            depth: 4,
+            hidden: 128,
+            heads: 4,
+            mlp: 384,
+            in_channels: 3,
+            patch: 14,
+            temporal_patch: 2,
+            merge: 2,
+            window: 112,
+            full_blocks: vec![1, 3],
+            out_hidden: 128,
+            tokens_per_second: 2,
+        },
+        text: TextConfig {
+            vocab,
+            hidden: 128,
+            layers: 6,
+            heads: 4,
+            kv_heads: 2,
+            mlp: 384,
+            eps: 1e-6,
+            // Not Qwen's 1e6. The sections hand frequencies out from fast to slow: time, height, width. With 16 of them
+            // and a base of 1e6 the width axis gets angles from 2e-4 to 2e-6 a column, which no model can tell from 0;
+            // with 100 the slowest is 0.013, and the width axis starts at 0.056.
+            theta: 100.0,
+            sections: [4, 6, 6],
+            tied: true,
+            max_positions: 32_768,
+        },
+        ids: last_ids(vocab),
+    }
+}
+
+/// About 60 million parameters with a small vocabulary.
+pub fn mini(vocab: usize) -> Config {
+    Config {
+        vision: VisionConfig {
+            depth: 12,
+            hidden: 384,
+            heads: 6,
+            mlp: 1152,
+            in_channels: 3,
+            patch: 14,
+            temporal_patch: 2,
+            merge: 2,
+            window: 112,
+            full_blocks: vec![2, 5, 8, 11],
+            out_hidden: 512,
+            tokens_per_second: 2,
+        },
+        text: TextConfig {
+            vocab,
+            hidden: 512,
+            layers: 10,
+            heads: 8,
+            kv_heads: 2,
+            mlp: 1536,
+            eps: 1e-6,
+            // As in `nano`: 32 frequencies are still too few for 1e6.
+            theta: 1000.0,
+            sections: [8, 12, 12],
+            tied: true,
+            max_positions: 32_768,
+        },
+        ids: last_ids(vocab),
+    }
+}
+
+fn qwen_vision(out_hidden: usize) -> VisionConfig {
+    VisionConfig {
+        depth: 32,
+        hidden: 1280,
+        heads: 16,
+        mlp: 3420,
+        in_channels: 3,
+        patch: 14,
+        temporal_patch: 2,
+        merge: 2,
+        window: 112,
+        full_blocks: vec![7, 15, 23, 31],
+        out_hidden,
+        tokens_per_second: 2,
+    }
+}
+
+/// Qwen2.5-VL-3B.
+pub fn qwen25_vl_3b() -> Config {
+    Config {
+        vision: qwen_vision(2048),
+        text: TextConfig {
+            vocab: 151_936,
+            hidden: 2048,
+            layers: 36,
+            heads: 16,
+            kv_heads: 2,
+            mlp: 11_008,
+            eps: 1e-6,
+            theta: 1e6,
+            sections: [16, 24, 24],
+            tied: true,
+            max_positions: 128_000,
+        },
+        ids: qwen_ids(),
+    }
+}
+
+/// Qwen2.5-VL-7B.
+pub fn qwen25_vl_7b() -> Config {
+    Config {
+        vision: qwen_vision(3584),
+        text: TextConfig {
+            vocab: 152_064,
+            hidden: 3584,
+            layers: 28,
+            heads: 28,
+            kv_heads: 4,
+            mlp: 18_944,
+            eps: 1e-6,
+            theta: 1e6,
+            sections: [16, 24, 24],
+            tied: false,
+            max_positions: 128_000,
+        },
+        ids: qwen_ids(),
+    }
+}
+
+/// Random parameters: norms 1, biases 0, embeddings of standard deviation 0.02, matrices of `1/√inputs`. The maps that
+/// write into the residual stream are smaller by `1/√(2L)`, so that the stream does not grow with depth
+/// (GPT-2, section 2.3 of the report).
+pub fn initialise(config: Config, seed: u64) -> Vlm {
+    let layout = Layout::new(&config);
+    let mut weights = Weights::zeros(&layout);
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    for entry in &layout.entries {
+        let values = &mut weights.data[entry.range.clone()];
+        let name = entry.name.as_str();
+        if name.ends_with(".bias") {
+            continue;
+        }
+        if entry.shape.len() == 1 {
+            values.fill(1.0);
+            continue;
+        }
+        let residual = ["o_proj.weight", "attn.proj.weight", "down_proj.weight"]
+            .iter()
+            .any(|end| name.ends_with(end));
+        let depth = if entry.group == Group::Text {
+            config.text.layers
+        } else {
+            config.vision.depth
+        };
+        let inputs: usize = entry.shape[1..].iter().product();
+        let std = match entry.group {
+            Group::Embeddings => 0.02,
+            _ if residual => 1.0 / (inputs as f64 * 2.0 * depth as f64).sqrt(),
+            _ => 1.0 / (inputs as f64).sqrt(),
+        };
+        for pair in values.chunks_mut(2) {
+            let (a, b) = normal_pair(&mut rng);
+            for (value, z) in pair.iter_mut().zip([a, b]) {
+                *value = (z * std) as f32;
+            }
+        }
+    }
+    Vlm { config, weights }
+}
+
+/// Two independent standard normal numbers (Box and Muller, 1958).
+fn normal_pair(rng: &mut ChaCha8Rng) -> (f64, f64) {
+    let u: f64 = 1.0 - rng.random::<f64>();
+    let angle = std::f64::consts::TAU * rng.random::<f64>();
+    let r = (-2.0 * u.ln()).sqrt();
+    (r * angle.cos(), r * angle.sin())
+}
+
+/// What a model holds in memory, in bytes, all in f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Memory {
+    pub parameters: usize,
+    pub trained: usize,
+    /// Weights alone: sampling.
+    pub weights_bytes: u64,
+    /// Gradients and the two moments of AdamW for a whole arena.
+    pub training_bytes: u64,
+    /// Kept per packed row of a training pass, everything kept.
+    pub tape_bytes_per_row: u64,
+    /// Kept per packed row when each layer is computed again.
+    pub recompute_bytes_per_row: u64,
+    /// Kept per patch of an image when the tower is trained.
+    pub tape_bytes_per_patch: u64,
+    /// Key and value cache per token while sampling.
+    pub cache_bytes_per_row: u64,
+}
+
+/// Memory of a configuration.
+pub fn memory(config: &Config, train: Trainable) -> Memory {
+    let layout = Layout::new(config);
+    let groups = [Group::Vision, Group::Merger, Group::Embeddings, Group::Text];
+    let trained = groups
+        .into_iter()
+        .filter(|g| train.has(*g))
+        .map(|g| layout.count(g))
+        .sum();
+    let per_row = |hidden: usize, kv: usize, heads: usize, mlp: usize| {
+        4 * (4 * hidden + 2 * kv + heads + 2 * mlp) as u64
+    };
+    let (t, v) = (&config.text, &config.vision);
+    let kv = t.kv_heads * t.head_dim();
+    Memory {
+        parameters: layout.len,
+        trained,
+        weights_bytes: 4 * layout.len as u64,
+        training_bytes: 12 * layout.len as u64,
+        tape_bytes_per_row: t.layers as u64 * per_row(t.hidden, kv, t.heads, t.mlp),
+        recompute_bytes_per_row: 4 * (t.layers * t.hidden) as u64
+            + per_row(t.hidden, kv, t.heads, t.mlp),
+        tape_bytes_per_patch: v.depth as u64 * per_row(v.hidden, v.hidden, v.heads, v.mlp),
+        cache_bytes_per_row: 8 * (t.layers * kv) as u64,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_preset_is_consistent() {
+        for name in NAMES {
+            preset(name, 2000, &last_ids(2000))
+                .unwrap()
+                .check()
+                .unwrap();
+        }
+        assert!(
+            preset("huge", 1, &qwen_ids())
+                .unwrap_err()
+                .to_string()
+                .contains("nano, mini")
+        );
+        let millions = Layout::new(&mini(2000)).len / 1_000_000;
+        assert!((50..70).contains(&millions), "mini has {millions} million");
+    }
+
+    /// Norms 1, biases 0; a matrix of 128 inputs has standard deviation 1/√128 = 0.0884. Over 128·384 draws the sample's
+    /// own standard deviation is off by 1/√(2n) = 0.3 %; three of those are allowed.
+    #[test]
+    fn scales() {
+        let m = initialise(nano(300), 7);
+        assert!(
+            m.weights
+                .get("model.layers.2.input_layernorm.weight")
+                .unwrap()
+                .iter()
+                .all(|x| *x == 1.0)
+        );
+        assert!(
+            m.weights
+                .get("model.layers.2.self_attn.q_proj.bias")
+                .unwrap()
+                .iter()
+                .all(|x| *x == 0.0)
+        );
+        let gate = m
+            .weights
+            .get("model.layers.2.mlp.gate_proj.weight")
+            .unwrap();
+        let std = (gate.iter().map(|x| (x * x) as f64).sum::<f64>() / gate.len() as f64).sqrt();
+        assert!((std * 128f64.sqrt() - 1.0).abs() < 0.01, "{std}");
+        assert_eq!(m.weights.data, initialise(nano(300), 7).weights.data);
+        assert_ne!(m.weights.data, initialise(nano(300), 8).weights.data);
+    }
+}

@@ -1,0 +1,563 @@
+//! The RL loop. Read this first: a step is play, compare, learn, write down.
+//!
+//! ```text
+//! samples -> rollout::play -> episodes -> advantages -> (log-probs, loss, gradient) per micro-batch -> one update
+//! ```
+//!
+//! Every random number comes from (seed, step, group, member, turn), so a resumed run goes on bit for bit as the
+//! uninterrupted one would have.
+
+use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use crate::chat::{Chat, Convention};
+use crate::config::{self, BadConfig};
+use crate::data::{self, Order, Sample};
+use crate::engine::embedded::{self, Embedded};
+use crate::engine::{Group, Scores, Trainer, Weights, Who};
+use crate::episode::{BoxOutcome, Episode, Stop};
+use crate::eval;
+use crate::image::{PictureCache, Processor};
+use crate::objective::{Objective, Outcome, Sequence, Tally};
+use crate::optim::Optim;
+use crate::progress::{self, Progress};
+use crate::rollout::{self, Stage};
+use crate::run::{Environment, Interrupt, Interrupted, Invocation, Metrics, RunFolder, Stopwatch, peak_rss};
+use crate::tasks::Task;
+use crate::tasks::crop::{Crop, Options as CropOptions};
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Plan {
+    pub model: embedded::Options,
+    pub data: DataOptions,
+    pub task: CropOptions,
+    #[serde(default)]
+    pub rollout: rollout::Options,
+    /// `preset` and any setting of `objective::Objective` over it.
+    #[serde(default)]
+    pub objective: toml::Table,
+    #[serde(default)]
+    pub optim: Optim,
+    pub train: TrainOptions,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataOptions {
+    pub train: PathBuf,
+    /// Held-out rows, played greedily-or-not as `rollout` says, every `eval_every` steps.
+    #[serde(default)]
+    pub eval: Option<PathBuf>,
+    #[serde(default)]
+    pub eval_limit: Option<usize>,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TrainOptions {
+    /// Run folder.
+    pub out: PathBuf,
+    pub steps: u64,
+    /// Questions per step.
+    pub prompts: usize,
+    /// Episodes per question.
+    pub group: usize,
+    /// Optimiser updates per step; the questions are dealt out evenly.
+    pub updates: usize,
+    /// With `drop_equal_groups`: play at most so many times the questions of a step to fill it.
+    pub refill: usize,
+    /// Over-long and truncated episodes get no policy loss instead of their reward.
+    pub mask_truncated: bool,
+    pub seed: u64,
+    /// 0 writes a checkpoint at the end only.
+    pub checkpoint_every: u64,
+    pub keep_checkpoints: usize,
+    /// Write the episodes of every so many steps; 0 writes none.
+    pub episodes_every: u64,
+    pub eval_every: u64,
+}
+
+impl Default for TrainOptions {
+    fn default() -> TrainOptions {
+        TrainOptions {
+            out: "runs/rl".into(),
+            steps: 100,
+            prompts: 16,
+            group: 8,
+            updates: 1,
+            refill: 3,
+            mask_truncated: false,
+            seed: 1,
+            checkpoint_every: 20,
+            keep_checkpoints: 2,
+            episodes_every: 1,
+            eval_every: 0,
+        }
+    }
+}
+
+/// What the loop itself must remember between steps; weights and optimiser are the engine's.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct State {
+    order: Order,
+    /// Groups played so far; numbers them.
+    groups: u64,
+}
+
+impl Plan {
+    pub fn objective(&self) -> Result<Objective> {
+        Objective::from_table(self.objective.clone()).map_err(|e| BadConfig(format!("[objective] {e:#}")).into())
+    }
+
+    /// Refuses what cannot work, before anything is loaded, and writes every default of the objective out.
+    pub fn resolve(mut self) -> Result<Plan> {
+        let objective = self.objective()?;
+        self.objective = toml::Table::try_from(&objective).context("writing out the objective")?;
+        let t = &self.train;
+        let bad = |text: String| Err(BadConfig(text).into());
+        if t.prompts == 0 || t.group == 0 || t.updates == 0 || t.steps == 0 {
+            return bad("train.steps, train.prompts, train.group and train.updates must be at least 1".into());
+        }
+        if t.prompts % t.updates != 0 {
+            return bad(format!("train.prompts = {} cannot be dealt out to train.updates = {} evenly", t.prompts, t.updates));
+        }
+        if self.rollout.temperature <= 0.0 {
+            return bad(format!("rollout.temperature = {}: training needs a distribution, so more than 0", self.rollout.temperature));
+        }
+        if self.rollout.top_k.is_some() || self.rollout.top_p.is_some() {
+            return bad("rollout.top_k and rollout.top_p truncate the distribution; they are for evaluation only".into());
+        }
+        Ok(self)
+    }
+}
+
+/// `foveate rl CONFIG`.
+pub fn main(invocation: &Invocation) -> Result<()> {
+    let plan: Plan = config::load::<Plan>(&invocation.config, &invocation.overrides)?.resolve()?;
+    if invocation.dry_run {
+        print!("{}", config::to_toml(&plan)?);
+        eprintln!(
+            "{} episodes a step, {} questions in all",
+            plan.train.prompts * plan.train.group,
+            plan.train.prompts as u64 * plan.train.steps
+        );
+        return Ok(());
+    }
+    let last = train(&plan, invocation.resume, &Interrupt::install()?, &mut |_, _| {})?;
+    if invocation.json {
+        println!("{}", json!({"run": plan.train.out, "metrics": last}));
+    } else {
+        println!("{}", plan.train.out.display());
+    }
+    Ok(())
+}
+
+/// Everything that a step needs beside the engine.
+struct Loop<'a> {
+    plan: &'a Plan,
+    objective: &'a Objective,
+    task: &'a dyn Task,
+    chat: &'a Chat,
+    pictures: &'a PictureCache,
+    processor: &'a Processor,
+    convention: Convention,
+}
+
+/// Trains as planned and returns the metrics of the last step. `watch` sees the metrics of each step as it ends.
+pub fn train(
+    plan: &Plan,
+    resume: bool,
+    interrupt: &Interrupt,
+    watch: &mut dyn FnMut(u64, &Metrics),
+) -> Result<Metrics> {
+    let objective = plan.objective()?;
+    let rows = data::read(&plan.data.train)?;
+    let mut held_out = match &plan.data.eval {
+        Some(path) => data::read(path)?,
+        None => Vec::new(),
+    };
+    held_out.truncate(plan.data.eval_limit.unwrap_or(usize::MAX));
+    let (folder, checkpoint) = match resume {
+        true => RunFolder::resume(&plan.train.out)?,
+        false => (RunFolder::create(&plan.train.out)?, None),
+    };
+    folder.save_plan(&config::to_toml(plan)?, &Environment::now())?;
+    let settings = embedded::Training {
+        optim: plan.optim.clone(),
+        steps: plan.train.steps * plan.train.updates as u64,
+        temperature: plan.rollout.temperature,
+        reference: objective.needs_reference(),
+    };
+    let mut engine = Embedded::open(&plan.model, Some(&settings))?;
+    let (chat, pictures, processor) = (engine.chat.clone(), engine.pictures.clone(), engine.processor.clone());
+    let mut state = State { order: Order::new(rows.len(), plan.train.seed)?, groups: 0 };
+    let mut done = 0;
+    if let Some(checkpoint) = checkpoint {
+        engine.load(&checkpoint.path)?;
+        let saved: State = checkpoint.state()?;
+        state = State { order: saved.order.resume(rows.len())?, ..saved };
+        done = checkpoint.step;
+        progress::say(&format!("resuming after step {done}"));
+    }
+    let task = Crop::new(plan.task.clone(), processor.budget.factor)?;
+    let context = Loop {
+        plan,
+        objective: &objective,
+        task: &task,
+        chat: &chat,
+        pictures: &pictures,
+        processor: &processor,
+        convention: engine.convention,
+    };
+    let mut log = folder.metrics_log()?;
+    let bar = Progress::start("training", "step", done, plan.train.steps);
+    let mut last = Metrics::new();
+    for step in done + 1..=plan.train.steps {
+        let mut watch_time = Stopwatch::start();
+        let mut metrics = Metrics::new();
+        let episodes = context.step(&mut engine, &rows, &mut state, step, &mut watch_time, &mut metrics)?;
+        if plan.train.eval_every > 0 && step % plan.train.eval_every == 0 && !held_out.is_empty() {
+            watch_time.time("eval", || context.evaluate(&mut engine, &held_out, &mut metrics))?;
+        }
+        watch_time.write(&mut metrics);
+        metrics.insert("perf/max_memory_gb".into(), json!(peak_rss() as f64 / 1e9));
+        if plan.train.episodes_every > 0 && step % plan.train.episodes_every == 0 {
+            let records: Vec<_> = episodes.iter().map(Episode::record).collect();
+            folder.write_episodes(step, &records)?;
+        }
+        log.append(step, &metrics)?;
+        let number = |key: &str| metrics.get(key).and_then(|v| v.as_f64()).unwrap_or(f64::NAN);
+        bar.step(format!("reward {:.3} · target in box {:.2}", number("reward/mean"), number("grounding/contains_target")));
+        watch(step, &metrics);
+        last = metrics;
+        let asked = interrupt.asked();
+        let due = plan.train.checkpoint_every > 0 && step % plan.train.checkpoint_every == 0;
+        if asked || due || step == plan.train.steps {
+            let draft = folder.checkpoint(step)?;
+            engine.save(draft.folder())?;
+            draft.finish(&state)?;
+            if let Some(keep) = NonZeroUsize::new(plan.train.keep_checkpoints) {
+                folder.keep_last_checkpoints(keep)?;
+            }
+        }
+        if asked {
+            return Err(Interrupted::after(step, &plan.train.out).into());
+        }
+    }
+    bar.finish();
+    Ok(last)
+}
+
+impl Loop<'_> {
+    fn stage(&self) -> Stage<'_> {
+        Stage {
+            task: self.task,
+            chat: self.chat,
+            pictures: self.pictures,
+            processor: self.processor,
+            convention: self.convention,
+            options: &self.plan.rollout,
+        }
+    }
+
+    fn step(
+        &self,
+        engine: &mut Embedded,
+        rows: &[Sample],
+        state: &mut State,
+        step: u64,
+        watch: &mut Stopwatch,
+        metrics: &mut Metrics,
+    ) -> Result<Vec<Episode>> {
+        let mut episodes = watch.time("gen", || self.play(engine, rows, state, step, metrics))?;
+        let masked: Vec<bool> = episodes
+            .iter()
+            .map(|e| self.plan.train.mask_truncated && matches!(e.stop, Stop::Truncated | Stop::OverLong))
+            .collect();
+        let groups = by_group(&episodes);
+        let reference = match self.objective.needs_reference() {
+            true => Some(watch.time("ref", || reference_logprobs(engine, &episodes, &groups))?),
+            false => None,
+        };
+        let old: Vec<Vec<f32>> = episodes.iter().map(sampled_logprobs).collect();
+        let outcomes: Vec<Outcome> = episodes
+            .iter()
+            .enumerate()
+            .map(|(i, e)| Outcome {
+                group: e.group,
+                reward: e.reward,
+                tokens: old[i].len(),
+                masked: masked[i],
+                old: Some(&old[i]),
+                reference: reference.as_ref().map(|r| r[i].as_slice()),
+            })
+            .collect();
+        let advantages = self.objective.advantages(&outcomes)?;
+        for (name, value) in advantages.report() {
+            metrics.insert(name.into(), json!(value));
+        }
+
+        let mut norms = Vec::new();
+        let mut tally = Tally::default();
+        let mut first_ratio = f64::NAN;
+        let per_update = groups.len().div_ceil(self.plan.train.updates);
+        let update_watch = std::time::Instant::now();
+        for (update, part) in groups.chunks(per_update).enumerate() {
+            let members: Vec<usize> = part.iter().flatten().copied().collect();
+            let totals = self
+                .objective
+                .totals(members.iter().map(|&i| (episodes[i].group, old[i].len(), masked[i])));
+            if totals.tokens == 0 {
+                continue;
+            }
+            let streams: Vec<Group> =
+                part.iter().map(|g| g.iter().map(|&i| &episodes[i].stream).collect()).collect();
+            let mut of_update = Tally::default();
+            engine.accumulate(&streams, &mut |g, m, scores: &Scores| {
+                let i = part[g][m];
+                let sequence = Sequence {
+                    group: episodes[i].group,
+                    advantage: advantages.of(i).context("an episode has no advantage")?,
+                    masked: masked[i],
+                    new: &scores.logprobs,
+                    old: &old[i],
+                    sampler: Some(&old[i]),
+                    reference: reference.as_ref().map(|r| r[i].as_slice()),
+                    entropy: Some(&scores.entropies),
+                };
+                let mut out = self.objective.evaluate(&[sequence], &totals)?;
+                of_update.merge(&out.tally);
+                Ok(Weights {
+                    logprobs: out.gradient.pop().unwrap_or_default(),
+                    entropies: out.entropy_weight.and_then(|mut w| w.pop()),
+                })
+            })?;
+            if update == 0 {
+                first_ratio = largest_ratio_gap(&of_update);
+            }
+            let rate = engine.learning_rate();
+            norms.push(engine.step(rate)?);
+            metrics.insert("actor/lr".into(), json!(rate));
+            tally.merge(&of_update);
+        }
+        watch.add("update_actor", update_watch.elapsed());
+        for (name, value) in tally.report() {
+            metrics.insert(name.into(), json!(value));
+        }
+        // Before the first update the policy is the one that sampled: anything but 0 here is a bug of the engine.
+        metrics.insert("ratio/first_update_gap".into(), json!(first_ratio));
+        metrics.insert("actor/grad_norm".into(), json!(eval::average(norms.iter().copied())));
+        for (i, episode) in episodes.iter_mut().enumerate() {
+            episode.advantage = Some(advantages.trajectory[i]);
+        }
+        count(&episodes, metrics);
+        Ok(episodes)
+    }
+
+    /// Plays the questions of a step; with dynamic sampling, until enough groups teach something.
+    fn play(
+        &self,
+        engine: &mut Embedded,
+        rows: &[Sample],
+        state: &mut State,
+        step: u64,
+        metrics: &mut Metrics,
+    ) -> Result<Vec<Episode>> {
+        let train = &self.plan.train;
+        let mut kept: Vec<Episode> = Vec::new();
+        let (mut played, mut dropped) = (0, 0);
+        loop {
+            let missing = train.prompts - kept.len() / train.group;
+            let chosen: Vec<(u64, &Sample)> = (0..missing)
+                .map(|_| {
+                    state.groups += 1;
+                    (state.groups, &rows[state.order.next_row()])
+                })
+                .collect();
+            let episodes = rollout::play(&self.stage(), engine, &chosen, train.group, train.seed, step)?;
+            played += missing;
+            let outcomes: Vec<Outcome> =
+                episodes.iter().map(|e| Outcome::new(e.group, e.reward, e.stream.sampled_count())).collect();
+            let keep = self.objective.keep_groups(&outcomes);
+            dropped += keep.dropped_groups;
+            let last = played >= train.prompts * train.refill.max(1);
+            if last && kept.is_empty() && keep.keep.iter().all(|k| !k) {
+                // Nothing to learn from; the step still has to be one, so these are kept with advantage 0.
+                kept = episodes;
+                break;
+            }
+            kept.extend(episodes.into_iter().zip(&keep.keep).filter(|(_, k)| **k).map(|(e, _)| e));
+            if last || kept.len() >= train.prompts * train.group {
+                break;
+            }
+        }
+        if self.objective.drop_equal_groups {
+            metrics.insert("dynamic_sampling/played_groups".into(), json!(played));
+            metrics.insert("dynamic_sampling/dropped_groups".into(), json!(dropped));
+        }
+        Ok(kept)
+    }
+
+    fn evaluate(&self, engine: &mut Embedded, rows: &[Sample], metrics: &mut Metrics) -> Result<()> {
+        let options = eval::EvalOptions { seed: self.plan.train.seed, ..eval::EvalOptions::default() };
+        let bench = eval::Bench {
+            chat: self.chat,
+            pictures: self.pictures,
+            processor: self.processor,
+            convention: self.convention,
+            rollout: &self.plan.rollout,
+            options: &options,
+        };
+        let summary = eval::summarise(&eval::play_all(&bench, "held-out rows", self.task, engine, rows)?);
+        metrics.insert("val/accuracy".into(), json!(summary.accuracy.value));
+        if let Some(c) = summary.containment {
+            metrics.insert("val/contains_target".into(), json!(c.value));
+        }
+        Ok(())
+    }
+}
+
+/// Indices of the episodes of each group, in order.
+fn by_group(episodes: &[Episode]) -> Vec<Vec<usize>> {
+    let mut groups: Vec<Vec<usize>> = Vec::new();
+    for (i, e) in episodes.iter().enumerate() {
+        match groups.last_mut() {
+            Some(group) if episodes[group[0]].group == e.group => group.push(i),
+            _ => groups.push(vec![i]),
+        }
+    }
+    groups
+}
+
+fn sampled_logprobs(episode: &Episode) -> Vec<f32> {
+    let s = &episode.stream;
+    s.logprobs.iter().zip(&s.sampled).filter(|(_, sampled)| **sampled).map(|(l, _)| *l).collect()
+}
+
+fn reference_logprobs(engine: &mut Embedded, episodes: &[Episode], groups: &[Vec<usize>]) -> Result<Vec<Vec<f32>>> {
+    let streams: Vec<Group> = groups.iter().map(|g| g.iter().map(|&i| &episodes[i].stream).collect()).collect();
+    let scores = engine.logprobs(&streams, Who::Reference)?;
+    let flat: Vec<Vec<f32>> = scores.into_iter().flatten().map(|s| s.logprobs).collect();
+    ensure!(flat.len() == episodes.len(), "the reference scored {} of {} episodes", flat.len(), episodes.len());
+    Ok(flat)
+}
+
+/// The largest distance from 1 of any token's ratio.
+fn largest_ratio_gap(tally: &Tally) -> f64 {
+    let report: BTreeMap<&str, f64> = tally.report().into_iter().collect();
+    let far = |key| report.get(key).map_or(0.0, |r| (r - 1.0).abs());
+    far("ratio/min").max(far("ratio/max"))
+}
+
+/// What the episodes of a step were like, under the names users of verl and TRL know, and the grounding ones.
+fn count(episodes: &[Episode], metrics: &mut Metrics) {
+    let mut put = |key: &str, value: f64| {
+        metrics.insert(key.to_owned(), json!(value));
+    };
+    let n = episodes.len().max(1) as f64;
+    let lengths: Vec<f64> = episodes.iter().map(|e| e.stream.sampled_count() as f64).collect();
+    put("response_length/mean", eval::average(lengths.iter().copied()));
+    put("response_length/max", lengths.iter().copied().fold(0.0, f64::max));
+    let cut = episodes.iter().filter(|e| e.stop == Stop::Truncated).count() as f64;
+    put("response_length/clip_ratio", cut / n);
+    put("prompt_length/mean", eval::average(episodes.iter().map(|e| e.stream.prompt_len() as f64)));
+    put("num_turns/mean", eval::average(episodes.iter().map(|e| e.turns.iter().filter(|t| t.role == "assistant").count() as f64)));
+    let mut parts: BTreeMap<String, f64> = BTreeMap::new();
+    for e in episodes {
+        for (name, value) in e.parts.iter() {
+            *parts.entry(format!("rewards/{name}/mean")).or_default() += value / n;
+        }
+    }
+    for (name, value) in parts {
+        put(&name, value);
+    }
+    let outcomes: Vec<BoxOutcome> =
+        episodes.iter().filter_map(|e| e.turns.iter().find_map(|t| t.outcome)).collect();
+    if !outcomes.is_empty() {
+        let m = outcomes.len() as f64;
+        let mut classes: BTreeMap<String, usize> = BTreeMap::new();
+        for o in &outcomes {
+            *classes.entry(eval::name_of(o)).or_default() += 1;
+        }
+        let valid = outcomes.iter().filter(|o| **o == BoxOutcome::Valid).count();
+        put("grounding/valid_box", valid as f64 / m);
+        for (class, count) in classes {
+            put(&format!("box/{class}"), count as f64 / m);
+        }
+    }
+    let held: Vec<bool> = episodes.iter().filter_map(eval::contains_target).collect();
+    if !held.is_empty() {
+        put("grounding/contains_target", held.iter().filter(|h| **h).count() as f64 / held.len() as f64);
+    }
+    let areas: Vec<f64> = episodes.iter().filter_map(eval::box_area_share).collect();
+    if !areas.is_empty() {
+        put("grounding/box_area", eval::average(areas.iter().copied()));
+    }
+    for stop in [Stop::Answered, Stop::TurnLimit, Stop::Truncated, Stop::OverLong, Stop::InvalidBox] {
+        let count = episodes.iter().filter(|e| e.stop == stop).count() as f64;
+        put(&format!("stop/{}", eval::name_of(&stop)), count / n);
+    }
+}
+
+/// `foveate rollout CONFIG`: plays one step's worth of questions per step and writes the episodes; nothing is trained.
+pub fn rollout_main(invocation: &Invocation) -> Result<()> {
+    let plan: Plan = config::load::<Plan>(&invocation.config, &invocation.overrides)?.resolve()?;
+    if invocation.dry_run {
+        print!("{}", config::to_toml(&plan)?);
+        return Ok(());
+    }
+    let interrupt = Interrupt::install()?;
+    let objective = plan.objective()?;
+    let rows = data::read(&plan.data.train)?;
+    let folder = RunFolder::create(&plan.train.out)?;
+    folder.save_plan(&config::to_toml(&plan)?, &Environment::now())?;
+    let mut engine = Embedded::open(&plan.model, None)?;
+    let (chat, pictures, processor) = (engine.chat.clone(), engine.pictures.clone(), engine.processor.clone());
+    let task = Crop::new(plan.task.clone(), processor.budget.factor)?;
+    let context =
+        Loop {
+            plan: &plan,
+            objective: &objective,
+            task: &task,
+            chat: &chat,
+            pictures: &pictures,
+            processor: &processor,
+            convention: engine.convention,
+        };
+    let mut state = State { order: Order::new(rows.len(), plan.train.seed)?, groups: 0 };
+    let mut log = folder.metrics_log()?;
+    let bar = Progress::start("playing", "step", 0, plan.train.steps);
+    for step in 1..=plan.train.steps {
+        let mut metrics = Metrics::new();
+        let episodes = context.play(&mut engine, &rows, &mut state, step, &mut metrics)?;
+        count(&episodes, &mut metrics);
+        metrics.insert("reward/mean".into(), json!(eval::average(episodes.iter().map(|e| e.reward))));
+        let records: Vec<_> = episodes.iter().map(Episode::record).collect();
+        folder.write_episodes(step, &records)?;
+        log.append(step, &metrics)?;
+        bar.step(format!("reward {:.3}", eval::average(episodes.iter().map(|e| e.reward))));
+        if interrupt.asked() {
+            return Err(Interrupted::after(step, &plan.train.out).into());
+        }
+    }
+    bar.finish();
+    if invocation.json {
+        println!("{}", json!({"run": plan.train.out}));
+    } else {
+        println!("{}", plan.train.out.display());
+    }
+    Ok(())
+}
+
+/// The newest checkpoint of a run, or an error that says where none was found.
+pub fn newest_checkpoint(run: &Path) -> Result<PathBuf> {
+    Ok(crate::run::latest_checkpoint(run)?
+        .with_context(|| format!("the run has no checkpoint yet: {}", run.display()))?
+        .path)
+}

@@ -1,0 +1,298 @@
+//! The turn loop: the policy speaks, the task replies, until the task closes the conversation.
+//!
+//! All conversations of a step advance together, so that the engine works on many rows at once. Tokens go in and tokens come
+//! out; text is only a view for the task. A length limit is checked before an image is appended and never splits one.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result, ensure};
+use rand::{RngCore, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
+
+use crate::chat::{Action, Chat, Convention, Message, Reading as Reader};
+use crate::data::Sample;
+use crate::engine::{Finish, Prompt, Sampler, Sampling};
+use crate::episode::{Episode, Stop, Stream, Turn};
+use crate::geometry::{Grid, Size, View};
+use crate::image::{PictureCache, Processor};
+use crate::reward::Parts;
+use crate::tasks::{Context, Reading, Reply, Shown, Task};
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Options {
+    /// 1 for training (nothing is truncated); 0 is greedy.
+    pub temperature: f32,
+    /// Evaluation only.
+    pub top_k: Option<usize>,
+    /// Evaluation only.
+    pub top_p: Option<f32>,
+    /// The most tokens the policy may write in one turn.
+    pub max_new_tokens: usize,
+    /// The most tokens of a whole conversation, images included.
+    pub max_tokens: usize,
+    /// Texts that end a turn as soon as they are complete.
+    pub stop: Vec<String>,
+}
+
+impl Default for Options {
+    fn default() -> Options {
+        Options { temperature: 1.0, top_k: None, top_p: None, max_new_tokens: 1024, max_tokens: 16384, stop: vec![] }
+    }
+}
+
+impl Options {
+    fn sampling(&self) -> Sampling {
+        Sampling {
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            max_new_tokens: self.max_new_tokens,
+            stop: self.stop.clone(),
+            ignore_end: false,
+        }
+    }
+}
+
+/// What every conversation needs: the words, the pictures, the rules.
+pub struct Stage<'a> {
+    pub task: &'a dyn Task,
+    pub chat: &'a Chat,
+    pub pictures: &'a PictureCache,
+    pub processor: &'a Processor,
+    /// What the policy's coordinates mean.
+    pub convention: Convention,
+    pub options: &'a Options,
+}
+
+/// The random stream of one conversation depends on these numbers alone, never on its neighbours or on threads.
+pub fn seed_of(seed: u64, step: u64, group: u64, member: u64, turn: u64) -> u64 {
+    let mut key = [0u8; 32];
+    for (slot, value) in key.chunks_exact_mut(8).zip([seed, step, group, (member << 32) | turn]) {
+        slot.copy_from_slice(&value.to_le_bytes());
+    }
+    ChaCha8Rng::from_seed(key).next_u64()
+}
+
+/// One conversation under way.
+struct Playing<'a> {
+    sample: &'a Sample,
+    sizes: Vec<Size>,
+    paths: Vec<Arc<Path>>,
+    group: u64,
+    member: usize,
+    stream: Stream,
+    turns: Vec<Turn>,
+    stop: Option<Stop>,
+}
+
+/// Plays `group_size` conversations for each sample. The result is ordered by sample, then by member.
+pub fn play(
+    stage: &Stage,
+    sampler: &mut dyn Sampler,
+    samples: &[(u64, &Sample)],
+    group_size: usize,
+    seed: u64,
+    step: u64,
+) -> Result<Vec<Episode>> {
+    let mut playing = Vec::with_capacity(samples.len() * group_size);
+    for &(group, sample) in samples {
+        let first = open(stage, sample, group)?;
+        for member in 0..group_size {
+            playing.push(Playing {
+                sample,
+                sizes: first.sizes.clone(),
+                paths: first.paths.clone(),
+                group,
+                member,
+                stream: first.stream.clone(),
+                turns: first.turns.clone(),
+                stop: None,
+            });
+        }
+    }
+    let sampling = stage.options.sampling();
+    for turn in 1..=stage.task.max_turns() {
+        let active: Vec<usize> = (0..playing.len()).filter(|&i| playing[i].stop.is_none()).collect();
+        if active.is_empty() {
+            break;
+        }
+        // In the first turn the members of a group ask the same thing: one prompt, many seeds.
+        let together = if turn == 1 { group_size } else { 1 };
+        let seeds: Vec<u64> = active
+            .iter()
+            .map(|&i| seed_of(seed, step, playing[i].group, playing[i].member as u64, turn as u64))
+            .collect();
+        let prompts: Vec<Prompt> = active
+            .chunks(together)
+            .zip(seeds.chunks(together))
+            .map(|(members, seeds)| Prompt {
+                session: members[0] as u64,
+                stream: &playing[members[0]].stream,
+                seeds,
+                room: stage.options.max_tokens - playing[members[0]].stream.len(),
+            })
+            .collect();
+        let completions = sampler.sample(&prompts, &sampling)?;
+        drop(prompts);
+        ensure!(
+            completions.len() == active.len().div_ceil(together),
+            "the engine answered {} prompts of {}",
+            completions.len(),
+            active.len().div_ceil(together)
+        );
+        for (completion, &i) in completions.into_iter().flatten().zip(&active) {
+            let seed = seed_of(seed ^ 0x7461_736b, step, playing[i].group, playing[i].member as u64, turn as u64);
+            advance(stage, &mut playing[i], completion.ids, completion.logprobs, completion.finish, turn, seed)?;
+        }
+    }
+    sampler.end_step();
+    playing.into_iter().map(|p| finish(stage, p, step)).collect()
+}
+
+fn open<'a>(stage: &Stage, sample: &'a Sample, group: u64) -> Result<Playing<'a>> {
+    let mut sizes = Vec::with_capacity(sample.images.len());
+    let mut paths: Vec<Arc<Path>> = Vec::with_capacity(sample.images.len());
+    for path in &sample.images {
+        let picture = stage.pictures.get(path).with_context(|| format!("row {}", sample.id))?;
+        sizes.push(picture.size());
+        paths.push(Arc::from(path.as_path()));
+    }
+    let opening = stage.task.open(sample, &sizes).with_context(|| format!("row {}", sample.id))?;
+    let mut messages = Vec::new();
+    let mut turns = Vec::new();
+    if let Some(system) = opening.system {
+        turns.push(Turn { role: "system".into(), text: system.clone(), tokens: 0, outcome: None, bbox: None });
+        messages.push(Message::system(&system));
+    }
+    let mut playing =
+        Playing { sample, sizes, paths, group, member: 0, stream: Stream::default(), turns, stop: None };
+    messages.push(Message::user(opening.user.parts.clone()));
+    let grids = grids(stage, &opening.user.views)?;
+    let tokens = tokens(stage, &grids);
+    let encoded = stage.chat.encode(&messages, true, &tokens).with_context(|| format!("row {}", sample.id))?;
+    append(stage, &mut playing, &encoded.ids, opening.user, grids)?;
+    ensure!(
+        playing.stream.len() + stage.options.max_new_tokens <= stage.options.max_tokens,
+        "row {}: the prompt takes {} tokens and the answer may take {}, more than max_tokens = {}; \
+         raise rollout.max_tokens or lower the pixel budget",
+        sample.id,
+        playing.stream.len(),
+        stage.options.max_new_tokens,
+        stage.options.max_tokens
+    );
+    Ok(playing)
+}
+
+fn tokens(stage: &Stage, grids: &[Grid]) -> Vec<usize> {
+    grids.iter().map(|g| g.tokens(stage.processor.merge)).collect()
+}
+
+fn grids(stage: &Stage, views: &[View]) -> Result<Vec<Grid>> {
+    Ok(views.iter().map(|view| stage.processor.grid(view.size)).collect())
+}
+
+/// Appends a message of the task to the stream and to the readable turns.
+fn append(stage: &Stage, playing: &mut Playing, ids: &[u32], shown: Shown, grids: Vec<Grid>) -> Result<()> {
+    let images = shown
+        .views
+        .iter()
+        .zip(&grids)
+        .map(|(view, grid)| (playing.paths[view.image].clone(), *view, *grid))
+        .collect();
+    playing.stream.push_context(ids, images, stage.chat.special.image_pad, stage.processor.merge)?;
+    let text = shown.parts.iter().map(|p| p.readable()).collect::<String>();
+    playing.turns.push(Turn { role: "user".into(), text, tokens: ids.len(), outcome: None, bbox: None });
+    Ok(())
+}
+
+fn advance(
+    stage: &Stage,
+    playing: &mut Playing,
+    ids: Vec<u32>,
+    logprobs: Vec<f32>,
+    finish: Finish,
+    turn: usize,
+    seed: u64,
+) -> Result<()> {
+    playing.stream.push_sampled(&ids, &logprobs);
+    // Box tokens are text to a reader of corners; for everybody else special tokens are not words.
+    let text = stage.chat.decode(&ids, stage.convention.is_json())?;
+    let action = Action::read(&text, &Reader::of(stage.convention));
+    playing.turns.push(Turn { role: "assistant".into(), text, tokens: ids.len(), outcome: None, bbox: None });
+    let views: Vec<View> = playing.stream.images.iter().map(|p| p.view).collect();
+    let context = Context {
+        sample: playing.sample,
+        sizes: &playing.sizes,
+        views: &views,
+        convention: stage.convention,
+        turn,
+        seed,
+    };
+    let reply = stage.task.reply(&context, &action)?;
+    let note = |playing: &mut Playing, reading: Reading| {
+        if let Some(said) = playing.turns.last_mut() {
+            said.outcome = reading.outcome;
+            said.bbox = reading.bbox;
+        }
+    };
+    match reply {
+        Reply::Close(stop, reading) => {
+            note(playing, reading);
+            playing.stop = Some(if finish == Finish::Length { Stop::Truncated } else { stop });
+        }
+        Reply::Show(shown, reading) => {
+            note(playing, reading);
+            if finish == Finish::Length {
+                playing.stop = Some(Stop::Truncated);
+                return Ok(());
+            }
+            let grids = grids(stage, &shown.views)?;
+            let message = Message::user(shown.parts.clone());
+            let before = playing.stream.images.len();
+            let ids = stage.chat.continuation(before, &message, &tokens(stage, &grids), ids.last().copied())?.ids;
+            let needed = playing.stream.len() + ids.len() + stage.options.max_new_tokens;
+            if needed > stage.options.max_tokens {
+                playing.stop = Some(Stop::OverLong);
+                return Ok(());
+            }
+            append(stage, playing, &ids, shown, grids)?;
+        }
+    }
+    Ok(())
+}
+
+fn finish(stage: &Stage, playing: Playing, step: u64) -> Result<Episode> {
+    let sample = playing.sample;
+    let mut episode = Episode {
+        id: sample.id.clone(),
+        step,
+        group: playing.group,
+        member: playing.member,
+        task: sample.task.clone().unwrap_or_else(|| stage.task.name().to_owned()),
+        question: sample.question.clone(),
+        answer: sample.answer.clone(),
+        images: sample.images.clone(),
+        targets: sample.targets.clone(),
+        split: sample.split.clone(),
+        stream: playing.stream,
+        turns: playing.turns,
+        stop: playing.stop.unwrap_or(Stop::TurnLimit),
+        parts: Parts::default(),
+        reward: 0.0,
+        advantage: None,
+    };
+    episode.parts = stage.task.judge(sample, &episode);
+    episode.reward = episode.parts.iter().map(|(_, value)| value).sum();
+    Ok(episode)
+}
+
+/// Paths of the pictures of some samples, each once; for reading ahead.
+pub fn picture_paths(samples: &[(u64, &Sample)]) -> Vec<PathBuf> {
+    let mut paths: Vec<PathBuf> = samples.iter().flat_map(|(_, s)| s.images.iter().cloned()).collect();
+    paths.sort();
+    paths.dedup();
+    paths
+}

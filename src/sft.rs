@@ -1,0 +1,412 @@
+//! The SFT loop: written dialogues instead of played ones, the same streams, packing and gradient.
+//!
+//! Trained are the assistant's tokens, the end of turn included. The loss is the mean over the trained tokens of the whole
+//! step, so splitting a step into micro-batches changes nothing.
+
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, Result, ensure};
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use crate::chat::{Chat, Content, Message, Part};
+use crate::config::{self, BadConfig};
+use crate::data::{Dialogue, Order, read_dialogues};
+use crate::engine::embedded::{self, Embedded};
+use crate::engine::{Trainer, Weights};
+use crate::episode::Stream;
+use crate::geometry::{BBox, Budget, Grid, Size, View};
+use crate::image::{self, Patches, PictureCache, Processor};
+use crate::model::dense::{self, DenseHead, Fit};
+use crate::optim::Optim;
+use crate::progress::{self, Progress};
+use crate::run::{Environment, Interrupt, Interrupted, Invocation, Metrics, RunFolder, Stopwatch, peak_rss};
+use crate::synth::pretrain::{self, Pretrain};
+use crate::synth::recipe::Recipe;
+use crate::synth::{Split, assets_dir};
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Plan {
+    pub model: embedded::Options,
+    pub data: DataOptions,
+    /// A temporary head on the visual tokens; only with `data.pretrain`, whose pictures know their objects.
+    #[serde(default)]
+    pub dense: Option<dense::Options>,
+    #[serde(default)]
+    pub optim: Optim,
+    pub train: TrainOptions,
+}
+
+/// Where dialogues come from: exactly one of the two.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataOptions {
+    /// JSONL of `{"messages": [{"role", "content": [{"type": "image", "image": PATH} | {"type": "text", "text": …}]}]}`.
+    #[serde(default)]
+    pub train: Option<PathBuf>,
+    /// Dialogues drawn on the fly from the bundled world.
+    #[serde(default)]
+    pub pretrain: Option<Recipe>,
+    /// Pixel budget of pictures from files; without it the checkpoint's.
+    #[serde(default)]
+    pub max_pixels: Option<u64>,
+    #[serde(default)]
+    pub min_pixels: Option<u64>,
+    /// Longer dialogues are left out, and counted.
+    #[serde(default = "default_max_tokens")]
+    pub max_tokens: usize,
+}
+
+fn default_max_tokens() -> usize {
+    16384
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TrainOptions {
+    pub out: PathBuf,
+    pub steps: u64,
+    /// Dialogues per step.
+    pub batch: usize,
+    pub seed: u64,
+    pub checkpoint_every: u64,
+    pub keep_checkpoints: usize,
+    /// Every so many steps, the share of right answers on this many fresh dialogues of each task (`data.pretrain` only).
+    pub probe_every: u64,
+    pub probe: usize,
+}
+
+impl Default for TrainOptions {
+    fn default() -> TrainOptions {
+        TrainOptions {
+            out: "runs/sft".into(),
+            steps: 100,
+            batch: 32,
+            seed: 1,
+            checkpoint_every: 100,
+            keep_checkpoints: 2,
+            probe_every: 0,
+            probe: 64,
+        }
+    }
+}
+
+/// A dialogue, ready to be packed.
+pub struct Example {
+    pub stream: Stream,
+    /// In the order of `stream.images`.
+    pub patches: Vec<Patches>,
+    /// What stands where in each view, in pixels of the view; empty where that is not known.
+    pub objects: Vec<Vec<(String, BBox)>>,
+    pub task: String,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct State {
+    /// Next dialogue of the generator, or the order of the file's rows.
+    next: u64,
+    order: Option<Order>,
+}
+
+/// A written conversation -> a stream whose trained tokens are the assistant's.
+pub fn stream_of(
+    chat: &Chat,
+    processor: &Processor,
+    messages: &[Message],
+    views: &[(Arc<Path>, View)],
+) -> Result<Stream> {
+    let mut stream = Stream::default();
+    let mut waiting: Vec<Message> = Vec::new();
+    let mut shown = 0;
+    for message in messages {
+        if message.role != "assistant" {
+            waiting.push(message.clone());
+            continue;
+        }
+        let images = waiting.iter().map(Message::images).sum::<usize>();
+        ensure!(shown + images <= views.len(), "the messages show {} images, {} were given", shown + images, views.len());
+        let new = &views[shown..shown + images];
+        shown += images;
+        let grids: Vec<Grid> = new.iter().map(|(_, v)| processor.grid(v.size)).collect();
+        let tokens: Vec<usize> = grids.iter().map(|g| g.tokens(processor.merge)).collect();
+        let encoded = if stream.is_empty() {
+            chat.encode(&waiting, true, &tokens)?
+        } else {
+            let [user] = waiting.as_slice() else {
+                anyhow::bail!("{} messages stand between two of the assistant's, expected one of the user's", waiting.len());
+            };
+            chat.continuation(stream.images.len(), user, &tokens, stream.ids.last().copied())?
+        };
+        let placed = new.iter().zip(&grids).map(|((path, view), grid)| (path.clone(), *view, *grid)).collect();
+        stream.push_context(&encoded.ids, placed, chat.special.image_pad, processor.merge)?;
+        let mut said = chat.assistant_ids(&message.text())?;
+        said.push(chat.special.end_of_turn);
+        let zeros = vec![0.0; said.len()];
+        stream.push_sampled(&said, &zeros);
+        waiting.clear();
+    }
+    ensure!(stream.sampled_count() > 0, "the dialogue has no message of the assistant, so there is nothing to train on");
+    Ok(stream)
+}
+
+enum Source {
+    World { world: Box<Pretrain>, seed: u64 },
+    File { rows: Vec<Dialogue>, pictures: PictureCache, budget: Budget },
+}
+
+impl Source {
+    fn open(data: &DataOptions, processor: &Processor, seed: u64) -> Result<Source> {
+        match (&data.train, &data.pretrain) {
+            (None, Some(recipe)) => Ok(Source::World { world: Box::new(Pretrain::load(&assets_dir()?, Split::Train, recipe.clone())?), seed }),
+            (Some(path), None) => {
+                let budget = processor.budget;
+                Ok(Source::File {
+                    rows: read_dialogues(path)?,
+                    pictures: PictureCache::new(512 << 20),
+                    budget: Budget::new(
+                        data.min_pixels.unwrap_or(budget.min_pixels),
+                        data.max_pixels.unwrap_or(budget.max_pixels),
+                        budget.factor,
+                    ),
+                })
+            }
+            _ => Err(BadConfig("[data] needs exactly one of `train` (a file) and `pretrain` (a recipe)".into()).into()),
+        }
+    }
+
+    fn example(&self, chat: &Chat, processor: &Processor, index: u64, step: u64) -> Result<Example> {
+        match self {
+            Source::World { world, seed } => {
+                let dialogue = world.dialogue(*seed, step, index)?;
+                let mut views = Vec::new();
+                let mut patches = Vec::new();
+                let mut objects = Vec::new();
+                for view in &dialogue.views {
+                    let size = Size::new(view.rgb.width(), view.rgb.height());
+                    views.push((Arc::from(Path::new("drawn")), View { image: 0, region: size.bounds(), size }));
+                    patches.push(image::patches(&view.rgb, processor)?);
+                    objects.push(view.objects.clone());
+                }
+                let messages: Vec<Message> = dialogue.messages.iter().map(spoken).collect();
+                let stream = stream_of(chat, processor, &messages, &views)?;
+                Ok(Example { stream, patches, objects, task: dialogue.task.to_owned() })
+            }
+            Source::File { rows, pictures, budget } => {
+                let row = &rows[index as usize];
+                let mut views = Vec::new();
+                let mut patches = Vec::new();
+                for (k, path) in row.images.iter().enumerate() {
+                    let picture = pictures.get(path).with_context(|| format!("row {}", row.number))?;
+                    let view = View::whole(k, picture.size(), *budget)?;
+                    patches.push(image::patches(&image::show(&picture, &view)?, processor)?);
+                    views.push((Arc::from(path.as_path()), view));
+                }
+                let stream = stream_of(chat, processor, &row.messages, &views)
+                    .with_context(|| format!("row {}", row.number))?;
+                let objects = vec![Vec::new(); views.len()];
+                Ok(Example { stream, patches, objects, task: "file".into() })
+            }
+        }
+    }
+}
+
+/// A drawn dialogue's turn in the words of the chat.
+fn spoken(message: &pretrain::Message) -> Message {
+    let parts = message.parts.iter().map(|part| match part {
+        pretrain::Part::Text(text) => Part::text(text.as_str()),
+        pretrain::Part::View(_) => Part::image(),
+    });
+    let role = match message.role {
+        pretrain::Role::System => "system",
+        pretrain::Role::User => "user",
+        pretrain::Role::Assistant => "assistant",
+    };
+    Message { role: role.into(), content: Content::Parts(parts.collect()) }
+}
+
+/// `foveate sft CONFIG`.
+pub fn main(invocation: &Invocation) -> Result<()> {
+    let plan: Plan = config::load(&invocation.config, &invocation.overrides)?;
+    if invocation.dry_run {
+        print!("{}", config::to_toml(&plan)?);
+        return Ok(());
+    }
+    let last = train(&plan, invocation.resume, &Interrupt::install()?)?;
+    if invocation.json {
+        println!("{}", json!({"run": plan.train.out, "metrics": last}));
+    } else {
+        println!("{}", plan.train.out.display());
+    }
+    Ok(())
+}
+
+pub fn train(plan: &Plan, resume: bool, interrupt: &Interrupt) -> Result<Metrics> {
+    ensure!(plan.train.steps > 0 && plan.train.batch > 0, BadConfig("train.steps and train.batch must be at least 1".into()));
+    let (folder, checkpoint) = match resume {
+        true => RunFolder::resume(&plan.train.out)?,
+        false => (RunFolder::create(&plan.train.out)?, None),
+    };
+    folder.save_plan(&config::to_toml(plan)?, &Environment::now())?;
+    let training = embedded::Training {
+        optim: plan.optim.clone(),
+        steps: plan.train.steps,
+        temperature: 1.0,
+        reference: false,
+    };
+    let mut engine = Embedded::open(&plan.model, Some(&training))?;
+    let (chat, processor) = (engine.chat.clone(), engine.processor.clone());
+    let source = Source::open(&plan.data, &processor, plan.train.seed)?;
+    let mut state = State {
+        next: 0,
+        order: match &source {
+            Source::World { .. } => None,
+            Source::File { rows, .. } => Some(Order::new(rows.len(), plan.train.seed)?),
+        },
+    };
+    let mut head = match (&plan.dense, &source) {
+        (Some(options), Source::World { world, .. }) => {
+            Some((options.clone(), DenseHead::new(world.labels(), engine.model.config.text.hidden, plan.train.seed)))
+        }
+        (Some(_), Source::File { .. }) => {
+            return Err(BadConfig("[dense] needs pictures that know their objects; it goes with data.pretrain".into()).into());
+        }
+        (None, _) => None,
+    };
+    let mut done = 0;
+    if let Some(checkpoint) = checkpoint {
+        engine.load(&checkpoint.path)?;
+        if let Some((_, head)) = &mut head {
+            head.load(&checkpoint.path)?;
+        }
+        state = checkpoint.state()?;
+        done = checkpoint.step;
+        progress::say(&format!("resuming after step {done}"));
+    }
+    let mut log = folder.metrics_log()?;
+    let bar = Progress::start("fine-tuning", "step", done, plan.train.steps);
+    let mut last = Metrics::new();
+    for step in done + 1..=plan.train.steps {
+        let mut watch = Stopwatch::start();
+        let mut metrics = Metrics::new();
+        let indices: Vec<u64> = (0..plan.train.batch)
+            .map(|_| match &mut state.order {
+                Some(order) => order.next_row() as u64,
+                None => {
+                    state.next += 1;
+                    state.next - 1
+                }
+            })
+            .collect();
+        let mut examples: Vec<Example> = watch.time("data", || {
+            indices.par_iter().map(|&i| source.example(&chat, &processor, i, step)).collect::<Result<_>>()
+        })?;
+        let before = examples.len();
+        examples.retain(|e| e.stream.len() <= plan.data.max_tokens);
+        ensure!(
+            !examples.is_empty(),
+            "every dialogue of step {step} is longer than data.max_tokens = {}; raise it or lower the pixel budget",
+            plan.data.max_tokens
+        );
+        metrics.insert("data/left_out".into(), json!(before - examples.len()));
+        let started = std::time::Instant::now();
+        update(&mut engine, &examples, step, head.as_mut(), &mut metrics)?;
+        watch.add("update", started.elapsed());
+        watch.write(&mut metrics);
+        metrics.insert("perf/max_memory_gb".into(), json!(peak_rss() as f64 / 1e9));
+        log.append(step, &metrics)?;
+        let number = |key: &str| metrics.get(key).and_then(|v| v.as_f64()).unwrap_or(f64::NAN);
+        bar.step(format!("loss {:.3} · right tokens {:.2}", number("loss"), number("accuracy")));
+        last = metrics;
+        let asked = interrupt.asked();
+        let due = plan.train.checkpoint_every > 0 && step % plan.train.checkpoint_every == 0;
+        if asked || due || step == plan.train.steps {
+            let draft = folder.checkpoint(step)?;
+            engine.save(draft.folder())?;
+            if let Some((_, head)) = &head {
+                head.save(draft.folder())?;
+            }
+            draft.finish(&state)?;
+            if let Some(keep) = NonZeroUsize::new(plan.train.keep_checkpoints) {
+                folder.keep_last_checkpoints(keep)?;
+            }
+        }
+        if asked {
+            return Err(Interrupted::after(step, &plan.train.out).into());
+        }
+    }
+    bar.finish();
+    Ok(last)
+}
+
+/// One optimiser step on some dialogues.
+fn update(
+    engine: &mut Embedded,
+    examples: &[Example],
+    step: u64,
+    mut head: Option<&mut (dense::Options, DenseHead)>,
+    metrics: &mut Metrics,
+) -> Result<()> {
+    let total: usize = examples.iter().map(|e| e.stream.sampled_count()).sum();
+    let images: usize = examples.iter().map(|e| e.patches.len()).sum();
+    let dense_weight = match &head {
+        Some((o, _)) => o.weight * (1.0 - step as f32 / o.until_step as f32).clamp(0.0, 1.0),
+        None => 0.0,
+    };
+    let mut loss = 0.0;
+    let mut sure = 0;
+    let mut by_task: std::collections::BTreeMap<String, (f64, usize)> = Default::default();
+    let mut fit = Fit::default();
+    engine.accumulate_examples(
+        examples,
+        &mut |i, scores| {
+            let entry = by_task.entry(examples[i].task.clone()).or_default();
+            for &l in &scores.logprobs {
+                loss -= f64::from(l);
+                // A token with more than half of the probability is the greedy choice.
+                sure += usize::from(l > -std::f32::consts::LN_2);
+                entry.0 -= f64::from(l);
+                entry.1 += 1;
+            }
+            Ok(Weights { logprobs: vec![-1.0 / total as f32; scores.logprobs.len()], entropies: None })
+        },
+        &mut |i, features, grids| {
+            let (_, head) = head.as_mut()?;
+            if dense_weight == 0.0 {
+                return None;
+            }
+            let views: Vec<dense::View> = grids
+                .iter()
+                .zip(&examples[i].objects)
+                .map(|(&grid, objects)| dense::View { grid, side: 28.0, objects })
+                .collect();
+            let share = dense_weight * grids.len() as f32 / images as f32;
+            let (gradient, one) = head.backward(features, &views, share);
+            fit.add(Fit { loss: one.loss * grids.len() as f64 / images as f64, ..one });
+            Some(gradient)
+        },
+    )?;
+    let rate = engine.learning_rate();
+    let norm = engine.step(rate)?;
+    if let Some((options, head)) = head
+        && dense_weight > 0.0
+    {
+        head.update(options.learning_rate);
+        metrics.insert("dense/loss".into(), json!(fit.loss));
+        metrics.insert("dense/named".into(), json!(fit.named_right as f64 / fit.on_object.max(1) as f64));
+        metrics.insert("dense/iou".into(), json!(fit.iou / fit.on_object.max(1) as f64));
+    }
+    metrics.insert("loss".into(), json!(loss / total as f64));
+    metrics.insert("accuracy".into(), json!(sure as f64 / total as f64));
+    for (task, (sum, n)) in by_task {
+        metrics.insert(format!("loss/{task}"), json!(sum / n.max(1) as f64));
+    }
+    metrics.insert("tokens/trained".into(), json!(total));
+    metrics.insert("tokens/all".into(), json!(examples.iter().map(|e| e.stream.len()).sum::<usize>()));
+    metrics.insert("grad_norm".into(), json!(norm));
+    metrics.insert("lr".into(), json!(rate));
+    Ok(())
+}

@@ -1,0 +1,68 @@
+//! What may be asked, shown and rewarded. A [`Task`] never meets a tensor or a token: it opens a conversation in words and
+//! views, replies to what the policy said, and judges the finished episode. The turn loop (`rollout.rs`) does the rest.
+
+pub mod crop;
+pub mod template;
+
+use anyhow::Result;
+
+use crate::chat::{Action, Convention, Part};
+use crate::data::Sample;
+use crate::episode::{BoxOutcome, Episode, Stop};
+use crate::geometry::{BBox, Size, View};
+use crate::reward::Parts;
+
+/// A message of the task with the views it shows, one for each image among its parts, in order.
+#[derive(Clone, Debug, Default)]
+pub struct Shown {
+    pub parts: Vec<Part>,
+    pub views: Vec<View>,
+}
+
+/// How the task opens the conversation.
+#[derive(Clone, Debug)]
+pub struct Opening {
+    pub system: Option<String>,
+    pub user: Shown,
+}
+
+/// What the policy's last turn was taken to be, for the record.
+#[derive(Clone, Debug, Default)]
+pub struct Reading {
+    pub outcome: Option<BoxOutcome>,
+    /// In pixels of the original picture.
+    pub bbox: Option<BBox>,
+}
+
+/// The task's answer to a turn of the policy.
+#[derive(Clone, Debug)]
+pub enum Reply {
+    /// Go on with this message.
+    Show(Shown, Reading),
+    Close(Stop, Reading),
+}
+
+/// Everything that a task may look at when it replies.
+pub struct Context<'a> {
+    pub sample: &'a Sample,
+    /// Sizes of the sample's original pictures.
+    pub sizes: &'a [Size],
+    /// The views shown so far, in order.
+    pub views: &'a [View],
+    /// What the policy's numbers mean.
+    pub convention: Convention,
+    /// How many turns the policy has taken, this one included.
+    pub turn: usize,
+    /// A number that is the same in every run for the same seed, step, group, member and turn.
+    pub seed: u64,
+}
+
+pub trait Task: Sync {
+    fn name(&self) -> &'static str;
+    /// The most turns the policy can take.
+    fn max_turns(&self) -> usize;
+    fn open(&self, sample: &Sample, sizes: &[Size]) -> Result<Opening>;
+    fn reply(&self, context: &Context, action: &Action) -> Result<Reply>;
+    /// Scores the finished episode. Pure: the same episode gives the same parts.
+    fn judge(&self, sample: &Sample, episode: &Episode) -> Parts;
+}
