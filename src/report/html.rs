@@ -37,15 +37,8 @@ pub fn words(text: &str) -> String {
             count += 1;
             rest = after;
         }
-        let times = if count > 1 {
-            format!(" ×{count}")
-        } else {
-            String::new()
-        };
-        out.push_str(&format!(
-            "<span class=\"token\">{}{times}</span>",
-            escape(token)
-        ));
+        let times = if count > 1 { format!(" ×{count}") } else { String::new() };
+        out.push_str(&format!("<span class=\"token\">{}{times}</span>", escape(token)));
     }
     out.push_str(&escape(rest));
     out
@@ -57,9 +50,7 @@ fn next_token(text: &str) -> Option<(&str, &str, &str)> {
     while let Some(found) = text[from..].find("<|") {
         let start = from + found;
         let inner = &text[start + 2..];
-        let end = inner
-            .find(|c: char| !(c.is_ascii_alphanumeric() || c == '_'))
-            .unwrap_or(inner.len());
+        let end = inner.find(|c: char| !(c.is_ascii_alphanumeric() || c == '_')).unwrap_or(inner.len());
         if end > 0 && inner[end..].starts_with("|>") {
             return Some((&text[..start], &inner[..end], &inner[end + 2..]));
         }
@@ -87,11 +78,7 @@ pub fn number(value: f64) -> String {
         _ if size >= 0.01 => format!("{value:.3}"),
         _ => format!("{value:.5}"),
     };
-    if text.contains('.') {
-        text.trim_end_matches('0').trim_end_matches('.').to_owned()
-    } else {
-        text
-    }
+    if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.').to_owned() } else { text }
 }
 
 #[cfg(test)]
@@ -117,14 +104,8 @@ mod tests {
 
     #[test]
     fn what_only_looks_like_a_token_is_text() {
-        assert_eq!(
-            words("<|<b>|> <||> <|x"),
-            "&lt;|&lt;b&gt;|&gt; &lt;||&gt; &lt;|x"
-        );
-        assert_eq!(
-            words("<|\"onload=x|><|ok|>"),
-            "&lt;|&quot;onload=x|&gt;<span class=\"token\">ok</span>"
-        );
+        assert_eq!(words("<|<b>|> <||> <|x"), "&lt;|&lt;b&gt;|&gt; &lt;||&gt; &lt;|x");
+        assert_eq!(words("<|\"onload=x|><|ok|>"), "&lt;|&quot;onload=x|&gt;<span class=\"token\">ok</span>");
         assert_eq!(words("<|<|ok|>"), "&lt;|<span class=\"token\">ok</span>");
     }
 
