@@ -29,8 +29,7 @@ pub fn say(text: &str) {
 
 /// Whether colours may be used on stderr: it is a terminal and `NO_COLOR` (<https://no-color.org>) is not set.
 pub fn colours() -> bool {
-    std::io::stderr().is_terminal()
-        && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+    std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }
 
 /// The state of one piece of work.
@@ -56,63 +55,44 @@ pub struct Progress {
 impl Progress {
     /// Starts showing `what`, counted in `unit`s ("step", "question"), `done` of `total` already behind us.
     pub fn start(what: &str, unit: &str, done: u64, total: u64) -> Self {
-        let state = State {
-            what: what.into(),
-            unit: unit.into(),
-            done,
-            total,
-            before: done,
-            message: String::new(),
-        };
+        let state = State { what: what.into(), unit: unit.into(), done, total, before: done, message: String::new() };
         let state = Arc::new(Mutex::new(state));
         let started = Instant::now();
         let (stop, stopped) = channel();
         let watched = Arc::clone(&state);
         // A thread of its own, so that time goes on for the reader while one long step is being worked on.
-        let thread = std::thread::Builder::new()
-            .name("progress".into())
-            .spawn(move || {
-                let terminal = std::io::stderr().is_terminal();
-                let mut bar: Option<ProgressBar> = None;
-                let mut printed: Option<(Instant, u64)> = None;
-                loop {
-                    match stopped.recv_timeout(TICK) {
-                        Err(RecvTimeoutError::Timeout) => {}
-                        Ok(()) | Err(RecvTimeoutError::Disconnected) => break,
-                    }
-                    let elapsed = started.elapsed();
-                    if elapsed < QUIET {
-                        continue;
-                    }
-                    let now = read(&watched);
-                    if terminal {
-                        let bar = bar.get_or_insert_with(|| new_bar(&now));
-                        bar.set_position(now.done);
-                        bar.set_length(now.total);
-                        bar.set_message(tail(&now, elapsed));
-                    } else if printed.is_none_or(|(at, done)| {
-                        at.elapsed() >= PLAIN && (done != now.done || at.elapsed() >= 6 * PLAIN)
-                    }) {
-                        printed = Some((Instant::now(), now.done));
-                        eprintln!(
-                            "{} {}/{} {}",
-                            now.what,
-                            now.done,
-                            now.total,
-                            tail(&now, elapsed)
-                        );
-                    }
+        let thread = std::thread::Builder::new().name("progress".into()).spawn(move || {
+            let terminal = std::io::stderr().is_terminal();
+            let mut bar: Option<ProgressBar> = None;
+            let mut printed: Option<(Instant, u64)> = None;
+            loop {
+                match stopped.recv_timeout(TICK) {
+                    Err(RecvTimeoutError::Timeout) => {}
+                    Ok(()) | Err(RecvTimeoutError::Disconnected) => break,
                 }
-                if let Some(bar) = bar {
-                    bar.finish_and_clear();
+                let elapsed = started.elapsed();
+                if elapsed < QUIET {
+                    continue;
                 }
-            });
+                let now = read(&watched);
+                if terminal {
+                    let bar = bar.get_or_insert_with(|| new_bar(&now));
+                    bar.set_position(now.done);
+                    bar.set_length(now.total);
+                    bar.set_message(tail(&now, elapsed));
+                } else if printed
+                    .is_none_or(|(at, done)| at.elapsed() >= PLAIN && (done != now.done || at.elapsed() >= 6 * PLAIN))
+                {
+                    printed = Some((Instant::now(), now.done));
+                    eprintln!("{} {}/{} {}", now.what, now.done, now.total, tail(&now, elapsed));
+                }
+            }
+            if let Some(bar) = bar {
+                bar.finish_and_clear();
+            }
+        });
         // Without a thread there is no display; the work goes on all the same.
-        Progress {
-            state,
-            started,
-            shown: thread.ok().map(|thread| (stop, thread)),
-        }
+        Progress { state, started, shown: thread.ok().map(|thread| (stop, thread)) }
     }
 
     /// Counts one more part done and shows `message` (the last metrics) beside the bar.
@@ -131,18 +111,12 @@ impl Progress {
 
     /// Counts `parts` more done.
     pub fn add(&self, parts: u64) {
-        self.state
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .done += parts;
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).done += parts;
     }
 
     /// Shows `message` beside the bar.
     pub fn note(&self, message: impl Into<String>) {
-        self.state
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .message = message.into();
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).message = message.into();
     }
 
     /// Takes the bar away and, if the work took long enough to be shown, says how long it took.
@@ -151,11 +125,7 @@ impl Progress {
         let elapsed = self.started.elapsed();
         if elapsed >= QUIET {
             let state = read(&self.state);
-            let message = if state.message.is_empty() {
-                String::new()
-            } else {
-                format!(" · {}", state.message)
-            };
+            let message = if state.message.is_empty() { String::new() } else { format!(" · {}", state.message) };
             say(&format!(
                 "{} {}/{} in {}{message}",
                 state.what,
@@ -191,9 +161,8 @@ fn new_bar(state: &State) -> ProgressBar {
     } else {
         "{prefix} {bar:24} {pos}/{len} {wide_msg}"
     };
-    let style = ProgressStyle::with_template(template)
-        .unwrap_or_else(|_| ProgressStyle::default_bar())
-        .progress_chars("━╸─");
+    let style =
+        ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("━╸─");
     let bar = ProgressBar::with_draw_target(Some(state.total), ProgressDrawTarget::hidden())
         .with_style(style)
         .with_prefix(state.what.clone());
@@ -240,36 +209,17 @@ mod tests {
     use super::*;
 
     fn state(done: u64, before: u64) -> State {
-        State {
-            what: "training".into(),
-            unit: "step".into(),
-            done,
-            total: 60,
-            before,
-            message: "reward 0.41".into(),
-        }
+        State { what: "training".into(), unit: "step".into(), done, total: 60, before, message: "reward 0.41".into() }
     }
 
     #[test]
     fn the_rate_counts_only_what_this_process_did() {
         // Resumed at 20, now at 30 after 25 s: 2.5 s each, 30 left make 75 s.
-        assert_eq!(
-            tail(&state(30, 20), Duration::from_secs(25)),
-            "2.5 s/step · 1 min 15 s left · reward 0.41"
-        );
-        assert_eq!(
-            tail(&state(40, 0), Duration::from_secs(10)),
-            "4.0 steps/s · 5 s left · reward 0.41"
-        );
-        assert_eq!(
-            tail(&state(60, 0), Duration::from_secs(60)),
-            "1.0 s/step · reward 0.41"
-        );
+        assert_eq!(tail(&state(30, 20), Duration::from_secs(25)), "2.5 s/step · 1 min 15 s left · reward 0.41");
+        assert_eq!(tail(&state(40, 0), Duration::from_secs(10)), "4.0 steps/s · 5 s left · reward 0.41");
+        assert_eq!(tail(&state(60, 0), Duration::from_secs(60)), "1.0 s/step · reward 0.41");
         // Nothing done yet: no rate is invented.
-        assert_eq!(
-            tail(&state(20, 20), Duration::from_secs(7)),
-            "7 s · reward 0.41"
-        );
+        assert_eq!(tail(&state(20, 20), Duration::from_secs(7)), "7 s · reward 0.41");
     }
 
     #[test]

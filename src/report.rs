@@ -51,15 +51,10 @@ struct Run {
 /// # Errors
 /// When a folder is missing or holds nothing a run leaves, when its metrics or table are damaged, or when the page cannot be written.
 pub fn write(runs: &[PathBuf], out: Option<&Path>, episodes: usize) -> Result<PathBuf> {
-    let Some(first) = runs.first() else {
-        bail!("name at least one run folder")
-    };
+    let Some(first) = runs.first() else { bail!("name at least one run folder") };
     let out = match out {
         Some(out) => out.to_owned(),
-        None => runs[1..]
-            .iter()
-            .fold(first.clone(), |shared, run| common(&shared, run))
-            .join(REPORT),
+        None => runs[1..].iter().fold(first.clone(), |shared, run| common(&shared, run)).join(REPORT),
     };
     let mut roots: Vec<PathBuf> = Vec::new();
     for folder in runs {
@@ -69,10 +64,7 @@ pub fn write(runs: &[PathBuf], out: Option<&Path>, episodes: usize) -> Result<Pa
             }
         }
     }
-    let loaded = roots
-        .iter()
-        .map(|root| load(root))
-        .collect::<Result<Vec<_>>>()?;
+    let loaded = roots.iter().map(|root| load(root)).collect::<Result<Vec<_>>>()?;
     let page = page(&loaded, episodes);
     run::write_atomic(&out, page.as_bytes()).context("writing the report")?;
     Ok(out)
@@ -80,17 +72,9 @@ pub fn write(runs: &[PathBuf], out: Option<&Path>, episodes: usize) -> Result<Pa
 
 /// The folder both paths start with.
 fn common(a: &Path, b: &Path) -> PathBuf {
-    let shared: PathBuf = a
-        .components()
-        .zip(b.components())
-        .take_while(|(a, b)| a == b)
-        .map(|(part, _)| part)
-        .collect();
-    if shared.as_os_str().is_empty() {
-        PathBuf::from(".")
-    } else {
-        shared
-    }
+    let shared: PathBuf =
+        a.components().zip(b.components()).take_while(|(a, b)| a == b).map(|(part, _)| part).collect();
+    if shared.as_os_str().is_empty() { PathBuf::from(".") } else { shared }
 }
 
 /// The folder itself if it holds anything to show, and the runs inside it.
@@ -108,11 +92,7 @@ fn expand(folder: &Path) -> Result<Vec<PathBuf>> {
             folder.display()
         );
     }
-    let mut roots = if own {
-        vec![folder.to_owned()]
-    } else {
-        Vec::new()
-    };
+    let mut roots = if own { vec![folder.to_owned()] } else { Vec::new() };
     roots.extend(inside);
     Ok(roots)
 }
@@ -131,14 +111,13 @@ fn load(root: &Path) -> Result<Run> {
         }
         None => None,
     };
-    let environment =
-        optional(&root.join(ENVIRONMENT))?.and_then(|text| match serde_json::from_str(&text) {
-            Ok(environment) => Some(environment),
-            Err(error) => {
-                notes.push(format!("{ENVIRONMENT} cannot be read: {error}"));
-                None
-            }
-        });
+    let environment = optional(&root.join(ENVIRONMENT))?.and_then(|text| match serde_json::from_str(&text) {
+        Ok(environment) => Some(environment),
+        Err(error) => {
+            notes.push(format!("{ENVIRONMENT} cannot be read: {error}"));
+            None
+        }
+    });
     let steps = run::episode_steps(root)?;
     let mut records = Vec::new();
     for index in spread(steps.len(), STEPS_READ) {
@@ -152,10 +131,7 @@ fn load(root: &Path) -> Result<Run> {
                             record.step = step;
                             records.push(record);
                         }
-                        Err(error) => notes.push(format!(
-                            "episode {} of step {step} is left out: {error:#}",
-                            line + 1
-                        )),
+                        Err(error) => notes.push(format!("episode {} of step {step} is left out: {error:#}", line + 1)),
                     }
                 }
             }
@@ -163,10 +139,8 @@ fn load(root: &Path) -> Result<Run> {
         }
     }
     let absolute = fs::canonicalize(root).unwrap_or_else(|_| root.to_owned());
-    let name = absolute.file_name().map_or_else(
-        || root.display().to_string(),
-        |name| name.to_string_lossy().into_owned(),
-    );
+    let name =
+        absolute.file_name().map_or_else(|| root.display().to_string(), |name| name.to_string_lossy().into_owned());
     Ok(Run {
         name,
         root: root.to_owned(),
@@ -193,41 +167,19 @@ fn spread(count: usize, wanted: usize) -> Vec<usize> {
     if count <= wanted {
         return (0..count).collect();
     }
-    (0..wanted)
-        .map(|i| i * (count - 1) / (wanted - 1).max(1))
-        .collect()
+    (0..wanted).map(|i| i * (count - 1) / (wanted - 1).max(1)).collect()
 }
 
 fn page(runs: &[Run], episodes: usize) -> String {
-    let title = runs.iter().find_map(|run| {
-        run.table
-            .as_ref()
-            .map(|table| table.title.clone())
-            .filter(|title| !title.is_empty())
-    });
-    let title = title.unwrap_or_else(|| {
-        runs.iter()
-            .map(|run| run.name.as_str())
-            .collect::<Vec<_>>()
-            .join(" and ")
-    });
+    let title = runs
+        .iter()
+        .find_map(|run| run.table.as_ref().map(|table| table.title.clone()).filter(|title| !title.is_empty()));
+    let title = title.unwrap_or_else(|| runs.iter().map(|run| run.name.as_str()).collect::<Vec<_>>().join(" and "));
     // Runs with curves or episodes get a colour; a folder that only holds the table needs none.
-    let shown: Vec<&Run> = runs
-        .iter()
-        .filter(|run| !run.metrics.is_empty() || !run.records.is_empty())
-        .collect();
-    let tables: String = runs
-        .iter()
-        .filter_map(|run| run.table.as_ref())
-        .map(Table::html)
-        .collect();
-    let courses: Vec<curves::Course> = shown
-        .iter()
-        .map(|run| curves::Course {
-            label: &run.name,
-            rows: &run.metrics,
-        })
-        .collect();
+    let shown: Vec<&Run> = runs.iter().filter(|run| !run.metrics.is_empty() || !run.records.is_empty()).collect();
+    let tables: String = runs.iter().filter_map(|run| run.table.as_ref()).map(Table::html).collect();
+    let courses: Vec<curves::Course> =
+        shown.iter().map(|run| curves::Course { label: &run.name, rows: &run.metrics }).collect();
     let curves = curves::html(&courses);
     let mut pictures = Pictures::default();
     let cards = episode_cards(&shown, episodes, &mut pictures);
@@ -242,23 +194,13 @@ fn page(runs: &[Run], episodes: usize) -> String {
     let mut body = String::new();
     for (id, name, content) in [
         ("result", "Result", tables),
-        (
-            "curves",
-            "Curves",
-            if curves.is_empty() {
-                curves
-            } else {
-                legend(&shown) + &curves
-            },
-        ),
+        ("curves", "Curves", if curves.is_empty() { curves } else { legend(&shown) + &curves }),
         ("episodes", "Episodes", cards),
         ("setup", "Setup", setup),
     ] {
         if !content.is_empty() {
             nav.push_str(&format!("<a href=\"#{id}\">{name}</a>"));
-            body.push_str(&format!(
-                "<section id=\"{id}\"><h2>{name}</h2>{content}</section>"
-            ));
+            body.push_str(&format!("<section id=\"{id}\"><h2>{name}</h2>{content}</section>"));
         }
     }
     format!(
@@ -285,11 +227,7 @@ fn summary(runs: &[&Run]) -> String {
             escape(&run.name)
         ));
         for (name, value) in facts(run) {
-            html.push_str(&format!(
-                "<div><dt>{}</dt><dd>{}</dd></div>",
-                escape(&name),
-                escape(&value)
-            ));
+            html.push_str(&format!("<div><dt>{}</dt><dd>{}</dd></div>", escape(&name), escape(&value)));
         }
         html.push_str("</dl></div>");
     }
@@ -299,19 +237,10 @@ fn summary(runs: &[&Run]) -> String {
 fn facts(run: &Run) -> Vec<(String, String)> {
     let mut facts = Vec::new();
     let mut fact = |name: &str, value: String| facts.push((name.to_owned(), value));
-    if let Some(step) = run
-        .metrics
-        .last()
-        .and_then(|row| row.get("step"))
-        .and_then(Value::as_u64)
-    {
+    if let Some(step) = run.metrics.last().and_then(|row| row.get("step")).and_then(Value::as_u64) {
         fact("steps", step.to_string());
     }
-    let seconds: f64 = run
-        .metrics
-        .iter()
-        .filter_map(|row| row.get("timing_s/step")?.as_f64())
-        .sum();
+    let seconds: f64 = run.metrics.iter().filter_map(|row| row.get("timing_s/step")?.as_f64()).sum();
     if seconds > 0.0 {
         fact("time", progress::duration(seconds));
     }
@@ -324,27 +253,9 @@ fn facts(run: &Run) -> Vec<(String, String)> {
         }
     }
     if let Some(environment) = &run.environment {
-        let commit = environment
-            .commit
-            .as_deref()
-            .map(|commit| format!(" ({})", commit.get(..10).unwrap_or(commit)));
-        fact(
-            "program",
-            format!(
-                "foveate {}{}",
-                environment.version,
-                commit.unwrap_or_default()
-            ),
-        );
-        fact(
-            "started",
-            environment
-                .started
-                .replace('T', " ")
-                .trim_end_matches('Z')
-                .to_owned()
-                + " UTC",
-        );
+        let commit = environment.commit.as_deref().map(|commit| format!(" ({})", commit.get(..10).unwrap_or(commit)));
+        fact("program", format!("foveate {}{}", environment.version, commit.unwrap_or_default()));
+        fact("started", environment.started.replace('T', " ").trim_end_matches('Z').to_owned() + " UTC");
     }
     facts
 }
@@ -356,47 +267,29 @@ fn named(config: &toml::Table, key: &str) -> Option<String> {
         toml::Value::Integer(number) => Some(number.to_string()),
         _ => None,
     };
-    let below = || {
-        config
-            .values()
-            .filter_map(toml::Value::as_table)
-            .find_map(|table| plain(table.get(key)?))
-    };
+    let below = || config.values().filter_map(toml::Value::as_table).find_map(|table| plain(table.get(key)?));
     config.get(key).and_then(plain).or_else(below)
 }
 
 fn legend(runs: &[&Run]) -> String {
     let mut html = String::from("<p class=\"legend\">");
     for (index, run) in runs.iter().enumerate().filter(|_| runs.len() > 1) {
-        html.push_str(&format!(
-            "<span><i class=\"swatch s{}\"></i>{}</span>",
-            index % COLOURS,
-            escape(&run.name)
-        ));
+        html.push_str(&format!("<span><i class=\"swatch s{}\"></i>{}</span>", index % COLOURS, escape(&run.name)));
     }
     html + "<span class=\"quiet\">faint: every step; bold: smoothed; number: the smoothed end</span></p>"
 }
 
 /// The episodes' filters and cards: the wanted number shared among the runs.
 fn episode_cards(runs: &[&Run], wanted: usize, pictures: &mut Pictures) -> String {
-    let with: Vec<(usize, &Run)> = runs
-        .iter()
-        .copied()
-        .enumerate()
-        .filter(|(_, run)| !run.records.is_empty())
-        .collect();
+    let with: Vec<(usize, &Run)> =
+        runs.iter().copied().enumerate().filter(|(_, run)| !run.records.is_empty()).collect();
     let mut cards = String::new();
     let mut steps = Vec::new();
     let mut count = 0;
     for (place, (index, run)) in with.iter().enumerate() {
         // The first runs take what does not divide.
         let share = wanted / with.len() + usize::from(place < wanted % with.len());
-        let belongs = episode::Belongs {
-            run: *index,
-            name: &run.name,
-            several: with.len() > 1,
-            root: &run.root,
-        };
+        let belongs = episode::Belongs { run: *index, name: &run.name, several: with.len() > 1, root: &run.root };
         for chosen in record::choose(&run.records, share) {
             let record = &run.records[chosen];
             steps.push(record.step);
@@ -415,20 +308,13 @@ fn episode_cards(runs: &[&Run], wanted: usize, pictures: &mut Pictures) -> Strin
          <button data-verdict=\"right\" aria-pressed=\"false\">right</button><button data-verdict=\"wrong\" aria-pressed=\"false\">wrong</button></div>"
     );
     if with.len() > 1 {
-        html.push_str(
-            "<select name=\"run\" aria-label=\"run\"><option value=\"\">every run</option>",
-        );
+        html.push_str("<select name=\"run\" aria-label=\"run\"><option value=\"\">every run</option>");
         for (index, run) in &with {
-            html.push_str(&format!(
-                "<option value=\"{index}\">{}</option>",
-                escape(&run.name)
-            ));
+            html.push_str(&format!("<option value=\"{index}\">{}</option>", escape(&run.name)));
         }
         html.push_str("</select>");
     }
-    html.push_str(
-        "<select name=\"step\" aria-label=\"step\"><option value=\"\">every step</option>",
-    );
+    html.push_str("<select name=\"step\" aria-label=\"step\"><option value=\"\">every step</option>");
     for step in steps {
         html.push_str(&format!("<option value=\"{step}\">step {step}</option>"));
     }
@@ -445,33 +331,28 @@ fn episode_cards(runs: &[&Run], wanted: usize, pictures: &mut Pictures) -> Strin
 fn setup(run: &Run) -> String {
     let mut html = String::new();
     if let Some(config) = &run.config {
-        html.push_str(&format!("<details><summary>{} <span class=\"quiet\">{CONFIG}</span></summary><pre>{}</pre></details>", escape(&run.name), escape(config)));
+        html.push_str(&format!(
+            "<details><summary>{} <span class=\"quiet\">{CONFIG}</span></summary><pre>{}</pre></details>",
+            escape(&run.name),
+            escape(config)
+        ));
     }
     if let Some(environment) = &run.environment {
-        let memory = environment.memory.map_or_else(
-            || "unknown".into(),
-            |bytes| format!("{:.1} GiB", bytes as f64 / f64::from(1 << 30)),
-        );
+        let memory = environment
+            .memory
+            .map_or_else(|| "unknown".into(), |bytes| format!("{:.1} GiB", bytes as f64 / f64::from(1 << 30)));
         let lines = [
             ("command", environment.command.join(" ")),
             ("program", format!("foveate {}", environment.version)),
-            (
-                "commit",
-                environment
-                    .commit
-                    .clone()
-                    .unwrap_or_else(|| "not recorded".into()),
-            ),
+            ("commit", environment.commit.clone().unwrap_or_else(|| "not recorded".into())),
             ("started", environment.started.clone()),
             ("system", environment.system.clone()),
             ("processor", environment.cpu.clone()),
             ("threads", environment.threads.to_string()),
             ("memory", memory),
         ];
-        let rows: String = lines
-            .iter()
-            .map(|(name, value)| format!("<div><dt>{name}</dt><dd>{}</dd></div>", escape(value)))
-            .collect();
+        let rows: String =
+            lines.iter().map(|(name, value)| format!("<div><dt>{name}</dt><dd>{}</dd></div>", escape(value))).collect();
         html.push_str(&format!(
             "<details><summary>{} <span class=\"quiet\">{ENVIRONMENT}</span></summary><dl class=\"facts\">{rows}</dl></details>",
             escape(&run.name)
@@ -490,13 +371,8 @@ mod tests {
     /// A run with three steps of hostile episodes, curves, config and table.
     fn hostile_run(root: &Path) {
         let run = run::RunFolder::create(root).unwrap();
-        let environment = Environment {
-            command: vec![EVIL.into()],
-            cpu: EVIL.into(),
-            ..Environment::default()
-        };
-        run.save_plan(&format!("# {EVIL}\ntask = \"crop\"\n"), &environment)
-            .unwrap();
+        let environment = Environment { command: vec![EVIL.into()], cpu: EVIL.into(), ..Environment::default() };
+        run.save_plan(&format!("# {EVIL}\ntask = \"crop\"\n"), &environment).unwrap();
         let mut log = run.metrics_log().unwrap();
         for step in 1..=3 {
             log.append(
@@ -508,8 +384,7 @@ mod tests {
             )
             .unwrap();
             let episode = json!({"id": EVIL, "question": EVIL, "images": [EVIL], "turns": [{"role": "assistant", "text": EVIL}], "reward": 1.0});
-            run.write_episodes(step, &[episode, json!({"views": "not a list"})])
-                .unwrap();
+            run.write_episodes(step, &[episode, json!({"views": "not a list"})]).unwrap();
         }
         let table = json!({"title": EVIL, "columns": [EVIL], "rows": [{"name": EVIL, "cells": [{"value": 0.5}]}], "notes": [EVIL]});
         run.save(TABLE, table.to_string().as_bytes()).unwrap();
@@ -525,19 +400,10 @@ mod tests {
         let page = fs::read_to_string(out).unwrap();
         // The one script is ours, and stands at the end.
         assert_eq!(page.matches("<script").count(), 1);
-        assert!(
-            !page.contains("alert(1)</script>")
-                && page.contains("&lt;script&gt;alert(1)&lt;/script&gt;")
-        );
+        assert!(!page.contains("alert(1)</script>") && page.contains("&lt;script&gt;alert(1)&lt;/script&gt;"));
         assert!(!page.contains("]]>"));
-        assert!(
-            page.contains("is left out"),
-            "the unreadable episode is named on the page"
-        );
-        assert!(
-            !page.contains("http:") && !page.contains("https:"),
-            "the page reaches for no network"
-        );
+        assert!(page.contains("is left out"), "the unreadable episode is named on the page");
+        assert!(!page.contains("http:") && !page.contains("https:"), "the page reaches for no network");
     }
 
     #[test]
@@ -545,10 +411,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let root = folder.path().join("run");
         hostile_run(&root);
-        let page = || {
-            fs::read(write(&[root.clone()], Some(&folder.path().join("page.html")), 7).unwrap())
-                .unwrap()
-        };
+        let page = || fs::read(write(&[root.clone()], Some(&folder.path().join("page.html")), 7).unwrap()).unwrap();
         assert_eq!(page(), page());
     }
 
@@ -558,16 +421,8 @@ mod tests {
         for name in ["grpo", "mgpo"] {
             hostile_run(&folder.path().join(name));
         }
-        assert_eq!(
-            expand(folder.path()).unwrap(),
-            [folder.path().join("grpo"), folder.path().join("mgpo")]
-        );
-        let out = write(
-            &[folder.path().join("grpo"), folder.path().join("mgpo")],
-            None,
-            EPISODES,
-        )
-        .unwrap();
+        assert_eq!(expand(folder.path()).unwrap(), [folder.path().join("grpo"), folder.path().join("mgpo")]);
+        let out = write(&[folder.path().join("grpo"), folder.path().join("mgpo")], None, EPISODES).unwrap();
         assert_eq!(out, folder.path().join(REPORT));
         let page = fs::read_to_string(out).unwrap();
         assert!(page.contains("<option value=\"1\">mgpo</option>"));
@@ -586,9 +441,7 @@ mod tests {
 
     #[test]
     fn config_values_are_found_one_level_down() {
-        let config: toml::Table = "seed = 3\n[model]\npath = 'x'\n[rl]\ntask = 'crop'"
-            .parse()
-            .unwrap();
+        let config: toml::Table = "seed = 3\n[model]\npath = 'x'\n[rl]\ntask = 'crop'".parse().unwrap();
         assert_eq!(named(&config, "seed"), Some("3".into()));
         assert_eq!(named(&config, "task"), Some("crop".into()));
         assert_eq!(named(&config, "model"), None);

@@ -56,13 +56,9 @@ impl RunFolder {
         }
         for folder in [EPISODES, CHECKPOINTS] {
             let path = root.join(folder);
-            fs::create_dir_all(&path)
-                .with_context(|| format!("making the run folder: {}", path.display()))?;
+            fs::create_dir_all(&path).with_context(|| format!("making the run folder: {}", path.display()))?;
         }
-        Ok(RunFolder {
-            root: root.to_owned(),
-            _lock: lock(root)?,
-        })
+        Ok(RunFolder { root: root.to_owned(), _lock: lock(root)? })
     }
 
     /// Goes on with the run in `path`: finds the newest complete checkpoint, and takes back whatever was written after it (metrics, episodes,
@@ -73,15 +69,9 @@ impl RunFolder {
     pub fn resume(path: impl AsRef<Path>) -> Result<(Self, Option<Checkpoint>)> {
         let root = path.as_ref();
         if !holds_run(root) {
-            bail!(
-                "there is no run to resume here; leave out `--resume` to start one: {}",
-                root.display()
-            );
+            bail!("there is no run to resume here; leave out `--resume` to start one: {}", root.display());
         }
-        let run = RunFolder {
-            root: root.to_owned(),
-            _lock: lock(root)?,
-        };
+        let run = RunFolder { root: root.to_owned(), _lock: lock(root)? };
         checkpoint::sweep(&run.root.join(CHECKPOINTS))?;
         let latest = latest_checkpoint(root)?;
         let done = latest.as_ref().map(|checkpoint| checkpoint.step);
@@ -89,18 +79,13 @@ impl RunFolder {
         for step in episode_steps(root)? {
             if done.is_none_or(|done| step > done) {
                 let path = episodes_path(root, step);
-                fs::remove_file(&path).with_context(|| {
-                    format!(
-                        "taking back the episodes of step {step}: {}",
-                        path.display()
-                    )
-                })?;
+                fs::remove_file(&path)
+                    .with_context(|| format!("taking back the episodes of step {step}: {}", path.display()))?;
             }
         }
         for folder in [EPISODES, CHECKPOINTS] {
             let path = root.join(folder);
-            fs::create_dir_all(&path)
-                .with_context(|| format!("making the run folder: {}", path.display()))?;
+            fs::create_dir_all(&path).with_context(|| format!("making the run folder: {}", path.display()))?;
         }
         Ok((run, latest))
     }
@@ -126,8 +111,7 @@ impl RunFolder {
     /// When the disk refuses.
     pub fn save_plan(&self, config_toml: &str, environment: &Environment) -> Result<()> {
         self.save(CONFIG, config_toml.as_bytes())?;
-        let json =
-            serde_json::to_vec_pretty(environment).context("writing down the environment")?;
+        let json = serde_json::to_vec_pretty(environment).context("writing down the environment")?;
         self.save(ENVIRONMENT, &json)?;
         Ok(())
     }
@@ -148,9 +132,8 @@ impl RunFolder {
         let path = episodes_path(&self.root, step);
         let mut bytes = Vec::new();
         for episode in episodes {
-            serde_json::to_writer(&mut bytes, episode).with_context(|| {
-                format!("writing the episodes of step {step}: {}", path.display())
-            })?;
+            serde_json::to_writer(&mut bytes, episode)
+                .with_context(|| format!("writing the episodes of step {step}: {}", path.display()))?;
             bytes.push(b'\n');
         }
         write_atomic(&path, &bytes)
@@ -175,12 +158,8 @@ impl RunFolder {
 
 /// Whether a folder holds what a run leaves behind.
 pub fn holds_run(root: &Path) -> bool {
-    let has_entries =
-        |folder| checkpoint::entries(&root.join(folder)).is_ok_and(|entries| !entries.is_empty());
-    root.join(CONFIG).exists()
-        || root.join(METRICS).exists()
-        || has_entries(EPISODES)
-        || has_entries(CHECKPOINTS)
+    let has_entries = |folder| checkpoint::entries(&root.join(folder)).is_ok_and(|entries| !entries.is_empty());
+    root.join(CONFIG).exists() || root.join(METRICS).exists() || has_entries(EPISODES) || has_entries(CHECKPOINTS)
 }
 
 fn lock(root: &Path) -> Result<File> {
@@ -194,10 +173,7 @@ fn lock(root: &Path) -> Result<File> {
     match file.try_lock() {
         Ok(()) => {}
         Err(TryLockError::WouldBlock) => {
-            bail!(
-                "another process is writing to this run; wait for it, or choose another folder: {}",
-                root.display()
-            )
+            bail!("another process is writing to this run; wait for it, or choose another folder: {}", root.display())
         }
         // Some network file systems have no locks. Then nothing is known; the run goes on and says so.
         Err(TryLockError::Error(error)) => {
@@ -225,10 +201,7 @@ pub fn metrics(root: &Path) -> Result<MetricsFile> {
 pub fn episode_steps(root: &Path) -> Result<Vec<u64>> {
     let mut steps: Vec<u64> = checkpoint::entries(&root.join(EPISODES))?
         .iter()
-        .filter(|path| {
-            path.extension()
-                .is_some_and(|extension| extension == "jsonl")
-        })
+        .filter(|path| path.extension().is_some_and(|extension| extension == "jsonl"))
         .filter_map(|path| path.file_stem()?.to_str()?.parse().ok())
         .collect();
     steps.sort_unstable();
@@ -247,9 +220,8 @@ pub fn episodes<T: DeserializeOwned>(root: &Path, step: u64) -> Result<Vec<T>> {
         .enumerate()
         .filter(|(_, line)| !line.trim().is_empty())
         .map(|(index, line)| {
-            serde_json::from_str(line).with_context(|| {
-                format!("line {} is not an episode: {}", index + 1, path.display())
-            })
+            serde_json::from_str(line)
+                .with_context(|| format!("line {} is not an episode: {}", index + 1, path.display()))
         })
         .collect()
 }
@@ -282,18 +254,13 @@ fn episodes_path(root: &Path, step: u64) -> PathBuf {
 pub fn write_atomic(path: impl AsRef<Path>, bytes: &[u8]) -> Result<()> {
     let path = path.as_ref();
     let what = || format!("writing {}", path.display());
-    let name = path
-        .file_name()
-        .with_context(|| format!("this is not a file's name: {}", path.display()))?;
+    let name = path.file_name().with_context(|| format!("this is not a file's name: {}", path.display()))?;
     let folder = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
     let (beside, mut file) = create_beside(folder, name).with_context(what)?;
-    let written = file
-        .write_all(bytes)
-        .and_then(|()| file.sync_all())
-        .and_then(|()| fs::rename(&beside, path));
+    let written = file.write_all(bytes).and_then(|()| file.sync_all()).and_then(|()| fs::rename(&beside, path));
     if written.is_err() {
         // Best effort: the error worth telling is the one above.
         let _ = fs::remove_file(&beside);
@@ -341,20 +308,10 @@ mod tests {
     fn play(run: &RunFolder, steps: std::ops::RangeInclusive<u64>, saved: &[u64]) {
         let mut log = run.metrics_log().unwrap();
         for step in steps {
-            run.write_episodes(
-                step,
-                &[
-                    json!({"id": "a", "step": step}),
-                    json!({"id": "b", "step": step}),
-                ],
-            )
-            .unwrap();
+            run.write_episodes(step, &[json!({"id": "a", "step": step}), json!({"id": "b", "step": step})]).unwrap();
             log.append(step, &step_metrics(step as f64 / 10.0)).unwrap();
             if saved.contains(&step) {
-                run.checkpoint(step)
-                    .unwrap()
-                    .finish(&json!({"done": step}))
-                    .unwrap();
+                run.checkpoint(step).unwrap().finish(&json!({"done": step})).unwrap();
             }
         }
     }
@@ -367,10 +324,7 @@ mod tests {
         run.save_plan("seed = 1\n", &Environment::now()).unwrap();
         drop(run);
         let error = format!("{:#}", RunFolder::create(&path).unwrap_err());
-        assert!(
-            error.contains("already holds a run") && error.contains("--resume"),
-            "{error}"
-        );
+        assert!(error.contains("already holds a run") && error.contains("--resume"), "{error}");
         let elsewhere = folder.path().join("nothing");
         let error = format!("{:#}", RunFolder::resume(&elsewhere).unwrap_err());
         assert!(error.contains("no run to resume"), "{error}");
@@ -398,24 +352,13 @@ mod tests {
 
         let (run, latest) = RunFolder::resume(folder.path()).unwrap();
         let latest = latest.unwrap();
-        assert_eq!(
-            (latest.step, latest.state::<Value>().unwrap()),
-            (3, json!({"done": 3}))
-        );
+        assert_eq!((latest.step, latest.state::<Value>().unwrap()), (3, json!({"done": 3})));
         assert_eq!(episode_steps(folder.path()).unwrap(), [1, 2, 3]);
         play(&run, 4..=6, &[]);
         let rows = metrics(folder.path()).unwrap().rows;
-        let steps: Vec<u64> = rows
-            .iter()
-            .map(|row| row["step"].as_u64().unwrap())
-            .collect();
+        let steps: Vec<u64> = rows.iter().map(|row| row["step"].as_u64().unwrap()).collect();
         assert_eq!(steps, [1, 2, 3, 4, 5, 6]);
-        assert_eq!(
-            checkpoint::entries(&folder.path().join("checkpoints"))
-                .unwrap()
-                .len(),
-            2
-        );
+        assert_eq!(checkpoint::entries(&folder.path().join("checkpoints")).unwrap().len(), 2);
     }
 
     #[test]
@@ -434,18 +377,12 @@ mod tests {
     fn episodes_come_back_and_a_bad_line_is_named() {
         let folder = tempfile::tempdir().unwrap();
         let run = RunFolder::create(folder.path()).unwrap();
-        let written = [
-            json!({"text": "one\ntwo", "reward": 1.0}),
-            json!({"text": "</script>"}),
-        ];
+        let written = [json!({"text": "one\ntwo", "reward": 1.0}), json!({"text": "</script>"})];
         run.write_episodes(7, &written).unwrap();
         assert_eq!(episodes::<Value>(folder.path(), 7).unwrap(), written);
         fs::write(folder.path().join("episodes/8.jsonl"), "{}\n{\"text\": \n").unwrap();
         let error = format!("{:#}", episodes::<Value>(folder.path(), 8).unwrap_err());
-        assert!(
-            error.contains("line 2") && error.contains("8.jsonl"),
-            "{error}"
-        );
+        assert!(error.contains("line 2") && error.contains("8.jsonl"), "{error}");
     }
 
     #[test]
@@ -456,10 +393,7 @@ mod tests {
         write_atomic(&path, b"new").unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"new");
         assert_eq!(checkpoint::entries(folder.path()).unwrap(), [path]);
-        let error = format!(
-            "{:#}",
-            write_atomic(folder.path().join("missing/x"), b"").unwrap_err()
-        );
+        let error = format!("{:#}", write_atomic(folder.path().join("missing/x"), b"").unwrap_err());
         assert!(error.contains("missing/x"), "{error}");
     }
 }

@@ -41,21 +41,11 @@ pub fn mean(values: &[f64]) -> Option<f64> {
 /// With `n = 0` nothing is known: the value is NaN and the interval is [0, 1].
 pub fn wilson(successes: usize, n: usize) -> Estimate {
     if n == 0 {
-        return Estimate {
-            value: f64::NAN,
-            low: 0.0,
-            high: 1.0,
-            n,
-        };
+        return Estimate { value: f64::NAN, low: 0.0, high: 1.0, n };
     }
     let share = successes as f64 / n as f64;
     let (low, high) = wilson_bounds(share, n as f64);
-    Estimate {
-        value: share,
-        low,
-        high,
-        n,
-    }
+    Estimate { value: share, low, high, n }
 }
 
 /// Wilson's interval for a share seen in `n` observations, where `n` may be an effective, fractional number.
@@ -93,23 +83,13 @@ pub fn clustered_mean<K: Ord>(values: &[f64], clusters: &[K]) -> Estimate {
     assert_eq!(values.len(), clusters.len(), "one cluster name per value");
     let n = values.len();
     let Some(value) = mean(values) else {
-        return Estimate {
-            value: f64::NAN,
-            low: f64::NAN,
-            high: f64::NAN,
-            n,
-        };
+        return Estimate { value: f64::NAN, low: f64::NAN, high: f64::NAN, n };
     };
     let half = match clustered_variance(values, clusters, value) {
         (_, Some(variance)) => Z95 * variance.sqrt(),
         (_, None) => f64::INFINITY,
     };
-    Estimate {
-        value,
-        low: value - half,
-        high: value + half,
-        n,
-    }
+    Estimate { value, low: value - half, high: value + half, n }
 }
 
 /// The mean of scores in [0, 1] (right or wrong) with Wilson's interval at the effective number of observations.
@@ -124,31 +104,19 @@ pub fn clustered_share<K: Ord>(values: &[f64], clusters: &[K]) -> Estimate {
     assert_eq!(values.len(), clusters.len(), "one cluster name per value");
     let n = values.len();
     let Some(value) = mean(values) else {
-        return Estimate {
-            value: f64::NAN,
-            low: 0.0,
-            high: 1.0,
-            n,
-        };
+        return Estimate { value: f64::NAN, low: 0.0, high: 1.0, n };
     };
     let (groups, variance) = clustered_variance(values, clusters, value);
     let effective = if groups == n {
         n as f64
     } else {
         match variance {
-            Some(variance) if variance > 0.0 => {
-                (value * (1.0 - value) / variance).clamp(1.0, n as f64)
-            }
+            Some(variance) if variance > 0.0 => (value * (1.0 - value) / variance).clamp(1.0, n as f64),
             _ => groups as f64,
         }
     };
     let (low, high) = wilson_bounds(value, effective);
-    Estimate {
-        value,
-        low,
-        high,
-        n,
-    }
+    Estimate { value, low, high, n }
 }
 
 /// Two systems on the same questions.
@@ -167,24 +135,10 @@ pub struct Paired {
 /// # Panics
 /// If the two slices differ in length: that is a bug of the caller, not of the data.
 pub fn paired(first: &[bool], second: &[bool]) -> Paired {
-    assert_eq!(
-        first.len(),
-        second.len(),
-        "both systems answer the same questions"
-    );
-    let count = |a: bool, b: bool| {
-        first
-            .iter()
-            .zip(second)
-            .filter(|&(&x, &y)| (x, y) == (a, b))
-            .count()
-    };
+    assert_eq!(first.len(), second.len(), "both systems answer the same questions");
+    let count = |a: bool, b: bool| first.iter().zip(second).filter(|&(&x, &y)| (x, y) == (a, b)).count();
     let (only_first, only_second) = (count(true, false), count(false, true));
-    Paired {
-        only_first,
-        only_second,
-        p: mcnemar_exact(only_first, only_second),
-    }
+    Paired { only_first, only_second, p: mcnemar_exact(only_first, only_second) }
 }
 
 /// The exact two-sided p-value of McNemar's test: under "no difference" each of the `b + c` questions on which the
@@ -232,23 +186,12 @@ mod tests {
     #[test]
     fn wilson_matches_the_values_of_a_printed_table() {
         // Newcombe 1998 (doi:10.1002/(SICI)1097-0258(19980430)17:8<857), table I, method 3, given to four decimals.
-        for (successes, n, low, high) in [
-            (81, 263, 0.2553, 0.3662),
-            (15, 148, 0.0624, 0.1605),
-            (0, 20, 0.0, 0.1611),
-            (1, 29, 0.0061, 0.1718),
-        ] {
+        for (successes, n, low, high) in
+            [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)]
+        {
             let got = wilson(successes, n);
-            assert!(
-                (got.low - low).abs() < 6e-5,
-                "{successes}/{n}: low {} is not {low}",
-                got.low
-            );
-            assert!(
-                (got.high - high).abs() < 6e-5,
-                "{successes}/{n}: high {} is not {high}",
-                got.high
-            );
+            assert!((got.low - low).abs() < 6e-5, "{successes}/{n}: low {} is not {low}", got.low);
+            assert!((got.high - high).abs() < 6e-5, "{successes}/{n}: high {} is not {high}", got.high);
         }
     }
 
@@ -275,9 +218,7 @@ mod tests {
     #[test]
     fn copies_of_an_answer_do_not_narrow_a_share() {
         let alone = wilson(3, 10);
-        let scores: Vec<f64> = (0..80)
-            .map(|i| if i % 10 < 3 { 1.0 } else { 0.0 })
-            .collect();
+        let scores: Vec<f64> = (0..80).map(|i| if i % 10 < 3 { 1.0 } else { 0.0 }).collect();
         let questions: Vec<usize> = (0..80).map(|i| i % 10).collect();
         let copied = clustered_share(&scores, &questions);
         assert_eq!((copied.value, copied.n), (0.3, 80));
@@ -294,10 +235,7 @@ mod tests {
         // Ten questions answered right twice: no more certain than ten right once.
         let twice: Vec<usize> = (0..20).map(|i| i / 2).collect();
         let got = clustered_share(&[1.0; 20], &twice);
-        assert_eq!(
-            (got.low, got.high),
-            (wilson(10, 10).low, wilson(10, 10).high)
-        );
+        assert_eq!((got.low, got.high), (wilson(10, 10).low, wilson(10, 10).high));
     }
 
     #[test]
@@ -315,10 +253,7 @@ mod tests {
 
     #[test]
     fn pairing_counts_only_disagreements() {
-        let got = paired(
-            &[true, true, false, false, true],
-            &[true, false, true, false, false],
-        );
+        let got = paired(&[true, true, false, false, true], &[true, false, true, false, false]);
         // b = 2, c = 1: 2 * (1 + 3) / 8 = 1.
         assert_eq!((got.only_first, got.only_second, got.p), (2, 1, 1.0));
     }

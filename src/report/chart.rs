@@ -22,18 +22,11 @@ impl Series {
     pub fn smooth(&self) -> Vec<(f64, f64)> {
         let values: Vec<f64> = self.points.iter().map(|point| point.1).collect();
         let keep = (1.0 - 10.0 / values.len() as f64).clamp(0.0, 0.95);
-        self.points
-            .iter()
-            .map(|point| point.0)
-            .zip(ema(&values, keep))
-            .collect()
+        self.points.iter().map(|point| point.0).zip(ema(&values, keep)).collect()
     }
 
     fn finite(&self) -> impl Iterator<Item = (f64, f64)> {
-        self.points
-            .iter()
-            .copied()
-            .filter(|(x, y)| x.is_finite() && y.is_finite())
+        self.points.iter().copied().filter(|(x, y)| x.is_finite() && y.is_finite())
     }
 }
 
@@ -54,22 +47,13 @@ pub fn chart(title: &str, series: &[Series], share: bool) -> Option<String> {
     let all: Vec<(f64, f64)> = series.iter().flat_map(Series::finite).collect();
     let (first, last) = range(all.iter().map(|point| point.0))?;
     let (low, high) = range(all.iter().map(|point| point.1))?;
-    let ticks = if share {
-        vec![0.0, 0.25, 0.5, 0.75, 1.0]
-    } else {
-        nice_ticks(low, high, 4)
-    };
+    let ticks = if share { vec![0.0, 0.25, 0.5, 0.75, 1.0] } else { nice_ticks(low, high, 4) };
     let (bottom, top) = (low.min(ticks[0]), high.max(ticks[ticks.len() - 1]));
     let x = |step: f64| {
-        let share = if last > first {
-            (step - first) / (last - first)
-        } else {
-            0.5
-        };
+        let share = if last > first { (step - first) / (last - first) } else { 0.5 };
         LEFT + share * (WIDTH - LEFT - RIGHT)
     };
-    let y =
-        |value: f64| HEIGHT - BOTTOM - (value - bottom) / (top - bottom) * (HEIGHT - TOP - BOTTOM);
+    let y = |value: f64| HEIGHT - BOTTOM - (value - bottom) / (top - bottom) * (HEIGHT - TOP - BOTTOM);
 
     let mut svg = format!(
         "<svg class=\"chart\" viewBox=\"0 0 {WIDTH} {HEIGHT}\" role=\"img\" aria-label=\"{}\">",
@@ -86,11 +70,7 @@ pub fn chart(title: &str, series: &[Series], share: bool) -> Option<String> {
         ));
     }
     for tick in step_ticks(first, last) {
-        let anchor = if tick == last && last > first {
-            "end"
-        } else {
-            "middle"
-        };
+        let anchor = if tick == last && last > first { "end" } else { "middle" };
         svg.push_str(&format!(
             "<text class=\"tick\" x=\"{:.1}\" y=\"{}\" text-anchor=\"{anchor}\">{}</text>",
             x(tick),
@@ -106,11 +86,7 @@ pub fn chart(title: &str, series: &[Series], share: bool) -> Option<String> {
         if !few {
             svg.push_str(&line(&thin(&one.points), &x, &y, &format!("raw s{colour}")));
         }
-        let course = if few {
-            one.points.clone()
-        } else {
-            thin(&smooth)
-        };
+        let course = if few { one.points.clone() } else { thin(&smooth) };
         svg.push_str(&line(&course, &x, &y, &format!("line s{colour}")));
         if few {
             for (step, value) in one.finite() {
@@ -134,29 +110,17 @@ pub fn chart(title: &str, series: &[Series], share: bool) -> Option<String> {
 
 fn range(values: impl Iterator<Item = f64>) -> Option<(f64, f64)> {
     values.fold(None, |range, value| {
-        Some(range.map_or((value, value), |(low, high): (f64, f64)| {
-            (low.min(value), high.max(value))
-        }))
+        Some(range.map_or((value, value), |(low, high): (f64, f64)| (low.min(value), high.max(value))))
     })
 }
 
 /// A polyline with a break wherever a value is missing.
-fn line(
-    points: &[(f64, f64)],
-    x: &impl Fn(f64) -> f64,
-    y: &impl Fn(f64) -> f64,
-    class: &str,
-) -> String {
+fn line(points: &[(f64, f64)], x: &impl Fn(f64) -> f64, y: &impl Fn(f64) -> f64, class: &str) -> String {
     let mut path = String::new();
     let mut drawing = false;
     for &(step, value) in points {
         if step.is_finite() && value.is_finite() {
-            path.push_str(&format!(
-                "{}{:.1} {:.1}",
-                if drawing { "L" } else { "M" },
-                x(step),
-                y(value)
-            ));
+            path.push_str(&format!("{}{:.1} {:.1}", if drawing { "L" } else { "M" }, x(step), y(value)));
             drawing = true;
         } else {
             drawing = false;
@@ -173,19 +137,11 @@ fn thin(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     let stretch = points.len().div_ceil(MOST_POINTS / 2);
     let mut out = Vec::with_capacity(MOST_POINTS);
     for part in points.chunks(stretch) {
-        let finite = || {
-            part.iter()
-                .enumerate()
-                .filter(|(_, point)| point.1.is_finite())
-        };
+        let finite = || part.iter().enumerate().filter(|(_, point)| point.1.is_finite());
         let lowest = finite().min_by(|a, b| a.1.1.total_cmp(&b.1.1));
         let highest = finite().max_by(|a, b| a.1.1.total_cmp(&b.1.1));
         if let (Some(lowest), Some(highest)) = (lowest, highest) {
-            let (first, second) = if lowest.0 <= highest.0 {
-                (lowest, highest)
-            } else {
-                (highest, lowest)
-            };
+            let (first, second) = if lowest.0 <= highest.0 { (lowest, highest) } else { (highest, lowest) };
             out.push(*first.1);
             if first.0 != second.0 {
                 out.push(*second.1);
@@ -205,18 +161,13 @@ fn nice_ticks(low: f64, high: f64, wanted: usize) -> Vec<f64> {
     };
     let step = round_step((high - low) / wanted as f64);
     let (first, last) = ((low / step + 1e-9).floor(), (high / step - 1e-9).ceil());
-    (0..=(last - first) as usize)
-        .map(|i| (first + i as f64) * step)
-        .collect()
+    (0..=(last - first) as usize).map(|i| (first + i as f64) * step).collect()
 }
 
 /// The 1, 2 or 5 times a power of ten just above or equal to `rough`.
 fn round_step(rough: f64) -> f64 {
     let power = 10_f64.powf(rough.log10().floor());
-    let factor = [1.0, 2.0, 5.0]
-        .into_iter()
-        .find(|factor| factor * power >= rough * (1.0 - 1e-9))
-        .unwrap_or(10.0);
+    let factor = [1.0, 2.0, 5.0].into_iter().find(|factor| factor * power >= rough * (1.0 - 1e-9)).unwrap_or(10.0);
     factor * power
 }
 
@@ -244,42 +195,23 @@ mod tests {
     use super::*;
 
     fn series(points: Vec<(f64, f64)>) -> Series {
-        Series {
-            label: "run".into(),
-            colour: 0,
-            points,
-        }
+        Series { label: "run".into(), colour: 0, points }
     }
 
     #[test]
     fn corners_of_the_data_are_corners_of_the_frame() {
         let svg = chart("reward", &[series(vec![(0.0, 0.0), (10.0, 1.0)])], true).unwrap();
         // Bottom left of the frame is (44, 166), top right is (370, 10).
-        assert!(
-            svg.contains("<path class=\"line s0\" d=\"M44.0 166.0L370.0 10.0\"/>"),
-            "{svg}"
-        );
+        assert!(svg.contains("<path class=\"line s0\" d=\"M44.0 166.0L370.0 10.0\"/>"), "{svg}");
     }
 
     #[test]
     fn a_missing_value_is_a_gap() {
-        let points = vec![
-            (0.0, 0.0),
-            (1.0, 1.0),
-            (2.0, f64::NAN),
-            (3.0, 1.0),
-            (4.0, 0.0),
-        ];
+        let points = vec![(0.0, 0.0), (1.0, 1.0), (2.0, f64::NAN), (3.0, 1.0), (4.0, 0.0)];
         let svg = chart("reward", &[series(points)], true).unwrap();
-        assert!(
-            svg.contains("d=\"M44.0 166.0L125.5 10.0M288.5 10.0L370.0 166.0\""),
-            "{svg}"
-        );
+        assert!(svg.contains("d=\"M44.0 166.0L125.5 10.0M288.5 10.0L370.0 166.0\""), "{svg}");
         assert!(!svg.contains("NaN"), "{svg}");
-        assert_eq!(
-            chart("nothing", &[series(vec![(0.0, f64::NAN)])], false),
-            None
-        );
+        assert_eq!(chart("nothing", &[series(vec![(0.0, f64::NAN)])], false), None);
         assert_eq!(chart("nothing", &[], false), None);
     }
 
@@ -294,10 +226,7 @@ mod tests {
     #[test]
     fn titles_are_escaped() {
         let svg = chart("\"><script>", &[series(vec![(0.0, 1.0)])], false).unwrap();
-        assert!(
-            !svg.contains("<script>") && svg.contains("&quot;&gt;&lt;script&gt;"),
-            "{svg}"
-        );
+        assert!(!svg.contains("<script>") && svg.contains("&quot;&gt;&lt;script&gt;"), "{svg}");
     }
 
     #[test]
@@ -312,9 +241,7 @@ mod tests {
 
     #[test]
     fn long_runs_stay_small_and_keep_their_spikes() {
-        let mut points: Vec<(f64, f64)> = (0..50_000)
-            .map(|i| (f64::from(i), (f64::from(i) / 900.0).sin()))
-            .collect();
+        let mut points: Vec<(f64, f64)> = (0..50_000).map(|i| (f64::from(i), (f64::from(i) / 900.0).sin())).collect();
         points[31_234].1 = 40.0;
         let thinned = thin(&points);
         assert!(thinned.len() <= MOST_POINTS, "{}", thinned.len());

@@ -26,32 +26,14 @@ const SECTIONS: &[Section] = &[
     },
     Section {
         title: "Where it looks",
-        words: &[
-            "contain",
-            "crop",
-            "box",
-            "iou",
-            "ground",
-            "tool_call",
-            "num_turns",
-            "image_selection",
-        ],
-        first: &[
-            "grounding/contains",
-            "grounding/containment",
-            "grounding/crop_rate",
-        ],
+        words: &["contain", "crop", "box", "iou", "ground", "tool_call", "num_turns", "image_selection"],
+        first: &["grounding/contains", "grounding/containment", "grounding/crop_rate"],
         folded: false,
     },
     Section {
         title: "What it learns",
         words: &["reward", "val/", "acc", "correct", "loss_eval"],
-        first: &[
-            "reward/mean",
-            "rewards/answer/mean",
-            "val/accuracy",
-            "val/reward/mean",
-        ],
+        first: &["reward/mean", "rewards/answer/mean", "val/accuracy", "val/reward/mean"],
         folded: false,
     },
     Section {
@@ -62,26 +44,8 @@ const SECTIONS: &[Section] = &[
     },
     Section {
         title: "How it is optimised",
-        words: &[
-            "actor/",
-            "loss",
-            "entropy",
-            "kl",
-            "grad_norm",
-            "lr",
-            "clip",
-            "ratio",
-            "advantage",
-            "sft/",
-        ],
-        first: &[
-            "actor/entropy",
-            "actor/kl_loss",
-            "actor/grad_norm",
-            "actor/pg_loss",
-            "actor/pg_clipfrac",
-            "actor/lr",
-        ],
+        words: &["actor/", "loss", "entropy", "kl", "grad_norm", "lr", "clip", "ratio", "advantage", "sft/"],
+        first: &["actor/entropy", "actor/kl_loss", "actor/grad_norm", "actor/pg_loss", "actor/pg_clipfrac", "actor/lr"],
         folded: false,
     },
 ];
@@ -111,33 +75,17 @@ pub fn html(runs: &[Course]) -> String {
     let mut html = String::new();
     for &index in ORDER {
         let section = &SECTIONS[index];
-        let mut mine: Vec<&str> = names
-            .iter()
-            .copied()
-            .filter(|name| section_of(name) == Some(index))
-            .collect();
-        mine.sort_by_key(|name| {
-            section
-                .first
-                .iter()
-                .position(|first| first == name)
-                .unwrap_or(usize::MAX)
-        });
+        let mut mine: Vec<&str> = names.iter().copied().filter(|name| section_of(name) == Some(index)).collect();
+        mine.sort_by_key(|name| section.first.iter().position(|first| first == name).unwrap_or(usize::MAX));
         html.push_str(&section_html(section.title, &mine, runs, section.folded));
     }
-    let rest: Vec<&str> = names
-        .iter()
-        .copied()
-        .filter(|name| section_of(name).is_none())
-        .collect();
+    let rest: Vec<&str> = names.iter().copied().filter(|name| section_of(name).is_none()).collect();
     html.push_str(&section_html("Everything else", &rest, runs, true));
     html
 }
 
 fn section_of(name: &str) -> Option<usize> {
-    SECTIONS
-        .iter()
-        .position(|section| section.words.iter().any(|word| name.contains(word)))
+    SECTIONS.iter().position(|section| section.words.iter().any(|word| name.contains(word)))
 }
 
 fn section_html(title: &str, names: &[&str], runs: &[Course], folded: bool) -> String {
@@ -156,11 +104,7 @@ fn section_html(title: &str, names: &[&str], runs: &[Course], folded: bool) -> S
     let (shown, more) = charts.split_at(charts.len().min(SHOWN));
     let mut html = format!("<h3>{title}</h3>{}", grid(shown));
     if !more.is_empty() {
-        html.push_str(&format!(
-            "<details><summary>{} more</summary>{}</details>",
-            more.len(),
-            grid(more)
-        ));
+        html.push_str(&format!("<details><summary>{} more</summary>{}</details>", more.len(), grid(more)));
     }
     html
 }
@@ -180,28 +124,12 @@ fn figure(name: &str, runs: &[Course]) -> Option<String> {
     let svg = chart(name, &series, share)?;
     let mut last = String::new();
     for one in &series {
-        if let Some((_, value)) = one
-            .smooth()
-            .into_iter()
-            .rev()
-            .find(|point| point.1.is_finite())
-        {
-            let text = if share {
-                format!("{:.1} %", value * 100.0)
-            } else {
-                number(value)
-            };
-            last.push_str(&format!(
-                "<b class=\"s{}\" title=\"{}\">{text}</b>",
-                one.colour,
-                escape(&one.label)
-            ));
+        if let Some((_, value)) = one.smooth().into_iter().rev().find(|point| point.1.is_finite()) {
+            let text = if share { format!("{:.1} %", value * 100.0) } else { number(value) };
+            last.push_str(&format!("<b class=\"s{}\" title=\"{}\">{text}</b>", one.colour, escape(&one.label)));
         }
     }
-    Some(format!(
-        "<figure><figcaption><span>{}</span>{last}</figcaption>{svg}</figure>",
-        escape(name)
-    ))
+    Some(format!("<figure><figcaption><span>{}</span>{last}</figcaption>{svg}</figure>", escape(name)))
 }
 
 /// (step, value) of one metric; a row that lacks it has no point, a null in it is a gap.
@@ -209,35 +137,18 @@ fn points(rows: &[Metrics], name: &str) -> Vec<(f64, f64)> {
     rows.iter()
         .filter_map(|row| {
             let step = row.get("step")?.as_f64()?;
-            Some((step, row.get(name)?))
-                .map(|(step, value)| (step, Value::as_f64(value).unwrap_or(f64::NAN)))
+            Some((step, row.get(name)?)).map(|(step, value)| (step, Value::as_f64(value).unwrap_or(f64::NAN)))
         })
         .collect()
 }
 
 /// Whether the metric is a share, to be drawn between 0 and 1: its name says so and its values agree.
 fn is_share(name: &str, series: &[Series]) -> bool {
-    const WORDS: &[&str] = &[
-        "reward/mean",
-        "rewards/",
-        "acc",
-        "contain",
-        "frac",
-        "rate",
-        "share",
-        "correct",
-        "ratio",
-        "iou",
-        "valid",
-    ];
-    let named = WORDS.iter().any(|word| name.contains(word))
-        && !name.contains("std")
-        && !name.starts_with("actor/");
+    const WORDS: &[&str] =
+        &["reward/mean", "rewards/", "acc", "contain", "frac", "rate", "share", "correct", "ratio", "iou", "valid"];
+    let named = WORDS.iter().any(|word| name.contains(word)) && !name.contains("std") && !name.starts_with("actor/");
     named
-        && series
-            .iter()
-            .flat_map(|one| &one.points)
-            .all(|point| !point.1.is_finite() || (0.0..=1.0).contains(&point.1))
+        && series.iter().flat_map(|one| &one.points).all(|point| !point.1.is_finite() || (0.0..=1.0).contains(&point.1))
 }
 
 #[cfg(test)]
@@ -250,10 +161,7 @@ mod tests {
             .iter()
             .enumerate()
             .map(|(step, value)| {
-                Metrics::from_iter([
-                    ("step".to_owned(), json!(step)),
-                    (name.to_owned(), json!(value)),
-                ])
+                Metrics::from_iter([("step".to_owned(), json!(step)), (name.to_owned(), json!(value))])
             })
             .collect()
     }
@@ -274,24 +182,9 @@ mod tests {
     fn every_metric_is_on_the_page_and_names_are_escaped() {
         let unknown = rows("<b>odd</b>", &[1.0, 2.0]);
         let known = rows("reward/mean", &[0.1, 0.2]);
-        let html = html(&[
-            Course {
-                label: "one",
-                rows: &unknown,
-            },
-            Course {
-                label: "two",
-                rows: &known,
-            },
-        ]);
-        assert!(
-            html.contains("&lt;b&gt;odd&lt;/b&gt;") && !html.contains("<b>odd"),
-            "{html}"
-        );
-        assert!(
-            html.contains("reward/mean") && html.contains("20.0 %"),
-            "{html}"
-        );
+        let html = html(&[Course { label: "one", rows: &unknown }, Course { label: "two", rows: &known }]);
+        assert!(html.contains("&lt;b&gt;odd&lt;/b&gt;") && !html.contains("<b>odd"), "{html}");
+        assert!(html.contains("reward/mean") && html.contains("20.0 %"), "{html}");
         // The second run has the second colour, though it is alone in its chart.
         assert!(html.contains("line s1"), "{html}");
     }
@@ -299,11 +192,7 @@ mod tests {
     #[test]
     fn only_what_is_called_a_share_and_is_one_gets_the_full_axis() {
         let series = |values: &[f64]| {
-            [Series {
-                label: String::new(),
-                colour: 0,
-                points: values.iter().map(|v| (0.0, *v)).collect(),
-            }]
+            [Series { label: String::new(), colour: 0, points: values.iter().map(|v| (0.0, *v)).collect() }]
         };
         assert!(is_share("reward/mean", &series(&[0.0, 0.5])));
         assert!(!is_share("reward/mean", &series(&[0.0, 1.5])));

@@ -22,11 +22,7 @@ pub struct Belongs<'a> {
 /// The episode's card.
 pub fn card(record: &Record, belongs: &Belongs, pictures: &mut Pictures) -> String {
     let right = record.right();
-    let (verdict, class) = if right {
-        ("right", "good")
-    } else {
-        ("wrong", "bad")
-    };
+    let (verdict, class) = if right { ("right", "good") } else { ("wrong", "bad") };
     let mut html = format!(
         "<article class=\"episode\" data-verdict=\"{verdict}\" data-step=\"{}\" data-run=\"{}\"><header><span class=\"verdict {class}\">{verdict}</span>",
         record.step, belongs.run
@@ -46,10 +42,7 @@ pub fn card(record: &Record, belongs: &Belongs, pictures: &mut Pictures) -> Stri
         ("member ", plain(&record.member)),
     ] {
         if !value.is_empty() {
-            html.push_str(&format!(
-                "<span class=\"quiet\">{label}{}</span>",
-                escape(&value)
-            ));
+            html.push_str(&format!("<span class=\"quiet\">{label}{}</span>", escape(&value)));
         }
     }
     html.push_str("</header>");
@@ -58,10 +51,7 @@ pub fn card(record: &Record, belongs: &Belongs, pictures: &mut Pictures) -> Stri
     }
     let answer = plain(&record.answer);
     if !answer.is_empty() {
-        html.push_str(&format!(
-            "<p class=\"answer\">Answer: <b>{}</b></p>",
-            escape(&answer)
-        ));
+        html.push_str(&format!("<p class=\"answer\">Answer: <b>{}</b></p>", escape(&answer)));
     }
     html.push_str("<div class=\"sides\"><div class=\"looks\">");
     html.push_str(&originals(record, belongs, pictures));
@@ -76,21 +66,13 @@ pub fn card(record: &Record, belongs: &Belongs, pictures: &mut Pictures) -> Stri
 /// A picture's path as the run wrote it: absolute, relative to the run folder, or relative to where the program was started.
 fn locate(path: &str, root: &Path) -> PathBuf {
     let inside = root.join(path);
-    if inside.is_file() {
-        inside
-    } else {
-        PathBuf::from(path)
-    }
+    if inside.is_file() { inside } else { PathBuf::from(path) }
 }
 
 fn originals(record: &Record, belongs: &Belongs, pictures: &mut Pictures) -> String {
     let mut html = String::new();
     for (index, path) in record.images.iter().enumerate() {
-        let caption = if record.images.len() > 1 {
-            format!("image {}", index + 1)
-        } else {
-            "original".into()
-        };
+        let caption = if record.images.len() > 1 { format!("image {}", index + 1) } else { "original".into() };
         match pictures.original(&locate(path, belongs.root)) {
             Ok(placed) => {
                 html.push_str(&format!(
@@ -125,11 +107,7 @@ fn overlay(record: &Record, image: usize, placed: &Placed, path: &str) -> String
     let unit = f64::from(*(width.max(height))) / 100.0;
     for target in record.targets.iter().filter(|target| target.image == image) {
         if let Some(bbox) = target.bbox.filter(drawable) {
-            let title = if target.label.is_empty() {
-                "target".to_owned()
-            } else {
-                format!("target: {}", target.label)
-            };
+            let title = if target.label.is_empty() { "target".to_owned() } else { format!("target: {}", target.label) };
             svg.push_str(&rectangle(bbox, "target", &title));
         }
     }
@@ -156,15 +134,9 @@ fn drawable(bbox: &[f64; 4]) -> bool {
 
 /// A rectangle that stays visible on any picture: a dark line below a bright one.
 fn rectangle([x1, y1, x2, y2]: [f64; 4], class: &str, title: &str) -> String {
-    let place = format!(
-        "x=\"{x1:.1}\" y=\"{y1:.1}\" width=\"{:.1}\" height=\"{:.1}\"",
-        (x2 - x1).max(0.0),
-        (y2 - y1).max(0.0)
-    );
-    format!(
-        "<rect class=\"halo\" {place}/><rect class=\"{class}\" {place}><title>{}</title></rect>",
-        escape(title)
-    )
+    let place =
+        format!("x=\"{x1:.1}\" y=\"{y1:.1}\" width=\"{:.1}\" height=\"{:.1}\"", (x2 - x1).max(0.0), (y2 - y1).max(0.0));
+    format!("<rect class=\"halo\" {place}/><rect class=\"{class}\" {place}><title>{}</title></rect>", escape(title))
 }
 
 /// The views after the first look at each picture, numbered from 1.
@@ -181,10 +153,7 @@ fn crops(record: &Record) -> impl Iterator<Item = (usize, &View)> {
 
 /// Whether this is the opening view of its picture: shown before the policy spoke.
 fn first_look(record: &Record, index: usize, view: &View) -> bool {
-    view.turn == 0
-        && record.views[..index]
-            .iter()
-            .all(|before| before.image != view.image)
+    view.turn == 0 && record.views[..index].iter().all(|before| before.image != view.image)
 }
 
 fn views(record: &Record, belongs: &Belongs, pictures: &mut Pictures) -> String {
@@ -197,13 +166,8 @@ fn views(record: &Record, belongs: &Belongs, pictures: &mut Pictures) -> String 
             crop += 1;
             format!("crop {crop}")
         };
-        let (Some(path), Some(region), Some(size)) =
-            (record.images.get(view.image), view.region, view.size)
-        else {
-            html.push_str(&missing(
-                &name,
-                "the record does not say which region of which picture",
-            ));
+        let (Some(path), Some(region), Some(size)) = (record.images.get(view.image), view.region, view.size) else {
+            html.push_str(&missing(&name, "the record does not say which region of which picture"));
             continue;
         };
         match pictures.view(&locate(path, belongs.root), region, size) {
@@ -226,22 +190,10 @@ fn seen(record: &Record, view: &View, region: [f64; 4], placed: &Placed) -> Stri
         "<svg class=\"picture\" viewBox=\"0 0 {width} {height}\" role=\"img\" aria-label=\"what the policy saw\"><use href=\"#{id}\"/>"
     );
     let [x1, y1, x2, y2] = region;
-    let (scale_x, scale_y) = (
-        f64::from(*width) / (x2 - x1),
-        f64::from(*height) / (y2 - y1),
-    );
-    for target in record
-        .targets
-        .iter()
-        .filter(|target| target.image == view.image)
-    {
+    let (scale_x, scale_y) = (f64::from(*width) / (x2 - x1), f64::from(*height) / (y2 - y1));
+    for target in record.targets.iter().filter(|target| target.image == view.image) {
         if let Some([a, b, c, d]) = target.bbox.filter(|bbox| covered(*bbox, region) > 0.0) {
-            let in_view = [
-                (a - x1) * scale_x,
-                (b - y1) * scale_y,
-                (c - x1) * scale_x,
-                (d - y1) * scale_y,
-            ];
+            let in_view = [(a - x1) * scale_x, (b - y1) * scale_y, (c - x1) * scale_x, (d - y1) * scale_y];
             if drawable(&in_view) {
                 svg.push_str(&rectangle(in_view, "target", "target"));
             }
@@ -253,21 +205,12 @@ fn seen(record: &Record, view: &View, region: [f64; 4], placed: &Placed) -> Stri
 
 fn caption(record: &Record, view: &View, region: [f64; 4], [width, height]: [u32; 2]) -> String {
     let [x1, y1, x2, y2] = region;
-    let mut text = format!(
-        "{} × {} px, seen as {width} × {height}",
-        number((x2 - x1).round()),
-        number((y2 - y1).round())
-    );
-    let targets: Vec<&Target> = record
-        .targets
-        .iter()
-        .filter(|target| target.image == view.image && target.bbox.is_some())
-        .collect();
+    let mut text =
+        format!("{} × {} px, seen as {width} × {height}", number((x2 - x1).round()), number((y2 - y1).round()));
+    let targets: Vec<&Target> =
+        record.targets.iter().filter(|target| target.image == view.image && target.bbox.is_some()).collect();
     if !targets.is_empty() && view.turn > 0 {
-        let shares = targets
-            .iter()
-            .filter_map(|target| target.bbox)
-            .map(|bbox| covered(bbox, region));
+        let shares = targets.iter().filter_map(|target| target.bbox).map(|bbox| covered(bbox, region));
         let share = shares.clone().sum::<f64>() / targets.len() as f64;
         text.push_str(&format!(", holds {:.0} % of the target", share * 100.0));
     }
@@ -314,11 +257,7 @@ fn judgement(record: &Record) -> String {
         parts.push(("reward".into(), number(reward), "whole"));
     }
     for (name, value) in &record.rewards {
-        parts.push((
-            name.clone(),
-            value.as_f64().map_or_else(|| plain(value), number),
-            "part",
-        ));
+        parts.push((name.clone(), value.as_f64().map_or_else(|| plain(value), number), "part"));
     }
     if let Some(advantage) = record.advantage {
         let sign = if advantage > 0.0 { "+" } else { "" };
@@ -334,11 +273,7 @@ fn judgement(record: &Record) -> String {
     }
     let mut html = String::from("<dl class=\"judgement\">");
     for (name, value, class) in parts {
-        html.push_str(&format!(
-            "<div class=\"{class}\"><dt>{}</dt><dd>{}</dd></div>",
-            escape(&name),
-            escape(&value)
-        ));
+        html.push_str(&format!("<div class=\"{class}\"><dt>{}</dt><dd>{}</dd></div>", escape(&name), escape(&value)));
     }
     html.push_str("</dl>");
     html
@@ -350,12 +285,7 @@ mod tests {
     use serde_json::json;
 
     fn belongs(root: &Path) -> Belongs<'_> {
-        Belongs {
-            run: 0,
-            name: "mgpo",
-            several: true,
-            root,
-        }
+        Belongs { run: 0, name: "mgpo", several: true, root }
     }
 
     #[test]
@@ -369,26 +299,17 @@ mod tests {
             "stop": evil, "rewards": {evil: evil}, "reward": 1.0, "advantage": -0.5
         }))
         .unwrap();
-        let html = card(
-            &record,
-            &belongs(Path::new("/nowhere")),
-            &mut Pictures::default(),
-        );
+        let html = card(&record, &belongs(Path::new("/nowhere")), &mut Pictures::default());
         assert!(!html.contains("<script"), "{html}");
         assert!(!html.contains("\" onload"), "{html}");
         assert!(!html.contains("]]>"), "{html}");
-        assert!(
-            html.contains("&lt;script&gt;") && html.contains("picture not shown"),
-            "{html}"
-        );
+        assert!(html.contains("&lt;script&gt;") && html.contains("picture not shown"), "{html}");
     }
 
     #[test]
     fn a_crop_and_a_target_are_drawn_in_original_pixels() {
         let folder = tempfile::tempdir().unwrap();
-        image::RgbImage::new(1000, 500)
-            .save(folder.path().join("a.png"))
-            .unwrap();
+        image::RgbImage::new(1000, 500).save(folder.path().join("a.png")).unwrap();
         let record = Record::from_value(json!({
             "images": ["a.png"], "reward": 1.0, "targets": [{"image": 0, "bbox": [420, 210, 460, 230]}],
             "views": [
@@ -399,28 +320,16 @@ mod tests {
         .unwrap();
         let html = card(&record, &belongs(folder.path()), &mut Pictures::default());
         assert!(
-            html.contains(
-                "<rect class=\"region\" x=\"400.0\" y=\"200.0\" width=\"200.0\" height=\"100.0\">"
-            ),
+            html.contains("<rect class=\"region\" x=\"400.0\" y=\"200.0\" width=\"200.0\" height=\"100.0\">"),
             "{html}"
         );
         assert!(
-            html.contains(
-                "<rect class=\"target\" x=\"420.0\" y=\"210.0\" width=\"40.0\" height=\"20.0\">"
-            ),
+            html.contains("<rect class=\"target\" x=\"420.0\" y=\"210.0\" width=\"40.0\" height=\"20.0\">"),
             "{html}"
         );
         // In the crop: 20 pixels right of 400 at 112/200, 10 below 200 at 56/100.
-        assert!(
-            html.contains(
-                "<rect class=\"target\" x=\"11.2\" y=\"5.6\" width=\"22.4\" height=\"11.2\">"
-            ),
-            "{html}"
-        );
-        assert!(
-            html.contains("200 × 100 px, seen as 112 × 56, holds 100 % of the target"),
-            "{html}"
-        );
+        assert!(html.contains("<rect class=\"target\" x=\"11.2\" y=\"5.6\" width=\"22.4\" height=\"11.2\">"), "{html}");
+        assert!(html.contains("200 × 100 px, seen as 112 × 56, holds 100 % of the target"), "{html}");
         // The first look is not a crop: one region, drawn once on the original.
         assert_eq!(html.matches("class=\"region\"").count(), 1, "{html}");
     }
@@ -428,10 +337,7 @@ mod tests {
     #[test]
     fn coverage_by_hand() {
         assert_eq!(covered([0.0, 0.0, 10.0, 10.0], [5.0, 0.0, 20.0, 20.0]), 0.5);
-        assert_eq!(
-            covered([0.0, 0.0, 10.0, 10.0], [10.0, 0.0, 20.0, 20.0]),
-            0.0
-        );
+        assert_eq!(covered([0.0, 0.0, 10.0, 10.0], [10.0, 0.0, 20.0, 20.0]), 0.0);
         assert_eq!(covered([3.0, 3.0, 3.0, 3.0], [0.0, 0.0, 9.0, 9.0]), 0.0);
     }
 }

@@ -37,15 +37,8 @@ pub fn words(text: &str) -> String {
             count += 1;
             rest = after;
         }
-        let times = if count > 1 {
-            format!(" ×{count}")
-        } else {
-            String::new()
-        };
-        out.push_str(&format!(
-            "<span class=\"token\">{}{times}</span>",
-            escape(token)
-        ));
+        let times = if count > 1 { format!(" ×{count}") } else { String::new() };
+        out.push_str(&format!("<span class=\"token\">{}{times}</span>", escape(token)));
     }
     out.push_str(&escape(rest));
     out
@@ -57,9 +50,7 @@ fn next_token(text: &str) -> Option<(&str, &str, &str)> {
     while let Some(found) = text[from..].find("<|") {
         let start = from + found;
         let inner = &text[start + 2..];
-        let end = inner
-            .find(|c: char| !(c.is_ascii_alphanumeric() || c == '_'))
-            .unwrap_or(inner.len());
+        let end = inner.find(|c: char| !(c.is_ascii_alphanumeric() || c == '_')).unwrap_or(inner.len());
         if end > 0 && inner[end..].starts_with("|>") {
             return Some((&text[..start], &inner[..end], &inner[end + 2..]));
         }
@@ -76,18 +67,18 @@ pub fn number(value: f64) -> String {
     let size = value.abs();
     let text = match size {
         0.0 => return "0".into(),
-        _ if size >= 1e6 || size < 1e-4 => return format!("{value:.2e}"),
+        _ if size >= 1e6 || size < 1e-3 => {
+            let text = format!("{value:.2e}");
+            let (digits, power) = text.split_once('e').unwrap_or((&text, "0"));
+            return format!("{}e{power}", digits.trim_end_matches('0').trim_end_matches('.'));
+        }
         _ if size >= 1000.0 => format!("{value:.0}"),
         _ if size >= 100.0 => format!("{value:.1}"),
         _ if size >= 1.0 => format!("{value:.2}"),
         _ if size >= 0.01 => format!("{value:.3}"),
         _ => format!("{value:.5}"),
     };
-    if text.contains('.') {
-        text.trim_end_matches('0').trim_end_matches('.').to_owned()
-    } else {
-        text
-    }
+    if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.').to_owned() } else { text }
 }
 
 #[cfg(test)]
@@ -113,14 +104,8 @@ mod tests {
 
     #[test]
     fn what_only_looks_like_a_token_is_text() {
-        assert_eq!(
-            words("<|<b>|> <||> <|x"),
-            "&lt;|&lt;b&gt;|&gt; &lt;||&gt; &lt;|x"
-        );
-        assert_eq!(
-            words("<|\"onload=x|><|ok|>"),
-            "&lt;|&quot;onload=x|&gt;<span class=\"token\">ok</span>"
-        );
+        assert_eq!(words("<|<b>|> <||> <|x"), "&lt;|&lt;b&gt;|&gt; &lt;||&gt; &lt;|x");
+        assert_eq!(words("<|\"onload=x|><|ok|>"), "&lt;|&quot;onload=x|&gt;<span class=\"token\">ok</span>");
         assert_eq!(words("<|<|ok|>"), "&lt;|<span class=\"token\">ok</span>");
     }
 
@@ -133,8 +118,10 @@ mod tests {
             (-12.345, "-12.35"),
             (431.25, "431.2"),
             (1234.5, "1234"),
-            (0.00025, "0.00025"),
-            (1e-6, "1.00e-6"),
+            (0.0025, "0.0025"),
+            (0.00025, "2.5e-4"),
+            (1e-6, "1e-6"),
+            (-2.345e7, "-2.35e7"),
             (f64::NAN, "—"),
         ];
         for (value, expected) in cases {

@@ -43,43 +43,27 @@ impl Pictures {
             let picture = pictures.decode(path)?;
             let (width, height) = picture.dimensions();
             let (w, h) = fit(width, height, LONGEST);
-            let small = if (w, h) == (width, height) {
-                picture.clone()
-            } else {
-                thumbnail(picture, w, h)
-            };
+            let small = if (w, h) == (width, height) { picture.clone() } else { thumbnail(picture, w, h) };
             pictures.place(&small, width, height, 80)
         })
     }
 
     /// A view as the policy saw it: `region` in original pixels, shown at `size`; or why it cannot be shown.
-    pub fn view(
-        &mut self,
-        path: &Path,
-        region: [f64; 4],
-        size: [u32; 2],
-    ) -> Result<Placed, String> {
-        self.once(
-            format!("{} {region:?} {size:?}", path.display()),
-            |pictures| {
-                let picture = pictures.decode(path)?;
-                let [left, top, right, bottom] = whole_pixels(region, picture.dimensions())?;
-                let [width, height] = size;
-                ensure!(
-                    width > 0 && height > 0 && width <= 16_384 && height <= 16_384,
-                    "a view of {width} x {height} pixels cannot be shown"
-                );
-                let cut = crop_imm(picture, left, top, right - left, bottom - top).to_image();
-                let seen = resize(&cut, width, height, FilterType::CatmullRom);
-                let (w, h) = fit(width, height, LONGEST_VIEW);
-                let seen = if (w, h) == (width, height) {
-                    seen
-                } else {
-                    thumbnail(&seen, w, h)
-                };
-                pictures.place(&seen, width, height, 85)
-            },
-        )
+    pub fn view(&mut self, path: &Path, region: [f64; 4], size: [u32; 2]) -> Result<Placed, String> {
+        self.once(format!("{} {region:?} {size:?}", path.display()), |pictures| {
+            let picture = pictures.decode(path)?;
+            let [left, top, right, bottom] = whole_pixels(region, picture.dimensions())?;
+            let [width, height] = size;
+            ensure!(
+                width > 0 && height > 0 && width <= 16_384 && height <= 16_384,
+                "a view of {width} x {height} pixels cannot be shown"
+            );
+            let cut = crop_imm(picture, left, top, right - left, bottom - top).to_image();
+            let seen = resize(&cut, width, height, FilterType::CatmullRom);
+            let (w, h) = fit(width, height, LONGEST_VIEW);
+            let seen = if (w, h) == (width, height) { seen } else { thumbnail(&seen, w, h) };
+            pictures.place(&seen, width, height, 85)
+        })
     }
 
     /// The hidden SVG that holds every picture; goes into the page once, before the first use.
@@ -90,11 +74,7 @@ impl Pictures {
         )
     }
 
-    fn once(
-        &mut self,
-        key: String,
-        make: impl FnOnce(&mut Self) -> Result<Placed>,
-    ) -> Result<Placed, String> {
+    fn once(&mut self, key: String, make: impl FnOnce(&mut Self) -> Result<Placed>) -> Result<Placed, String> {
         if let Some(placed) = self.placed.get(&key) {
             return placed.clone();
         }
@@ -108,19 +88,10 @@ impl Pictures {
             self.decoded = None;
             self.decoded = Some((path.to_owned(), read(path)?));
         }
-        self.decoded
-            .as_ref()
-            .map(|(_, picture)| picture)
-            .context("no picture is held")
+        self.decoded.as_ref().map(|(_, picture)| picture).context("no picture is held")
     }
 
-    fn place(
-        &mut self,
-        picture: &RgbImage,
-        width: u32,
-        height: u32,
-        quality: u8,
-    ) -> Result<Placed> {
+    fn place(&mut self, picture: &RgbImage, width: u32, height: u32, quality: u8) -> Result<Placed> {
         let mut jpeg = Vec::new();
         JpegEncoder::new_with_quality(&mut jpeg, quality)
             .encode_image(picture)
@@ -153,14 +124,8 @@ fn whole_pixels([x1, y1, x2, y2]: [f64; 4], (width, height): (u32, u32)) -> Resu
         "the region [{x1}, {y1}, {x2}, {y2}] is not a box"
     );
     // f64 to u32 saturates, so a negative side is 0.
-    let (left, top) = (
-        (x1.floor() as u32).min(width - 1),
-        (y1.floor() as u32).min(height - 1),
-    );
-    let (right, bottom) = (
-        (x2.ceil() as u32).clamp(left + 1, width),
-        (y2.ceil() as u32).clamp(top + 1, height),
-    );
+    let (left, top) = ((x1.floor() as u32).min(width - 1), (y1.floor() as u32).min(height - 1));
+    let (right, bottom) = ((x2.ceil() as u32).clamp(left + 1, width), (y2.ceil() as u32).clamp(top + 1, height));
     Ok([left, top, right, bottom])
 }
 
@@ -171,11 +136,7 @@ mod tests {
     fn chessboard(folder: &Path) -> PathBuf {
         let path = folder.join("board.png");
         RgbImage::from_fn(800, 400, |x, y| {
-            image::Rgb(if (x / 100 + y / 100) % 2 == 0 {
-                [250, 250, 250]
-            } else {
-                [10, 10, 10]
-            })
+            image::Rgb(if (x / 100 + y / 100) % 2 == 0 { [250, 250, 250] } else { [10, 10, 10] })
         })
         .save(&path)
         .unwrap();
@@ -190,15 +151,8 @@ mod tests {
         let first = pictures.original(&path).unwrap();
         assert_eq!((first.width, first.height), (800, 400));
         assert_eq!(pictures.original(&path).unwrap(), first);
-        let view = pictures
-            .view(&path, [0.0, 0.0, 100.0, 100.0], [56, 56])
-            .unwrap();
-        assert_eq!(
-            pictures
-                .view(&path, [0.0, 0.0, 100.0, 100.0], [56, 56])
-                .unwrap(),
-            view
-        );
+        let view = pictures.view(&path, [0.0, 0.0, 100.0, 100.0], [56, 56]).unwrap();
+        assert_eq!(pictures.view(&path, [0.0, 0.0, 100.0, 100.0], [56, 56]).unwrap(), view);
         assert_eq!(pictures.shelf().matches("<image ").count(), 2);
         assert_ne!(first.id, view.id);
     }
@@ -209,48 +163,27 @@ mod tests {
         let path = chessboard(folder.path());
         let mut pictures = Pictures::default();
         // The second square of the first row is dark all over.
-        pictures
-            .view(&path, [100.0, 0.0, 200.0, 100.0], [28, 28])
-            .unwrap();
+        pictures.view(&path, [100.0, 0.0, 200.0, 100.0], [28, 28]).unwrap();
         let shelf = pictures.shelf();
-        let data = shelf
-            .split_once("base64,")
-            .unwrap()
-            .1
-            .split_once('"')
-            .unwrap()
-            .0;
-        let jpeg = base64::engine::general_purpose::STANDARD
-            .decode(data)
-            .unwrap();
+        let data = shelf.split_once("base64,").unwrap().1.split_once('"').unwrap().0;
+        let jpeg = base64::engine::general_purpose::STANDARD.decode(data).unwrap();
         let seen = image::load_from_memory(&jpeg).unwrap().into_rgb8();
         assert_eq!(seen.dimensions(), (28, 28));
         // JPEG at quality 85 keeps a flat grey within a few levels.
-        assert!(
-            seen.pixels()
-                .all(|pixel| pixel.0.iter().all(|&level| level.abs_diff(10) <= 4))
-        );
+        assert!(seen.pixels().all(|pixel| pixel.0.iter().all(|&level| level.abs_diff(10) <= 4)));
     }
 
     #[test]
     fn regions_outside_the_picture_are_pulled_in() {
-        assert_eq!(
-            whole_pixels([-5.0, 10.2, 30.5, 900.0], (100, 50)).unwrap(),
-            [0, 10, 31, 50]
-        );
-        assert_eq!(
-            whole_pixels([400.0, 400.0, 300.0, 300.0], (100, 50)).unwrap(),
-            [99, 49, 100, 50]
-        );
+        assert_eq!(whole_pixels([-5.0, 10.2, 30.5, 900.0], (100, 50)).unwrap(), [0, 10, 31, 50]);
+        assert_eq!(whole_pixels([400.0, 400.0, 300.0, 300.0], (100, 50)).unwrap(), [99, 49, 100, 50]);
         assert!(whole_pixels([f64::NAN, 0.0, 1.0, 1.0], (100, 50)).is_err());
     }
 
     #[test]
     fn a_missing_picture_is_a_message_with_its_path() {
         let mut pictures = Pictures::default();
-        let message = pictures
-            .original(Path::new("/nowhere/at/all.png"))
-            .unwrap_err();
+        let message = pictures.original(Path::new("/nowhere/at/all.png")).unwrap_err();
         assert!(!message.is_empty());
         assert_eq!(pictures.shelf().matches("<image ").count(), 0);
     }

@@ -102,12 +102,9 @@ fn without_nulls(value: Value) -> Value {
 /// The indices of at most `wanted` episodes, in the order given: half right and half wrong where there are enough, spread evenly from early to late,
 /// and no two of one group while other groups are left.
 pub fn choose(records: &[Record], wanted: usize) -> Vec<usize> {
-    let (right, wrong): (Vec<usize>, Vec<usize>) =
-        (0..records.len()).partition(|&index| records[index].right());
+    let (right, wrong): (Vec<usize>, Vec<usize>) = (0..records.len()).partition(|&index| records[index].right());
     let half = wanted / 2;
-    let from_right = right
-        .len()
-        .min(half.max(wanted.saturating_sub(wrong.len())));
+    let from_right = right.len().min(half.max(wanted.saturating_sub(wrong.len())));
     let from_wrong = wrong.len().min(wanted - from_right);
     let mut chosen = spread(records, &right, from_right);
     chosen.extend(spread(records, &wrong, from_wrong));
@@ -118,15 +115,8 @@ pub fn choose(records: &[Record], wanted: usize) -> Vec<usize> {
 /// `wanted` of `from`, at even distances; one of each group first.
 fn spread(records: &[Record], from: &[usize], wanted: usize) -> Vec<usize> {
     let mut seen = std::collections::HashSet::new();
-    let group = |index: usize| {
-        (
-            records[index].step,
-            plain(&records[index].group),
-            plain(&records[index].id),
-        )
-    };
-    let (firsts, others): (Vec<usize>, Vec<usize>) =
-        from.iter().partition(|&&index| seen.insert(group(index)));
+    let group = |index: usize| (records[index].step, plain(&records[index].group), plain(&records[index].id));
+    let (firsts, others): (Vec<usize>, Vec<usize>) = from.iter().partition(|&&index| seen.insert(group(index)));
     let mut chosen = evenly(&firsts, wanted);
     chosen.extend(evenly(&others, wanted - chosen.len()));
     chosen
@@ -137,9 +127,7 @@ fn evenly(from: &[usize], wanted: usize) -> Vec<usize> {
     match take {
         0 => Vec::new(),
         1 => vec![from[from.len() / 2]],
-        _ => (0..take)
-            .map(|i| from[i * (from.len() - 1) / (take - 1)])
-            .collect(),
+        _ => (0..take).map(|i| from[i * (from.len() - 1) / (take - 1)]).collect(),
     }
 }
 
@@ -149,20 +137,14 @@ mod tests {
     use serde_json::json;
 
     fn record(step: u64, group: u64, reward: f64) -> Record {
-        Record::from_value(json!({"id": format!("{step}/{group}"), "step": step, "group": group, "reward": reward})).unwrap()
+        Record::from_value(json!({"id": format!("{step}/{group}"), "step": step, "group": group, "reward": reward}))
+            .unwrap()
     }
 
     #[test]
     fn missing_and_null_fields_have_defaults_and_ids_may_be_numbers() {
         let got = Record::from_value(json!({"id": 7, "group": null, "reward": null, "turns": [{"role": "user", "action": null}], "new_field": {}})).unwrap();
-        assert_eq!(
-            (
-                plain(&got.id).as_str(),
-                plain(&got.group).as_str(),
-                got.reward
-            ),
-            ("7", "", None)
-        );
+        assert_eq!((plain(&got.id).as_str(), plain(&got.group).as_str(), got.reward), ("7", "", None));
         assert_eq!(got.turns[0].role, "user");
         assert!(Record::from_value(json!({})).is_ok());
         assert!(Record::from_value(json!({"views": 3})).is_err());
@@ -170,8 +152,7 @@ mod tests {
 
     #[test]
     fn the_answers_part_decides_what_is_right() {
-        let got = Record::from_value(json!({"rewards": {"format": 1, "answer": 0}, "reward": 1.0}))
-            .unwrap();
+        let got = Record::from_value(json!({"rewards": {"format": 1, "answer": 0}, "reward": 1.0})).unwrap();
         assert!(!got.right());
         assert!(record(0, 0, 1.0).right());
         assert!(!Record::default().right());
@@ -180,9 +161,7 @@ mod tests {
     #[test]
     fn right_and_wrong_early_and_late() {
         // Steps 1 to 10; right from step 6 on; five groups a step.
-        let records: Vec<Record> = (0..50)
-            .map(|i| record(i / 5 + 1, i % 5, if i >= 25 { 1.0 } else { 0.0 }))
-            .collect();
+        let records: Vec<Record> = (0..50).map(|i| record(i / 5 + 1, i % 5, if i >= 25 { 1.0 } else { 0.0 })).collect();
         let chosen = choose(&records, 6);
         assert_eq!(chosen, [0, 12, 24, 25, 37, 49]);
         assert_eq!(choose(&records, 500).len(), 50);
@@ -191,9 +170,7 @@ mod tests {
 
     #[test]
     fn a_shortage_on_one_side_is_made_up_by_the_other() {
-        let records: Vec<Record> = (0..30)
-            .map(|i| record(i, 0, if i == 3 { 1.0 } else { 0.0 }))
-            .collect();
+        let records: Vec<Record> = (0..30).map(|i| record(i, 0, if i == 3 { 1.0 } else { 0.0 })).collect();
         let chosen = choose(&records, 10);
         assert_eq!(chosen.len(), 10);
         assert!(chosen.contains(&3));
@@ -203,12 +180,7 @@ mod tests {
     fn one_of_each_group_before_a_second() {
         // Two questions of four members each, all wrong.
         let members: Vec<Record> = (0..8)
-            .map(|i| {
-                Record::from_value(
-                    json!({"id": format!("q{}", i / 4), "group": i / 4, "member": i % 4}),
-                )
-                .unwrap()
-            })
+            .map(|i| Record::from_value(json!({"id": format!("q{}", i / 4), "group": i / 4, "member": i % 4})).unwrap())
             .collect();
         let groups: Vec<usize> = choose(&members, 2).iter().map(|index| index / 4).collect();
         assert_eq!(groups, [0, 1]);

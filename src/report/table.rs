@@ -92,17 +92,10 @@ enum Scale {
 impl Scale {
     fn of(table: &Table, column: usize) -> Self {
         let cells = || table.rows.iter().filter_map(|row| row.cells.get(column));
-        let values: Vec<f64> = cells()
-            .flat_map(|cell| [cell.value, cell.low, cell.high])
-            .flatten()
-            .collect();
+        let values: Vec<f64> = cells().flat_map(|cell| [cell.value, cell.low, cell.high]).flatten().collect();
         let low = values.iter().copied().fold(0.0, f64::min);
         let high = values.iter().copied().fold(0.0, f64::max);
-        if low >= 0.0 && high <= 1.0 {
-            Scale::Share
-        } else {
-            Scale::Number { low, high }
-        }
+        if low >= 0.0 && high <= 1.0 { Scale::Share } else { Scale::Number { low, high } }
     }
 
     fn text(self, value: f64) -> String {
@@ -133,11 +126,7 @@ impl Scale {
 impl Table {
     /// The columns' number, whatever headings and rows say.
     fn width(&self) -> usize {
-        self.rows
-            .iter()
-            .map(|row| row.cells.len())
-            .max()
-            .unwrap_or(0)
+        self.rows.iter().map(|row| row.cells.len()).max().unwrap_or(0)
     }
 
     /// The heading of a column. Tables whose first heading is that of the names are understood too.
@@ -150,25 +139,15 @@ impl Table {
     pub(super) fn html(&self) -> String {
         let width = self.width();
         let scales: Vec<Scale> = (0..width).map(|column| Scale::of(self, column)).collect();
-        let mut html =
-            String::from("<div class=\"scroll\"><table class=\"result\"><thead><tr><th></th>");
+        let mut html = String::from("<div class=\"scroll\"><table class=\"result\"><thead><tr><th></th>");
         for column in 0..width {
-            html.push_str(&format!(
-                "<th scope=\"col\">{}</th>",
-                escape(self.heading(column))
-            ));
+            html.push_str(&format!("<th scope=\"col\">{}</th>", escape(self.heading(column))));
         }
         html.push_str("</tr></thead><tbody>");
         for row in &self.rows {
-            let about = if row.about.is_empty() {
-                String::new()
-            } else {
-                format!("<small>{}</small>", escape(&row.about))
-            };
-            html.push_str(&format!(
-                "<tr><th scope=\"row\">{}{about}</th>",
-                escape(&row.name)
-            ));
+            let about =
+                if row.about.is_empty() { String::new() } else { format!("<small>{}</small>", escape(&row.about)) };
+            html.push_str(&format!("<tr><th scope=\"row\">{}{about}</th>", escape(&row.name)));
             for (column, scale) in scales.iter().enumerate() {
                 html.push_str(&cell_html(
                     row.cells.get(column).copied().unwrap_or_default(),
@@ -195,15 +174,9 @@ fn cell_html(cell: Cell, scale: Scale, heading: &str) -> String {
         Some(n) => format!("<td {label} title=\"n = {n}\">"),
         None => format!("<td {label}>"),
     };
-    html.push_str(&format!(
-        "<div class=\"value\"><b>{}</b>",
-        escape(&scale.text(value))
-    ));
+    html.push_str(&format!("<div class=\"value\"><b>{}</b>", escape(&scale.text(value))));
     if let Some(interval) = cell.interval() {
-        html.push_str(&format!(
-            "<span>{}</span>",
-            escape(&scale.interval(interval))
-        ));
+        html.push_str(&format!("<span>{}</span>", escape(&scale.interval(interval))));
     }
     // The bar grows from zero, wherever zero is on this scale.
     let (zero, at) = (scale.place(0.0), scale.place(value));
@@ -214,10 +187,7 @@ fn cell_html(cell: Cell, scale: Scale, heading: &str) -> String {
     ));
     if let Some((low, high)) = cell.interval() {
         let (low, high) = (scale.place(low), scale.place(high));
-        html.push_str(&format!(
-            "<u style=\"left:{low:.2}%;width:{:.2}%\"></u>",
-            (high - low).max(0.0)
-        ));
+        html.push_str(&format!("<u style=\"left:{low:.2}%;width:{:.2}%\"></u>", (high - low).max(0.0)));
     }
     html.push_str("</div></td>");
     html
@@ -233,24 +203,15 @@ impl fmt::Display for Table {
             let mut line = vec![row.name.clone()];
             for (column, scale) in scales.iter().enumerate() {
                 let cell = row.cells.get(column).copied().unwrap_or_default();
-                let interval = cell
-                    .interval()
-                    .map(|interval| format!(" ({})", scale.interval(interval)));
-                line.push(cell.value.map_or_else(
-                    || "—".into(),
-                    |value| scale.text(value) + &interval.unwrap_or_default(),
-                ));
+                let interval = cell.interval().map(|interval| format!(" ({})", scale.interval(interval)));
+                line.push(
+                    cell.value.map_or_else(|| "—".into(), |value| scale.text(value) + &interval.unwrap_or_default()),
+                );
             }
             lines.push(line);
         }
         let widths: Vec<usize> = (0..=width)
-            .map(|column| {
-                lines
-                    .iter()
-                    .map(|line| line[column].chars().count())
-                    .max()
-                    .unwrap_or(0)
-            })
+            .map(|column| lines.iter().map(|line| line[column].chars().count()).max().unwrap_or(0))
             .collect();
         writeln!(f, "{}", self.title)?;
         for line in &lines {
@@ -278,42 +239,19 @@ mod tests {
         )
         .unwrap();
         let html = table.html();
-        assert!(
-            html.contains("<b>62.5 %</b><span>50.0–75.0</span>"),
-            "{html}"
-        );
-        assert!(
-            html.contains("left:0.00%;width:62.50%") && html.contains("left:50.00%;width:25.00%"),
-            "{html}"
-        );
-        assert!(
-            html.contains("&lt;MGPO&gt;") && html.contains("title=\"n = 64\""),
-            "{html}"
-        );
+        assert!(html.contains("<b>62.5 %</b><span>50.0–75.0</span>"), "{html}");
+        assert!(html.contains("left:0.00%;width:62.50%") && html.contains("left:50.00%;width:25.00%"), "{html}");
+        assert!(html.contains("&lt;MGPO&gt;") && html.contains("title=\"n = 64\""), "{html}");
     }
 
     #[test]
     fn numbers_below_zero_grow_to_the_left_of_zero() {
-        let cell = |value| Cell {
-            value: Some(value),
-            ..Cell::default()
-        };
-        let row = |value| Row {
-            name: "r".into(),
-            cells: vec![cell(value)],
-            about: String::new(),
-        };
-        let table = Table {
-            columns: vec!["gain".into()],
-            rows: vec![row(-5.0), row(15.0)],
-            ..Table::default()
-        };
+        let cell = |value| Cell { value: Some(value), ..Cell::default() };
+        let row = |value| Row { name: "r".into(), cells: vec![cell(value)], about: String::new() };
+        let table = Table { columns: vec!["gain".into()], rows: vec![row(-5.0), row(15.0)], ..Table::default() };
         // Zero is a quarter of the way from -5 to 15.
         let html = table.html();
-        assert!(
-            html.contains("left:0.00%;width:25.00%") && html.contains("left:25.00%;width:75.00%"),
-            "{html}"
-        );
+        assert!(html.contains("left:0.00%;width:25.00%") && html.contains("left:25.00%;width:75.00%"), "{html}");
     }
 
     #[test]
@@ -321,25 +259,13 @@ mod tests {
         let table: Table =
             serde_json::from_str(r#"{"columns": ["", "a", "b"], "rows": [{"name": "x", "cells": [{"value": 2}, {"value": null, "n": 0}]}, {}]}"#).unwrap();
         let html = table.html();
-        assert_eq!(
-            html.matches("<span class=\"none\">—</span>").count(),
-            3,
-            "{html}"
-        );
-        assert!(
-            html.contains("<th scope=\"col\">a</th><th scope=\"col\">b</th>"),
-            "{html}"
-        );
+        assert_eq!(html.matches("<span class=\"none\">—</span>").count(), 3, "{html}");
+        assert!(html.contains("<th scope=\"col\">a</th><th scope=\"col\">b</th>"), "{html}");
     }
 
     #[test]
     fn text_columns_line_up() {
-        let share = |value| Cell {
-            value: Some(value),
-            low: Some(0.25),
-            high: Some(0.75),
-            n: None,
-        };
+        let share = |value| Cell { value: Some(value), low: Some(0.25), high: Some(0.75), n: None };
         let row = |name: &str, value| Row {
             name: name.into(),
             cells: vec![share(value), Cell::default()],

@@ -29,15 +29,14 @@ impl Checkpoint {
     /// When `state.json` cannot be read or is not what `T` expects.
     pub fn state<T: DeserializeOwned>(&self) -> Result<T> {
         let path = self.path.join(STATE);
-        let bytes = fs::read(&path).with_context(|| {
+        let bytes =
+            fs::read(&path).with_context(|| format!("reading the state of step {}: {}", self.step, path.display()))?;
+        serde_json::from_slice(&bytes).with_context(|| {
             format!(
-                "reading the state of step {}: {}",
+                "the state of step {} is damaged; resume from an older checkpoint by removing this folder: {}",
                 self.step,
                 path.display()
             )
-        })?;
-        serde_json::from_slice(&bytes).with_context(|| {
-            format!("the state of step {} is damaged; resume from an older checkpoint by removing this folder: {}", self.step, path.display())
         })
     }
 }
@@ -55,17 +54,9 @@ impl Draft {
     pub(super) fn open(checkpoints: &Path, step: u64) -> Result<Self> {
         let unfinished = checkpoints.join(format!("{step}.tmp"));
         remove_folder(&unfinished)?;
-        fs::create_dir_all(&unfinished).with_context(|| {
-            format!(
-                "making room for the checkpoint of step {step}: {}",
-                unfinished.display()
-            )
-        })?;
-        Ok(Draft {
-            step,
-            unfinished,
-            place: checkpoints.join(step.to_string()),
-        })
+        fs::create_dir_all(&unfinished)
+            .with_context(|| format!("making room for the checkpoint of step {step}: {}", unfinished.display()))?;
+        Ok(Draft { step, unfinished, place: checkpoints.join(step.to_string()) })
     }
 
     /// Where to write weights, tokenizer, optimiser.
@@ -78,13 +69,7 @@ impl Draft {
     /// # Errors
     /// When the disk refuses; the folder then keeps its `.tmp` name and never counts as a checkpoint.
     pub fn finish<T: Serialize>(self, state: &T) -> Result<Checkpoint> {
-        let what = || {
-            format!(
-                "finishing the checkpoint of step {}: {}",
-                self.step,
-                self.place.display()
-            )
-        };
+        let what = || format!("finishing the checkpoint of step {}: {}", self.step, self.place.display());
         sync_tree(&self.unfinished).with_context(what)?;
         let bytes = serde_json::to_vec_pretty(state).with_context(what)?;
         write_atomic(self.unfinished.join(STATE), &bytes).with_context(what)?;
@@ -99,10 +84,7 @@ impl Draft {
             sync_folder(parent).with_context(what)?;
         }
         remove_folder(&aside)?;
-        Ok(Checkpoint {
-            step: self.step,
-            path: self.place,
-        })
+        Ok(Checkpoint { step: self.step, path: self.place })
     }
 }
 
@@ -112,9 +94,7 @@ pub(super) fn complete(checkpoints: &Path) -> Result<Vec<Checkpoint>> {
         .into_iter()
         .filter_map(|path| {
             let step = path.file_name()?.to_str()?.parse().ok()?;
-            path.join(STATE)
-                .is_file()
-                .then_some(Checkpoint { step, path })
+            path.join(STATE).is_file().then_some(Checkpoint { step, path })
         })
         .collect();
     found.sort_by_key(|checkpoint| checkpoint.step);
@@ -128,8 +108,7 @@ pub(super) fn keep_last(checkpoints: &Path, keep: NonZeroUsize) -> Result<()> {
         // Renamed first, so that a crash in the middle of removing leaves no folder that looks complete.
         let going = old.path.with_extension("old.tmp");
         remove_folder(&going)?;
-        fs::rename(&old.path, &going)
-            .with_context(|| format!("removing an old checkpoint: {}", old.path.display()))?;
+        fs::rename(&old.path, &going).with_context(|| format!("removing an old checkpoint: {}", old.path.display()))?;
         remove_folder(&going)?;
     }
     Ok(())
@@ -139,9 +118,7 @@ pub(super) fn keep_last(checkpoints: &Path, keep: NonZeroUsize) -> Result<()> {
 pub(super) fn sweep(checkpoints: &Path) -> Result<()> {
     for path in entries(checkpoints)? {
         let half = path.extension().is_some_and(|extension| extension == "tmp")
-            || (path.is_dir()
-                && path.file_name().is_some_and(is_number)
-                && !path.join(STATE).is_file());
+            || (path.is_dir() && path.file_name().is_some_and(is_number) && !path.join(STATE).is_file());
         if half {
             remove_folder(&path)?;
         }
@@ -150,8 +127,7 @@ pub(super) fn sweep(checkpoints: &Path) -> Result<()> {
 }
 
 fn is_number(name: &std::ffi::OsStr) -> bool {
-    name.to_str()
-        .is_some_and(|name| name.parse::<u64>().is_ok())
+    name.to_str().is_some_and(|name| name.parse::<u64>().is_ok())
 }
 
 /// The paths in a folder; none when it is missing.
@@ -161,12 +137,7 @@ pub(super) fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(error) => return Err(error).with_context(|| format!("listing {}", folder.display())),
     };
-    list.map(|entry| {
-        Ok(entry
-            .with_context(|| format!("listing {}", folder.display()))?
-            .path())
-    })
-    .collect()
+    list.map(|entry| Ok(entry.with_context(|| format!("listing {}", folder.display()))?.path())).collect()
 }
 
 fn remove_folder(path: &Path) -> Result<()> {
@@ -186,10 +157,7 @@ fn sync_tree(folder: &Path) -> Result<()> {
                 .and_then(|file| file.sync_all())
                 .with_context(|| format!("syncing {}", path.display()))?;
         } else {
-            bail!(
-                "a checkpoint holds only files and folders: {}",
-                path.display()
-            );
+            bail!("a checkpoint holds only files and folders: {}", path.display());
         }
     }
     sync_folder(folder)
@@ -208,11 +176,7 @@ mod tests {
     }
 
     fn steps(folder: &Path) -> Vec<u64> {
-        complete(folder)
-            .unwrap()
-            .iter()
-            .map(|checkpoint| checkpoint.step)
-            .collect()
+        complete(folder).unwrap().iter().map(|checkpoint| checkpoint.step).collect()
     }
 
     #[test]
@@ -229,10 +193,7 @@ mod tests {
         assert_eq!(steps(folder), [9, 10]);
         sweep(folder).unwrap();
         assert_eq!(entries(folder).unwrap().len(), 2);
-        assert_eq!(
-            complete(folder).unwrap()[1].state::<Value>().unwrap(),
-            json!({"step": 10})
-        );
+        assert_eq!(complete(folder).unwrap()[1].state::<Value>().unwrap(), json!({"step": 10}));
     }
 
     #[test]
@@ -240,10 +201,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         save(folder.path(), 4, "first");
         let second = save(folder.path(), 4, "second");
-        assert_eq!(
-            fs::read_to_string(second.path.join("adapter/weights")).unwrap(),
-            "second"
-        );
+        assert_eq!(fs::read_to_string(second.path.join("adapter/weights")).unwrap(), "second");
         assert_eq!(entries(folder.path()).unwrap().len(), 1);
     }
 

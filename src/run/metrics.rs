@@ -43,11 +43,7 @@ impl MetricsLog {
             .append(true)
             .open(path)
             .with_context(|| format!("opening the metrics: {}", path.display()))?;
-        Ok(MetricsLog {
-            path: path.to_owned(),
-            file,
-            last,
-        })
+        Ok(MetricsLog { path: path.to_owned(), file, last })
     }
 
     /// Appends the metrics of a step, handed to the system before this returns: a reader sees them at once and a killed process loses none.
@@ -56,18 +52,12 @@ impl MetricsLog {
     /// When the step is not after the last one, or the disk refuses.
     pub fn append(&mut self, step: u64, metrics: &Metrics) -> Result<()> {
         if let Some(last) = self.last.filter(|&last| step <= last) {
-            bail!(
-                "step {step} cannot be logged after step {last}: {}",
-                self.path.display()
-            );
+            bail!("step {step} cannot be logged after step {last}: {}", self.path.display());
         }
         let mut row = Metrics::new();
         row.insert("step".into(), json!(step));
         row.extend(
-            metrics
-                .iter()
-                .filter(|(name, _)| *name != "step")
-                .map(|(name, value)| (name.clone(), value.clone())),
+            metrics.iter().filter(|(name, _)| *name != "step").map(|(name, value)| (name.clone(), value.clone())),
         );
         let mut line = serde_json::to_vec(&row).context("writing metrics as JSON")?;
         line.push(b'\n');
@@ -75,21 +65,14 @@ impl MetricsLog {
         self.file
             .write_all(&line)
             .and_then(|()| self.file.flush())
-            .with_context(|| {
-                format!(
-                    "writing the metrics of step {step}: {}",
-                    self.path.display()
-                )
-            })?;
+            .with_context(|| format!("writing the metrics of step {step}: {}", self.path.display()))?;
         self.last = Some(step);
         Ok(())
     }
 }
 
 fn step_of(row: &Metrics) -> Result<u64> {
-    row.get("step")
-        .and_then(Value::as_u64)
-        .context("a metrics line has no whole number \"step\"")
+    row.get("step").and_then(Value::as_u64).context("a metrics line has no whole number \"step\"")
 }
 
 /// Reads the file; a missing one is empty. The last line may be torn (no newline at its end, or not JSON): it is left out and `note` says so.
@@ -116,20 +99,17 @@ pub(super) fn read(path: &Path) -> Result<MetricsFile> {
         if line.trim_ascii().is_empty() {
             continue;
         }
-        let parsed = serde_json::from_slice::<Metrics>(line)
-            .map_err(anyhow::Error::from)
-            .and_then(|row| {
-                step_of(&row)?;
-                Ok(row)
-            });
+        let parsed = serde_json::from_slice::<Metrics>(line).map_err(anyhow::Error::from).and_then(|row| {
+            step_of(&row)?;
+            Ok(row)
+        });
         match parsed {
             Ok(row) if ended => file.rows.push(row),
             // Whole JSON without its newline: the kill came between the two. Counted as torn, so that appending stays simple.
             Ok(_) => file.note = Some(torn(path, number)),
             Err(_) if rest.is_empty() => file.note = Some(torn(path, number)),
             Err(error) => {
-                return Err(error)
-                    .with_context(|| format!("line {number} is damaged: {}", path.display()));
+                return Err(error).with_context(|| format!("line {number} is damaged: {}", path.display()));
             }
         }
     }
@@ -137,10 +117,7 @@ pub(super) fn read(path: &Path) -> Result<MetricsFile> {
 }
 
 fn torn(path: &Path, number: usize) -> String {
-    format!(
-        "line {number}, the last, was cut short when the run was killed and is left out: {}",
-        path.display()
-    )
+    format!("line {number}, the last, was cut short when the run was killed and is left out: {}", path.display())
 }
 
 /// Keeps the lines up to and including step `done` (none of them without a checkpoint).
@@ -153,11 +130,7 @@ pub(super) fn cut_after(path: &Path, done: Option<u64>) -> Result<()> {
             kept.push(row.clone());
         }
     }
-    if kept.len() < read.rows.len() || read.note.is_some() {
-        rewrite(path, &kept)
-    } else {
-        Ok(())
-    }
+    if kept.len() < read.rows.len() || read.note.is_some() { rewrite(path, &kept) } else { Ok(()) }
 }
 
 fn rewrite(path: &Path, rows: &[Metrics]) -> Result<()> {
@@ -196,16 +169,10 @@ mod tests {
     fn a_step_is_never_written_twice() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("metrics.jsonl");
-        MetricsLog::open(&path)
-            .unwrap()
-            .append(5, &row("a", 1.0))
-            .unwrap();
+        MetricsLog::open(&path).unwrap().append(5, &row("a", 1.0)).unwrap();
         let mut log = MetricsLog::open(&path).unwrap();
         let error = format!("{:#}", log.append(5, &row("a", 1.0)).unwrap_err());
-        assert!(
-            error.contains("step 5 cannot be logged after step 5"),
-            "{error}"
-        );
+        assert!(error.contains("step 5 cannot be logged after step 5"), "{error}");
         log.append(6, &row("a", 1.0)).unwrap();
     }
 
@@ -217,17 +184,10 @@ mod tests {
             fs::write(&path, format!("{{\"step\":1}}\n{torn}")).unwrap();
             let read = read(&path).unwrap();
             assert_eq!(read.rows.len(), 1, "{torn:?}");
-            assert!(
-                read.note.is_some_and(|note| note.contains("line 2")),
-                "{torn:?}"
-            );
+            assert!(read.note.is_some_and(|note| note.contains("line 2")), "{torn:?}");
             let mut log = MetricsLog::open(&path).unwrap();
             log.append(2, &row("a", 0.5)).unwrap();
-            assert_eq!(
-                fs::read_to_string(&path).unwrap(),
-                "{\"step\":1}\n{\"step\":2,\"a\":0.5}\n",
-                "{torn:?}"
-            );
+            assert_eq!(fs::read_to_string(&path).unwrap(), "{\"step\":1}\n{\"step\":2,\"a\":0.5}\n", "{torn:?}");
         }
     }
 

@@ -40,9 +40,7 @@ impl Interrupt {
                 progress::say("stopped at once; the last checkpoint holds what can be resumed");
                 std::process::exit(EXIT_INTERRUPTED);
             }
-            progress::say(
-                "finishing the step, then writing a checkpoint; press again to stop at once",
-            );
+            progress::say("finishing the step, then writing a checkpoint; press again to stop at once");
         })
         .context("taking over Ctrl-C")?;
         Ok(INSTALLED.get_or_init(|| interrupt).clone())
@@ -74,11 +72,7 @@ pub fn peak_rss() -> u64 {
     };
     let peak = u64::try_from(usage.ru_maxrss).unwrap_or(0);
     // Linux counts in KiB, macOS in bytes.
-    if cfg!(target_os = "macos") {
-        peak
-    } else {
-        peak * 1024
-    }
+    if cfg!(target_os = "macos") { peak } else { peak * 1024 }
 }
 
 /// A run that ended because a person asked for it; the program's exit code is 130.
@@ -140,10 +134,7 @@ pub struct Stopwatch {
 impl Stopwatch {
     /// Starts the step's clock.
     pub fn start() -> Self {
-        Stopwatch {
-            started: Instant::now(),
-            parts: Vec::new(),
-        }
+        Stopwatch { started: Instant::now(), parts: Vec::new() }
     }
 
     /// Runs `work` and adds its seconds to the part `name`.
@@ -201,9 +192,7 @@ pub struct Environment {
 impl Environment {
     /// Reads the machine and the process.
     pub fn now() -> Self {
-        let seconds = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .map_or(0, |since| since.as_secs());
+        let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         Environment {
             version: env!("CARGO_PKG_VERSION").into(),
             commit: option_env!("FOVEATE_COMMIT").map(str::to_owned),
@@ -225,8 +214,7 @@ fn proc_line(file: &str, key: &str) -> Option<String> {
 }
 
 fn cpu() -> String {
-    let name =
-        proc_line("/proc/cpuinfo", "model name").unwrap_or_else(|| "processor unknown".into());
+    let name = proc_line("/proc/cpuinfo", "model name").unwrap_or_else(|| "processor unknown".into());
     #[cfg(target_arch = "x86_64")]
     let vectors = if std::arch::is_x86_feature_detected!("avx512f") {
         " (AVX-512)"
@@ -250,23 +238,13 @@ fn utc(seconds: u64) -> String {
     let (days, rest) = (seconds / 86_400, seconds % 86_400);
     let shifted = days + 719_468; // days since 0000-03-01
     let (era, day_of_era) = (shifted / 146_097, shifted % 146_097);
-    let year_of_era =
-        (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
     let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
     let month_from_march = (5 * day_of_year + 2) / 153;
     let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
-    let month = if month_from_march < 10 {
-        month_from_march + 3
-    } else {
-        month_from_march - 9
-    };
+    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
     let year = year_of_era + era * 400 + u64::from(month <= 2);
-    format!(
-        "{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}Z",
-        rest / 3600,
-        rest / 60 % 60,
-        rest % 60
-    )
+    format!("{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}Z", rest / 3600, rest / 60 % 60, rest % 60)
 }
 
 #[cfg(test)]
