@@ -65,6 +65,16 @@ fn default_max_tokens() -> usize {
     16384
 }
 
+/// What one step's loss is the mean of. Reported is the token mean in either case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Loss {
+    /// Every trained token of the step counts the same.
+    TokenMean,
+    /// Every dialogue counts the same: one digit that was read is worth as much as a long list of boxes.
+    DialogueMean,
+}
+
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct TrainOptions {
@@ -72,12 +82,10 @@ pub struct TrainOptions {
     pub steps: u64,
     /// Dialogues per step.
     pub batch: usize,
+    pub loss: Loss,
     pub seed: u64,
     pub checkpoint_every: u64,
     pub keep_checkpoints: usize,
-    /// Every so many steps, the share of right answers on this many fresh dialogues of each task (`data.pretrain` only).
-    pub probe_every: u64,
-    pub probe: usize,
 }
 
 impl Default for TrainOptions {
@@ -86,11 +94,10 @@ impl Default for TrainOptions {
             out: "runs/sft".into(),
             steps: 100,
             batch: 32,
+            loss: Loss::TokenMean,
             seed: 1,
             checkpoint_every: 100,
             keep_checkpoints: 2,
-            probe_every: 0,
-            probe: 64,
         }
     }
 }
@@ -314,7 +321,7 @@ pub fn train(plan: &Plan, resume: bool, interrupt: &Interrupt) -> Result<Metrics
         );
         metrics.insert("data/left_out".into(), json!(before - examples.len()));
         let started = std::time::Instant::now();
-        update(&mut engine, &examples, step, head.as_mut(), &mut metrics)?;
+        update(&mut engine, &examples, step, plan.train.loss, head.as_mut(), &mut metrics)?;
         watch.add("update", started.elapsed());
         watch.write(&mut metrics);
         metrics.insert("perf/max_memory_gb".into(), json!(peak_rss() as f64 / 1e9));
@@ -370,6 +377,7 @@ fn update(
     engine: &mut Embedded,
     examples: &[Example],
     step: u64,
+    weighting: Loss,
     mut head: Option<&mut (dense::Options, DenseHead)>,
     metrics: &mut Metrics,
 ) -> Result<()> {
@@ -394,7 +402,11 @@ fn update(
                 entry.0 -= f64::from(l);
                 entry.1 += 1;
             }
-            Ok(Weights { logprobs: vec![-1.0 / total as f32; scores.logprobs.len()], entropies: None })
+            let share = match weighting {
+                Loss::TokenMean => total,
+                Loss::DialogueMean => examples.len() * scores.logprobs.len(),
+            };
+            Ok(Weights { logprobs: vec![-1.0 / share as f32; scores.logprobs.len()], entropies: None })
         },
         &mut |i, features, grids, table, dtable| {
             let (_, head) = head.as_mut()?;

@@ -228,8 +228,9 @@ impl Task for Crop {
     fn reply(&self, context: &Context, action: &Action) -> Result<Reply> {
         let last = context.turn >= self.options.turns;
         if last || (self.options.free && answers(action)) {
-            // In the free mode the last turn may still name a box; it is read for the record, not acted on.
-            let reading = if self.options.turns == 1 || self.options.free { self.read(context, action) } else { Reading::default() };
+            // A box beside the answer is read for the record, not acted on; none is no fault here.
+            let named = !action.boxes().is_empty() || matches!(action, Action::Malformed { .. });
+            let reading = if named && context.turn == 1 { self.read(context, action) } else { Reading::default() };
             let stop = if answers(action) { Stop::Answered } else { Stop::TurnLimit };
             return Ok(Reply::Close(stop, reading));
         }
