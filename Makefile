@@ -16,7 +16,7 @@ golden:           ## write the golden files anew (Python with torch, transformer
 
 bench:            ## what this machine does: kernels, then pictures
 	cargo run --release -p foveate-kernels --example speed
-	cargo run --release -- bench image assets/photos/test/*.jpg
+	cargo run --release -- bench image assets/photos/test/peaks.jpg
 
 demo:             ## the whole story, into runs/demo
 	cargo run --release -- demo
