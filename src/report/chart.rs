@@ -20,13 +20,13 @@ pub struct Series {
 }
 
 impl Series {
-    /// The smoothed course: an average over roughly a tenth of the run, none for short runs.
+    /// The smoothed course: an average over the last ten steps or so, none for short runs.
     pub fn smooth(&self) -> Vec<(f64, f64)> {
         if self.exact {
             return self.points.clone();
         }
         let values: Vec<f64> = self.points.iter().map(|point| point.1).collect();
-        let keep = (1.0 - 10.0 / values.len() as f64).clamp(0.0, 0.95);
+        let keep = (1.0 - 10.0 / values.len() as f64).clamp(0.0, 0.9);
         self.points.iter().map(|point| point.0).zip(ema(&values, keep)).collect()
     }
 
