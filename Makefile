@@ -1,22 +1,22 @@
-# One word a task. `make test` is what CI runs and what a change has to pass.
+# check: does it compile · test: all that CI runs before the demo · golden: make the reference files again (needs Python)
 .PHONY: check test golden bench demo
 
-check:            ## types only, the fastest answer
+check:
 	cargo check --workspace --all-targets
 
-test:             ## format, lints, tests, documentation
+test:
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
 	cargo test --workspace
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps
 
-golden:           ## write the golden files anew (Python with torch, transformers 5, Pillow, safetensors); then look at the diff
-	python3 tests/golden/make.py
-	python3 tests/golden/resize.py
+# In a virtual environment with torch, transformers, pillow, safetensors (versions: tests/golden/README.md).
+golden:
+	python tests/golden/resize.py
+	python tests/golden/make.py
 
-bench:            ## what this machine does: kernels, then pictures
+bench:
 	cargo run --release -p foveate-kernels --example speed
-	cargo run --release -- bench image assets/photos/test/peaks.jpg
 
-demo:             ## the whole story, into runs/demo
+demo:
 	cargo run --release -- demo

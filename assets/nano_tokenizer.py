@@ -236,7 +236,7 @@ def main():
         f.write(TEMPLATE)
     write("preprocessor_config.json", dict(
         image_processor_type="Qwen2VLImageProcessor", processor_class="Qwen2_5_VLProcessor", do_convert_rgb=True, do_resize=True, do_rescale=True, do_normalize=True,
-        rescale_factor=1 / 255, resample=3, min_pixels=49 * 784, max_pixels=80 * 784, size=dict(shortest_edge=49 * 784, longest_edge=80 * 784),
+        rescale_factor=1 / 255, resample=3, min_pixels=36 * 784, max_pixels=64 * 784, size=dict(shortest_edge=36 * 784, longest_edge=64 * 784),
         patch_size=14, merge_size=2, temporal_patch_size=2,
         image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711]))
     write("generation_config.json", dict(eos_token_id=[ids["<|im_end|>"], ids["<|endoftext|>"]], pad_token_id=ids["<|endoftext|>"], do_sample=True, temperature=1.0))

@@ -183,11 +183,6 @@ pub fn train(
         None => Vec::new(),
     };
     held_out.truncate(plan.data.eval_limit.unwrap_or(usize::MAX));
-    let (folder, checkpoint) = match resume {
-        true => RunFolder::resume(&plan.train.out)?,
-        false => (RunFolder::create(&plan.train.out)?, None),
-    };
-    folder.save_plan(&config::to_toml(plan)?, &Environment::now())?;
     let settings = embedded::Training {
         optim: plan.optim.clone(),
         steps: plan.train.steps * plan.train.updates as u64,
@@ -196,6 +191,12 @@ pub fn train(
     };
     let mut engine = Embedded::open(&plan.model, Some(&settings))?;
     let (chat, pictures, processor) = (engine.chat.clone(), engine.pictures.clone(), engine.processor.clone());
+    // Claimed only now that everything a person can get wrong has been read: a failed start leaves no folder behind.
+    let (folder, checkpoint) = match resume {
+        true => RunFolder::resume(&plan.train.out)?,
+        false => (RunFolder::create(&plan.train.out)?, None),
+    };
+    folder.save_plan(&config::to_toml(plan)?, &Environment::now())?;
     let mut state = State { order: Order::new(rows.len(), plan.train.seed)?, groups: 0 };
     let mut done = 0;
     if let Some(checkpoint) = checkpoint {

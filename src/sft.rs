@@ -246,11 +246,6 @@ pub fn main(invocation: &Invocation) -> Result<()> {
 
 pub fn train(plan: &Plan, resume: bool, interrupt: &Interrupt) -> Result<Metrics> {
     ensure!(plan.train.steps > 0 && plan.train.batch > 0, BadConfig("train.steps and train.batch must be at least 1".into()));
-    let (folder, checkpoint) = match resume {
-        true => RunFolder::resume(&plan.train.out)?,
-        false => (RunFolder::create(&plan.train.out)?, None),
-    };
-    folder.save_plan(&config::to_toml(plan)?, &Environment::now())?;
     let training = embedded::Training {
         optim: plan.optim.clone(),
         steps: plan.train.steps,
@@ -269,13 +264,19 @@ pub fn train(plan: &Plan, resume: bool, interrupt: &Interrupt) -> Result<Metrics
     };
     let mut head = match (&plan.dense, &source) {
         (Some(options), Source::World { world, .. }) => {
-            Some((options.clone(), DenseHead::new(world.labels(), engine.model.config.text.hidden, plan.train.seed)))
+            Some((options.clone(), DenseHead::new(words(&chat, world)?, engine.model.config.text.hidden, plan.train.seed)))
         }
         (Some(_), Source::File { .. }) => {
             return Err(BadConfig("[dense] needs pictures that know their objects; it goes with data.pretrain".into()).into());
         }
         (None, _) => None,
     };
+    // Claimed only now that everything a person can get wrong has been read: a failed start leaves no folder behind.
+    let (folder, checkpoint) = match resume {
+        true => RunFolder::resume(&plan.train.out)?,
+        false => (RunFolder::create(&plan.train.out)?, None),
+    };
+    folder.save_plan(&config::to_toml(plan)?, &Environment::now())?;
     let mut done = 0;
     if let Some(checkpoint) = checkpoint {
         engine.load(&checkpoint.path)?;
@@ -342,6 +343,28 @@ pub fn train(plan: &Plan, resume: bool, interrupt: &Interrupt) -> Result<Metrics
     Ok(last)
 }
 
+/// The tokens in which the dense head answers.
+fn words(chat: &Chat, world: &Pretrain) -> Result<dense::Words> {
+    let single = |text: &str| -> Result<u32> {
+        let ids = chat.plain_ids(text)?;
+        ensure!(ids.len() == 1, "[dense] needs one token for {text:?}, this tokenizer takes {}", ids.len());
+        Ok(ids[0])
+    };
+    let mut names = std::collections::HashMap::new();
+    for label in world.labels() {
+        // As the words stand in questions and answers: names behind a space, digits bare.
+        let token = match label.strip_prefix("digit:") {
+            Some(digit) => single(digit)?,
+            None => single(&format!(" {label}"))?,
+        };
+        names.insert(label, token);
+    }
+    let snap = world.recipe().snap;
+    let numbers = (0..1000 / snap).map(|k| single(&(k * snap).to_string())).collect::<Result<_>>()?;
+    let nothing = chat.special.vision_pad.context("[dense] needs a <|vision_pad|> token")?;
+    Ok(dense::Words { names, numbers, snap: f64::from(snap), nothing })
+}
+
 /// One optimiser step on some dialogues.
 fn update(
     engine: &mut Embedded,
@@ -373,7 +396,7 @@ fn update(
             }
             Ok(Weights { logprobs: vec![-1.0 / total as f32; scores.logprobs.len()], entropies: None })
         },
-        &mut |i, features, grids| {
+        &mut |i, features, grids, table, dtable| {
             let (_, head) = head.as_mut()?;
             if dense_weight == 0.0 {
                 return None;
@@ -384,7 +407,7 @@ fn update(
                 .map(|(&grid, objects)| dense::View { grid, side: 28.0, objects })
                 .collect();
             let share = dense_weight * grids.len() as f32 / images as f32;
-            let (gradient, one) = head.backward(features, &views, share);
+            let (gradient, one) = head.backward(features, &views, share, table, dtable);
             fit.add(Fit { loss: one.loss * grids.len() as f64 / images as f64, ..one });
             Some(gradient)
         },
@@ -396,8 +419,8 @@ fn update(
     {
         head.update(options.learning_rate);
         metrics.insert("dense/loss".into(), json!(fit.loss));
-        metrics.insert("dense/named".into(), json!(fit.named_right as f64 / fit.on_object.max(1) as f64));
-        metrics.insert("dense/iou".into(), json!(fit.iou / fit.on_object.max(1) as f64));
+        metrics.insert("dense/named".into(), json!(fit.named as f64 / fit.on_object.max(1) as f64));
+        metrics.insert("dense/sides".into(), json!(fit.sides / fit.on_object.max(1) as f64));
     }
     metrics.insert("loss".into(), json!(loss / total as f64));
     metrics.insert("accuracy".into(), json!(sure as f64 / total as f64));

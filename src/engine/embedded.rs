@@ -74,6 +74,10 @@ impl Options {
     }
 }
 
+/// A loss on the visual tokens of example i: gets their features [tokens, D], their grids, the embedding table and its
+/// gradient (to add to), and returns the gradient by the features.
+pub type Look<'a> = dyn FnMut(usize, &[f32], &[Grid], &[f32], &mut [f32]) -> Option<Vec<f32>> + 'a;
+
 /// What training needs beyond sampling.
 pub struct Training {
     pub optim: Optim,
@@ -399,12 +403,12 @@ impl Embedded {
     }
 
     /// Adds the gradient of written dialogues. `weigh` gives each trained token its weight; `look` may add a loss on the
-    /// visual tokens of an example: it gets their features and grids and returns the gradient by the features.
+    /// visual tokens of an example.
     pub fn accumulate_examples(
         &mut self,
         examples: &[Example],
         weigh: &mut dyn FnMut(usize, &Scores) -> Result<Weights>,
-        look: &mut dyn FnMut(usize, &[f32], &[Grid]) -> Option<Vec<f32>>,
+        look: &mut Look,
     ) -> Result<()> {
         let keep = if self.options.recompute { Keep::Inputs } else { Keep::Everything };
         let groups: Vec<Group> = examples.iter().map(|e| e.stream.alone()).collect();
@@ -420,6 +424,10 @@ impl Embedded {
                 weights.extend(weigh(first + g, &group[0])?.logprobs);
             }
             let tape = out.tape.context("the forward pass kept nothing for the backward pass")?;
+            let training = self.training.as_mut().context("the engine was opened for sampling only")?;
+            let vocabulary = self.model.weights.layout.text.embed.clone();
+            let table = &self.model.weights.data[vocabulary.clone()];
+            let dtable = &mut training.gradients.data[vocabulary];
             let mut on_features = Vec::new();
             let mut asked = false;
             let mut rest = tape.features();
@@ -428,7 +436,7 @@ impl Embedded {
                 let tokens: usize = grids.iter().map(|g| g.tokens(self.processor.merge)).sum();
                 let (mine, others) = rest.split_at(tokens * self.model.config.text.hidden);
                 rest = others;
-                match look(i, mine, &grids) {
+                match look(i, mine, &grids, table, dtable) {
                     Some(gradient) => {
                         asked = true;
                         on_features.extend(gradient);
@@ -436,7 +444,6 @@ impl Embedded {
                     None => on_features.resize(on_features.len() + mine.len(), 0.0),
                 }
             }
-            let training = self.training.as_mut().context("the engine was opened for sampling only")?;
             self.model.backward(
                 &batch.packed,
                 tape,

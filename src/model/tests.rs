@@ -125,7 +125,7 @@ fn gradient_of_everything_agrees_with_differences() {
             &packed,
             e.tape.unwrap(),
             &weights,
-            Some(&entropy_weights),
+            Some(&entropy_weights), None,
             Trainable::ALL,
             &mut grads,
         )
@@ -176,6 +176,7 @@ fn computing_layers_again_changes_no_bit() {
                 e.tape.unwrap(),
                 &weights,
                 None,
+                None,
                 Trainable::ALL,
                 &mut grads,
             )
@@ -199,7 +200,7 @@ fn frozen_groups_get_nothing_and_change_nothing() {
             .unwrap();
         let mut grads = Gradients::zeros(&model.weights.layout);
         model
-            .backward(&packed, e.tape.unwrap(), &weights, None, train, &mut grads)
+            .backward(&packed, e.tape.unwrap(), &weights, None, None, train, &mut grads)
             .unwrap();
         grads
     };
@@ -456,6 +457,7 @@ fn a_shared_prompt_is_a_repeated_prompt() {
                 packed,
                 e.tape.unwrap(),
                 weights,
+                None,
                 None,
                 Trainable::ALL,
                 grads,

@@ -873,8 +873,10 @@ mod tests {
         let out = std::path::PathBuf::from(std::env::var("LOOK").unwrap());
         let assets = crate::synth::assets_dir().unwrap();
         for (split, name) in [(Split::Train, "train"), (Split::Test, "test")] {
-            let pretrain = Pretrain::load(&assets, split, Recipe::default()).unwrap();
-            for step in [0, 1000, 5000] {
+            let text = std::fs::read_to_string("configs/nano_pretrain.toml").unwrap();
+            let plan: crate::sft::Plan = crate::config::parse(&text, &[]).unwrap();
+            let pretrain = Pretrain::load(&assets, split, plan.data.pretrain.unwrap()).unwrap();
+            for step in [0, 2000, 4000] {
                 dump(&pretrain, &out.join(format!("{name}_{step}")), 3, step, 24).unwrap();
                 let start = processor_seconds();
                 for i in 0..200 {
