@@ -194,6 +194,7 @@ pub fn cell(share: Option<&stats::Estimate>) -> Value {
 pub fn table(title: &str, rows: &[(String, Summary)], notes: &[String]) -> Value {
     json!({
         "title": title,
+        "unit": "percent",
         "columns": ["right answers", "box contains the target", "box usable"],
         "rows": rows.iter().map(|(name, s)| json!({
             "name": name,

@@ -65,11 +65,8 @@ impl Progress {
             let terminal = std::io::stderr().is_terminal();
             let mut bar: Option<ProgressBar> = None;
             let mut printed: Option<(Instant, u64)> = None;
-            loop {
-                match stopped.recv_timeout(TICK) {
-                    Err(RecvTimeoutError::Timeout) => {}
-                    Ok(()) | Err(RecvTimeoutError::Disconnected) => break,
-                }
+            // Anything else than a timeout means that the work is over.
+            while let Err(RecvTimeoutError::Timeout) = stopped.recv_timeout(TICK) {
                 let elapsed = started.elapsed();
                 if elapsed < QUIET {
                     continue;

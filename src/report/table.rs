@@ -4,7 +4,7 @@
 
 use super::html::{escape, number};
 use crate::stats::Estimate;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use std::fmt;
 
 /// The file's name in a run folder.
@@ -13,12 +13,13 @@ pub const TABLE: &str = "table.json";
 /// A result table.
 ///
 /// ```
-/// use foveate::{report::{Cell, Row, Table}, stats::wilson};
+/// use foveate::{report::{Cell, Row, Table, Unit}, stats::wilson};
 /// let table = Table {
 ///     title: "Held-out questions".into(),
 ///     columns: vec!["accuracy".into()],
 ///     rows: vec![Row { name: "base".into(), cells: vec![Cell::from(wilson(90, 300))], about: String::new() }],
 ///     notes: vec![],
+///     unit: Some(Unit::Share),
 /// };
 /// assert!(table.to_string().contains("base    30.0 % (25.1–35.4)"));
 /// ```
@@ -33,6 +34,21 @@ pub struct Table {
     pub rows: Vec<Row>,
     /// Sentences below the table.
     pub notes: Vec<String>,
+    /// What the numbers are; without it, a column that stays between 0 and 1 is taken for shares.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unit: Option<Unit>,
+}
+
+/// The unit of a table's numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Unit {
+    /// 0 to 1, shown in per cent.
+    Share,
+    /// 0 to 100, shown in per cent.
+    Percent,
+    /// Anything else.
+    Number,
 }
 
 /// One line of a table.
@@ -41,14 +57,20 @@ pub struct Table {
 pub struct Row {
     /// The system's name.
     pub name: String,
-    /// One cell a column.
+    /// One cell a column; null in the file is an empty cell.
+    #[serde(deserialize_with = "cells_or_nulls")]
     pub cells: Vec<Cell>,
     /// A few words on what it is, optional.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub about: String,
 }
 
-/// A number, perhaps with its 95 % interval. A share between 0 and 1 is shown in per cent.
+fn cells_or_nulls<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Cell>, D::Error> {
+    let cells = Vec::<Option<Cell>>::deserialize(deserializer)?;
+    Ok(cells.into_iter().map(Option::unwrap_or_default).collect())
+}
+
+/// A number, perhaps with its 95 % interval.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Cell {
@@ -83,8 +105,8 @@ impl Cell {
 /// How the numbers of one column are written and what a full bar means.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Scale {
-    /// Between 0 and 1, written in per cent.
-    Share,
+    /// Of `whole` (1 or 100), written in per cent.
+    Share { whole: f64 },
     /// Anything else; bars run from the smaller of 0 and the least value to the greatest.
     Number { low: f64, high: f64 },
 }
@@ -95,19 +117,24 @@ impl Scale {
         let values: Vec<f64> = cells().flat_map(|cell| [cell.value, cell.low, cell.high]).flatten().collect();
         let low = values.iter().copied().fold(0.0, f64::min);
         let high = values.iter().copied().fold(0.0, f64::max);
-        if low >= 0.0 && high <= 1.0 { Scale::Share } else { Scale::Number { low, high } }
+        match table.unit {
+            Some(Unit::Share) => Scale::Share { whole: 1.0 },
+            Some(Unit::Percent) => Scale::Share { whole: 100.0 },
+            None if low >= 0.0 && high <= 1.0 => Scale::Share { whole: 1.0 },
+            Some(Unit::Number) | None => Scale::Number { low, high },
+        }
     }
 
     fn text(self, value: f64) -> String {
         match self {
-            Scale::Share => format!("{:.1} %", value * 100.0),
+            Scale::Share { whole } => format!("{:.1} %", value / whole * 100.0),
             Scale::Number { .. } => number(value),
         }
     }
 
     fn interval(self, (low, high): (f64, f64)) -> String {
         match self {
-            Scale::Share => format!("{:.1}–{:.1}", low * 100.0, high * 100.0),
+            Scale::Share { whole } => format!("{:.1}–{:.1}", low / whole * 100.0, high / whole * 100.0),
             Scale::Number { .. } => format!("{} to {}", number(low), number(high)),
         }
     }
@@ -115,7 +142,7 @@ impl Scale {
     /// Position along the bar, per cent.
     fn place(self, value: f64) -> f64 {
         let share = match self {
-            Scale::Share => value,
+            Scale::Share { whole } => value / whole,
             Scale::Number { low, high } if high > low => (value - low) / (high - low),
             Scale::Number { .. } => 0.0,
         };
@@ -257,10 +284,23 @@ mod tests {
     #[test]
     fn what_is_missing_is_a_dash() {
         let table: Table =
-            serde_json::from_str(r#"{"columns": ["", "a", "b"], "rows": [{"name": "x", "cells": [{"value": 2}, {"value": null, "n": 0}]}, {}]}"#).unwrap();
+            serde_json::from_str(r#"{"columns": ["", "a", "b"], "rows": [{"name": "x", "cells": [{"value": 2}, {"value": null, "n": 0}]}, {"cells": [null]}]}"#).unwrap();
         let html = table.html();
         assert_eq!(html.matches("<span class=\"none\">—</span>").count(), 3, "{html}");
         assert!(html.contains("<th scope=\"col\">a</th><th scope=\"col\">b</th>"), "{html}");
+    }
+
+    #[test]
+    fn the_unit_decides_before_the_guess() {
+        let table = |unit: &str| -> Table {
+            serde_json::from_str(&format!(
+                r#"{{"unit": "{unit}", "columns": ["a"], "rows": [{{"name": "x", "cells": [{{"value": 0.5}}]}}]}}"#
+            ))
+            .unwrap()
+        };
+        assert!(table("share").html().contains("<b>50.0 %</b>"));
+        assert!(table("percent").html().contains("<b>0.5 %</b>"));
+        assert!(table("number").html().contains("<b>0.5</b>"));
     }
 
     #[test]
@@ -276,6 +316,7 @@ mod tests {
             columns: vec!["accuracy".into(), "contains".into()],
             rows: vec![row("base", 0.3), row("MGPO", 0.7)],
             notes: vec!["95 % intervals".into()],
+            unit: None,
         };
         let expected = "Result\n          accuracy              contains\n  base    30.0 % (25.0–75.0)    —\n  MGPO    70.0 % (25.0–75.0)    —\n  95 % intervals\n";
         assert_eq!(table.to_string(), expected);
