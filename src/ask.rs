@@ -124,7 +124,8 @@ pub fn main(options: &Options) -> Result<()> {
         println!("── {} ({} tokens)", turn.role, turn.tokens);
         println!("{}", turn.text.trim_end());
         if let Some(outcome) = turn.outcome {
-            let place = turn.bbox.map(|b| format!(": [{:.0}, {:.0}, {:.0}, {:.0}] in the original", b.x1, b.y1, b.x2, b.y2));
+            let place =
+                turn.bbox.map(|b| format!(": [{:.0}, {:.0}, {:.0}, {:.0}] in the original", b.x1, b.y1, b.x2, b.y2));
             eprintln!("   box {outcome:?}{}", place.unwrap_or_default());
         }
     }

@@ -76,7 +76,12 @@ pub fn pack(model: &Vlm, groups: &[Vec<&Stream>]) -> Result<Batch> {
                 }
             }
             if member == 0 && shared > 0 {
-                packed.spans.push(Span { queries: base..base + shared, shared: 0..0, own: base..base + shared, causal: true });
+                packed.spans.push(Span {
+                    queries: base..base + shared,
+                    shared: 0..0,
+                    own: base..base + shared,
+                    causal: true,
+                });
             }
             let own = row(shared)..packed.ids.len();
             if !own.is_empty() {

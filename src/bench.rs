@@ -100,8 +100,14 @@ fn read_rows(path: &Path) -> Result<Vec<Row>> {
     let base = path.parent().unwrap_or(Path::new("."));
     let mut rows = Vec::new();
     for (i, line) in text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty()) {
-        let mut row: Row = serde_json::from_str(line).with_context(|| format!("row {} of {}", i + 1, path.display()))?;
-        ensure!(!row.boxes.is_empty(), "row {} of {}: \"boxes\" is empty, expected at least one", i + 1, path.display());
+        let mut row: Row =
+            serde_json::from_str(line).with_context(|| format!("row {} of {}", i + 1, path.display()))?;
+        ensure!(
+            !row.boxes.is_empty(),
+            "row {} of {}: \"boxes\" is empty, expected at least one",
+            i + 1,
+            path.display()
+        );
         row.image = base.join(&row.image);
         rows.push(row);
     }
@@ -125,7 +131,11 @@ impl Rig {
             .and_then(|(a, b)| Some([a.trim().parse().ok()?, b.trim().parse().ok()?]))
             .filter(|l: &[usize; 2]| l.iter().all(|n| *n > 0));
         let Some(lengths) = lengths else {
-            return Err(BadConfig(format!("--new-tokens {}: expected two numbers, for instance 32,16", step.new_tokens)).into());
+            return Err(BadConfig(format!(
+                "--new-tokens {}: expected two numbers, for instance 32,16",
+                step.new_tokens
+            ))
+            .into());
         };
         let options = Options {
             path: step.model.clone(),
@@ -141,8 +151,11 @@ impl Rig {
         };
         let engine = Embedded::open(&options, Some(&training))?;
         let own = engine.processor.budget;
-        let budget =
-            Budget::new(step.min_pixels.unwrap_or(own.min_pixels), step.max_pixels.unwrap_or(own.max_pixels), own.factor);
+        let budget = Budget::new(
+            step.min_pixels.unwrap_or(own.min_pixels),
+            step.max_pixels.unwrap_or(own.max_pixels),
+            own.factor,
+        );
         Ok(Rig { engine, rows: read_rows(&step.rows)?, budget, lengths })
     }
 
@@ -231,7 +244,12 @@ impl Rig {
             .flatten()
             .zip(seeds.iter().flatten())
             .enumerate()
-            .map(|(s, (stream, seed))| Prompt { session: s as u64, stream, seeds: std::slice::from_ref(seed), room: self.lengths[1] + 16 })
+            .map(|(s, (stream, seed))| Prompt {
+                session: s as u64,
+                stream,
+                seeds: std::slice::from_ref(seed),
+                room: self.lengths[1] + 16,
+            })
             .collect();
         let sampling = self.sampling(1);
         let said = self.engine.sample(&asked, &sampling)?;

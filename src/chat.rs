@@ -64,14 +64,8 @@ struct AddedText {
 const SAID: &str = "quokka";
 
 /// Control tokens in the tokenizer's eyes, but only words about places to us.
-const ANNOTATIONS: [&str; 6] = [
-    "<|object_ref_start|>",
-    "<|object_ref_end|>",
-    "<|box_start|>",
-    "<|box_end|>",
-    "<|quad_start|>",
-    "<|quad_end|>",
-];
+const ANNOTATIONS: [&str; 6] =
+    ["<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>"];
 
 impl Chat {
     /// Reads tokenizer.json, tokenizer_config.json, the chat template, and, where present, config.json and generation_config.json.
@@ -80,15 +74,10 @@ impl Chat {
     /// A missing or unreadable file; ids in config.json that are not the tokenizer's; a template that ends turns with no token of its own.
     pub fn load(dir: &Path) -> Result<Chat> {
         let path = dir.join("tokenizer.json");
-        let tokenizer = Tokenizer::from_file(&path)
-            .map_err(|e| anyhow!("reading the tokenizer: {e}; {}", path.display()))?;
-        let tokenizer_config =
-            read_object(&dir.join("tokenizer_config.json"))?.with_context(|| {
-                format!(
-                    "reading the tokenizer: tokenizer_config.json is missing in {}",
-                    dir.display()
-                )
-            })?;
+        let tokenizer =
+            Tokenizer::from_file(&path).map_err(|e| anyhow!("reading the tokenizer: {e}; {}", path.display()))?;
+        let tokenizer_config = read_object(&dir.join("tokenizer_config.json"))?
+            .with_context(|| format!("reading the tokenizer: tokenizer_config.json is missing in {}", dir.display()))?;
         let config = read_object(&dir.join("config.json"))?.unwrap_or_default();
         let generation = read_object(&dir.join("generation_config.json"))?.unwrap_or_default();
 
@@ -105,35 +94,20 @@ impl Chat {
             .filter(|t| !t.content.is_empty())
             .collect();
         // Where one token is the beginning of another, the longer is meant.
-        added.sort_by(|a, b| {
-            b.content
-                .len()
-                .cmp(&a.content.len())
-                .then_with(|| a.content.cmp(&b.content))
-        });
+        added.sort_by(|a, b| b.content.len().cmp(&a.content.len()).then_with(|| a.content.cmp(&b.content)));
 
         let special = Special::find(&tokenizer, &config, &generation, &tokenizer_config, dir)?;
         let template = Template::load(dir, &tokenizer_config)?;
-        let mut chat = Chat {
-            tokenizer,
-            plain,
-            added,
-            template,
-            special,
-            add_vision_id: false,
-        };
-        let probe = [
-            Message {
-                role: "user".into(),
-                content: Content::Text("a".into()),
-            },
-            Message::assistant(SAID),
-        ];
+        let mut chat = Chat { tokenizer, plain, added, template, special, add_vision_id: false };
+        let probe = [Message { role: "user".into(), content: Content::Text("a".into()) }, Message::assistant(SAID)];
         let answered = chat.render(&probe, false)?;
         let tail = answered.rsplit_once(SAID).map_or("", |(_, tail)| tail);
         let first = chat.tokenize(tail, true)?.first().copied();
         chat.special.end_of_turn = first.filter(|&id| chat.is_added(id)).with_context(|| {
-            format!("reading the chat template: an assistant turn ends with {tail:?}, expected a control token first; {}", dir.display())
+            format!(
+                "reading the chat template: an assistant turn ends with {tail:?}, expected a control token first; {}",
+                dir.display()
+            )
         })?;
         if !chat.special.stops.contains(&chat.special.end_of_turn) {
             chat.special.stops.push(chat.special.end_of_turn);
@@ -147,10 +121,7 @@ impl Chat {
     /// The template refuses the messages.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
         self.template.render(
-            messages
-                .iter()
-                .map(|m| template_json(m, |text| text.to_string()))
-                .collect(),
+            messages.iter().map(|m| template_json(m, |text| text.to_string())).collect(),
             add_generation_prompt,
             self.add_vision_id,
         )
@@ -160,19 +131,10 @@ impl Chat {
     ///
     /// # Errors
     /// The template refuses the messages, or shows another number of images than the messages hold or `image_tokens` counts.
-    pub fn encode(
-        &self,
-        messages: &[Message],
-        add_generation_prompt: bool,
-        image_tokens: &[usize],
-    ) -> Result<Encoded> {
+    pub fn encode(&self, messages: &[Message], add_generation_prompt: bool, image_tokens: &[usize]) -> Result<Encoded> {
         let images: usize = messages.iter().map(Message::images).sum();
         let mark = self.mark_for(messages)?;
-        let rendered = self.template.render(
-            self.marked(messages, mark),
-            add_generation_prompt,
-            self.add_vision_id,
-        )?;
+        let rendered = self.template.render(self.marked(messages, mark), add_generation_prompt, self.add_vision_id)?;
         self.expand(self.tokenize_marked(&rendered, mark)?, images, image_tokens)
     }
 
@@ -234,10 +196,7 @@ impl Chat {
     /// The tokenizer's decoder fails.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
         let mut out = String::new();
-        for (k, known) in ids
-            .split(|&id| self.tokenizer.id_to_token(id).is_none())
-            .enumerate()
-        {
+        for (k, known) in ids.split(|&id| self.tokenizer.id_to_token(id).is_none()).enumerate() {
             if k > 0 {
                 out.push('\u{FFFD}');
             }
@@ -261,23 +220,13 @@ impl Chat {
 
     /// Ids in use: one more than the largest.
     pub fn vocabulary(&self) -> usize {
-        self.tokenizer
-            .get_vocab(true)
-            .into_values()
-            .max()
-            .map_or(0, |id| id as usize + 1)
+        self.tokenizer.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1)
     }
 
     /// What a policy whose table has `rows` rows must not sample: the tokens of images and video, and rows without a token. Ascending.
     pub fn banned(&self, rows: usize) -> Vec<u32> {
         let s = &self.special;
-        let vision = [
-            Some(s.image_pad),
-            Some(s.vision_start),
-            Some(s.vision_end),
-            s.video_pad,
-            s.vision_pad,
-        ];
+        let vision = [Some(s.image_pad), Some(s.vision_start), Some(s.vision_end), s.video_pad, s.vision_pad];
         let mut banned: BTreeSet<u32> = vision.into_iter().flatten().collect();
         let used: BTreeSet<u32> = self.tokenizer.get_vocab(true).into_values().collect();
         banned.extend((0..rows as u32).filter(|id| !used.contains(id)));
@@ -294,18 +243,13 @@ impl Chat {
             parts.push(Part::text("a"));
             Content::Parts(parts)
         };
-        let mut talk = vec![Message {
-            role: "user".into(),
-            content: asked,
-        }];
+        let mut talk = vec![Message { role: "user".into(), content: asked }];
         let prompt = self.render(&talk, true)?;
         talk.push(Message::assistant(SAID));
         let answered = self.render(&talk, false)?;
         talk.push(message.clone());
         let next = self.render(&talk, true)?;
-        let said = answered
-            .strip_prefix(&prompt)
-            .and_then(|rest| rest.strip_prefix(SAID));
+        let said = answered.strip_prefix(&prompt).and_then(|rest| rest.strip_prefix(SAID));
         match (said, next.starts_with(&answered)) {
             (Some(tail), true) => Ok(format!("{tail}{}", &next[answered.len()..])),
             _ => bail!(
@@ -316,21 +260,14 @@ impl Chat {
     }
 
     fn is_added(&self, id: u32) -> bool {
-        self.tokenizer
-            .id_to_token(id)
-            .is_some_and(|token| self.added.iter().any(|a| a.content == token))
+        self.tokenizer.id_to_token(id).is_some_and(|token| self.added.iter().any(|a| a.content == token))
     }
 
     /// The whole tokenizer, or the one without added tokens.
     fn tokenize(&self, text: &str, with_added: bool) -> Result<Vec<u32>> {
-        let tokenizer = if with_added {
-            &self.tokenizer
-        } else {
-            &self.plain
-        };
-        let encoding = tokenizer
-            .encode_fast(text, false)
-            .map_err(|e| anyhow!("encoding {} bytes of text: {e}", text.len()))?;
+        let tokenizer = if with_added { &self.tokenizer } else { &self.plain };
+        let encoding =
+            tokenizer.encode_fast(text, false).map_err(|e| anyhow!("encoding {} bytes of text: {e}", text.len()))?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -339,9 +276,7 @@ impl Chat {
         let used = |c: char| {
             messages.iter().any(|m| match &m.content {
                 Content::Text(text) => text.contains(c),
-                Content::Parts(parts) => parts
-                    .iter()
-                    .any(|p| matches!(p, Part::Text { text } if text.contains(c))),
+                Content::Parts(parts) => parts.iter().any(|p| matches!(p, Part::Text { text } if text.contains(c))),
             })
         };
         ('\u{F0000}'..='\u{FFFFD}')
@@ -350,10 +285,7 @@ impl Chat {
     }
 
     fn marked(&self, messages: &[Message], mark: char) -> Vec<Json> {
-        messages
-            .iter()
-            .map(|m| template_json(m, |text| self.mark_text(text, m.role == "assistant", mark)))
-            .collect()
+        messages.iter().map(|m| template_json(m, |text| self.mark_text(text, m.role == "assistant", mark))).collect()
     }
 
     fn marked_message(&self, message: &Message, mark: char) -> Message {
@@ -364,20 +296,13 @@ impl Chat {
                 parts
                     .iter()
                     .map(|p| match p {
-                        Part::Text { text } => Part::Text {
-                            text: self.mark_text(text, own, mark),
-                        },
-                        Part::Image { image } => Part::Image {
-                            image: image.clone(),
-                        },
+                        Part::Text { text } => Part::Text { text: self.mark_text(text, own, mark) },
+                        Part::Image { image } => Part::Image { image: image.clone() },
                     })
                     .collect(),
             ),
         };
-        Message {
-            role: message.role.clone(),
-            content,
-        }
+        Message { role: message.role.clone(), content }
     }
 
     /// `<|im_end|>` becomes `<` mark `|im_end|>`, wherever one starts, overlapping ones too.
@@ -386,11 +311,7 @@ impl Chat {
         for (at, c) in text.char_indices() {
             out.push(c);
             let rest = &text[at..];
-            if self
-                .added
-                .iter()
-                .any(|a| !(may_annotate && a.annotates) && rest.starts_with(&a.content))
-            {
+            if self.added.iter().any(|a| !(may_annotate && a.annotates) && rest.starts_with(&a.content)) {
                 out.push(mark);
             }
         }
@@ -413,10 +334,7 @@ impl Chat {
                     ids.extend(self.tokenize(&text[start..at].replace(mark, ""), false)?);
                     let id = self.tokenizer.token_to_id(&control.content);
                     ids.push(id.with_context(|| {
-                        format!(
-                            "encoding text: the tokenizer lost its token {:?}",
-                            control.content
-                        )
+                        format!("encoding text: the tokenizer lost its token {:?}", control.content)
                     })?);
                     at += control.content.len();
                     start = at;
@@ -430,10 +348,7 @@ impl Chat {
 
     /// Each placeholder, which stands once for its image, becomes as many as the image has tokens.
     fn expand(&self, ids: Vec<u32>, images: usize, image_tokens: &[usize]) -> Result<Encoded> {
-        let places = ids
-            .iter()
-            .filter(|&&id| id == self.special.image_pad)
-            .count();
+        let places = ids.iter().filter(|&&id| id == self.special.image_pad).count();
         ensure!(
             places == images && places == image_tokens.len(),
             "placing images: the messages hold {images}, the template shows {places}, and sizes were given for {}",
@@ -445,11 +360,7 @@ impl Chat {
             if id != self.special.image_pad {
                 out.ids.push(id);
             } else if let Some(&count) = counts.next() {
-                ensure!(
-                    count > 0,
-                    "placing images: image {} has no tokens",
-                    out.images.len()
-                );
+                ensure!(count > 0, "placing images: image {} has no tokens", out.images.len());
                 let from = out.ids.len();
                 out.ids.resize(from + count, id);
                 out.images.push(from..from + count);

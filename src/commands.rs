@@ -11,12 +11,12 @@ use crate::config::BadConfig;
 use crate::data;
 use crate::geometry::{Size, View};
 use crate::image::{self, Processor, decode};
-use crate::model::trace::{Greedy, trace};
 use crate::model::config::TokenIds;
+use crate::model::trace::{Greedy, trace};
 use crate::model::{Config, Dtype, Trainable, Vlm, presets};
 use crate::progress::Progress;
-use crate::{report, score};
 use crate::synth::make::{MakeOptions, Set, make};
+use crate::{report, score};
 
 /// Uses this many threads for everything; without a number, all cores.
 pub fn use_threads(threads: Option<usize>) -> Result<()> {
@@ -79,8 +79,7 @@ impl Data {
             Data::Make { set, out, train, test, size, seed, overwrite, json } => {
                 let size = parse_size(&size)?;
                 let set = Set::named(&set).map_err(|e| BadConfig(e.to_string()))?;
-                let options =
-                    MakeOptions { set, out, train, test, size, seed, world: Default::default(), overwrite };
+                let options = MakeOptions { set, out, train, test, size, seed, world: Default::default(), overwrite };
                 let bar = Progress::start("drawing", "picture", 0, 0);
                 let made = make(&options, &|done, all| bar.at(done as u64, all as u64))?;
                 bar.finish();
@@ -195,7 +194,10 @@ impl Model {
                 println!("vision          {} blocks, {} wide", config.vision.depth, config.vision.hidden);
                 println!("sampling        {}", gib(memory.weights_bytes));
                 println!("training        {} and activations", gib(memory.weights_bytes + memory.training_bytes));
-                println!("per token       {} bytes kept, {} with recompute, {} cached", memory.tape_bytes_per_row, memory.recompute_bytes_per_row, memory.cache_bytes_per_row);
+                println!(
+                    "per token       {} bytes kept, {} with recompute, {} cached",
+                    memory.tape_bytes_per_row, memory.recompute_bytes_per_row, memory.cache_bytes_per_row
+                );
                 Ok(())
             }
             Model::Export { dir, out, dtype: name } => {

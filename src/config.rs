@@ -23,8 +23,12 @@ impl std::error::Error for BadConfig {}
 
 /// Reads `path`, applies overrides such as `optim.lr=3e-5`, and fills a plan.
 pub fn load<T: DeserializeOwned>(path: &Path, overrides: &[String]) -> Result<T> {
-    let text = std::fs::read_to_string(path)
-        .map_err(|e| BadConfig(format!("the config file cannot be read ({e}); give the path of a TOML file, for instance one of configs/: {}", path.display())))?;
+    let text = std::fs::read_to_string(path).map_err(|e| {
+        BadConfig(format!(
+            "the config file cannot be read ({e}); give the path of a TOML file, for instance one of configs/: {}",
+            path.display()
+        ))
+    })?;
     parse(&text, overrides).with_context(|| format!("in the config {}", path.display()))
 }
 
@@ -73,8 +77,7 @@ fn explain(message: &str) -> String {
     let message = message.trim();
     let Some(rest) = message.split("unknown field `").nth(1) else { return message.to_owned() };
     let Some((unknown, rest)) = rest.split_once('`') else { return message.to_owned() };
-    let known: Vec<&str> =
-        rest.lines().next().unwrap_or("").split('`').skip(1).step_by(2).collect();
+    let known: Vec<&str> = rest.lines().next().unwrap_or("").split('`').skip(1).step_by(2).collect();
     let nearest = known
         .iter()
         .map(|k| (strsim::jaro_winkler(unknown, k), *k))
@@ -83,7 +86,9 @@ fn explain(message: &str) -> String {
     let section = message.lines().find_map(|l| l.strip_prefix("in `")).and_then(|l| l.strip_suffix('`'));
     let place = section.map(|s| format!(" in [{s}]")).unwrap_or_default();
     match nearest {
-        Some((_, near)) => format!("unknown key `{unknown}`{place}; did you mean `{near}`? Known here: {}", known.join(", ")),
+        Some((_, near)) => {
+            format!("unknown key `{unknown}`{place}; did you mean `{near}`? Known here: {}", known.join(", "))
+        }
         None => format!("unknown key `{unknown}`{place}; known here: {}", known.join(", ")),
     }
 }

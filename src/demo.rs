@@ -62,10 +62,15 @@ pub fn main(out: &Path, quick: bool, seed: u64) -> Result<()> {
     let mgpo = plan("demo_mgpo.toml", MGPO, out, "mgpo", &data, scale, seed)?;
     progress::say("2/4  GRPO: answer at a glance, rewarded for the right answer");
     rl::train(&grpo, false, &interrupt, &mut |_, _| {})?;
-    progress::say("3/4  MGPO: name a region, see it enlarged, answer; rewarded for the right answer, never for the box");
+    progress::say(
+        "3/4  MGPO: name a region, see it enlarged, answer; rewarded for the right answer, never for the box",
+    );
     rl::train(&mgpo, false, &interrupt, &mut |_, _| {})?;
 
-    progress::say(&format!("4/4  {} held-out questions: other photographs, other pictures of the things, other digits", test.len()));
+    progress::say(&format!(
+        "4/4  {} held-out questions: other photographs, other pictures of the things, other digits",
+        test.len()
+    ));
     evals.save_plan(&config::to_toml(&mgpo)?, &Environment::now())?;
     let after_grpo = rl::newest_checkpoint(&grpo.train.out)?;
     let after_mgpo = rl::newest_checkpoint(&mgpo.train.out)?;
@@ -170,7 +175,11 @@ fn notes(rows: &[(String, Summary)], right: &[Vec<bool>], seconds: f64) -> Vec<S
             held(3),
             held(1)
         ),
-        format!("{:.1} minutes and {:.2} GB at most, from drawing the pictures to this table.", seconds / 60.0, peak_rss() as f64 / 1e9),
+        format!(
+            "{:.1} minutes and {:.2} GB at most, from drawing the pictures to this table.",
+            seconds / 60.0,
+            peak_rss() as f64 / 1e9
+        ),
     ]
 }
 

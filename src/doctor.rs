@@ -37,7 +37,9 @@ pub fn main(path: Option<&Path>, as_json: bool) -> Result<()> {
         }
         let room = machine.memory.unwrap_or(u64::MAX) as f64;
         if need["total"].as_f64().unwrap_or(0.0) > 0.9 * room {
-            println!("\nThis will not fit. Set model.recompute = true, lower model.micro_batch_tokens or the pixel budget, or freeze parts of the model.");
+            println!(
+                "\nThis will not fit. Set model.recompute = true, lower model.micro_batch_tokens or the pixel budget, or freeze parts of the model."
+            );
         }
     }
     Ok(())
@@ -54,7 +56,8 @@ fn needs(path: &Path) -> Result<Value> {
     // An image token is four patches; at most every row is one.
     let patches = if plan.model.trainable()?.tower() { 4 * rows * memory.tape_bytes_per_patch } else { 0 };
     let reference = if objective.needs_reference() { 4 * memory.trained as u64 } else { 0 };
-    let episode = (plan.task.max_pixels / 784) * plan.task.turns as u64 + (plan.rollout.max_new_tokens * plan.task.turns) as u64;
+    let episode =
+        (plan.task.max_pixels / 784) * plan.task.turns as u64 + (plan.rollout.max_new_tokens * plan.task.turns) as u64;
     let cache = memory.cache_bytes_per_row * episode * (plan.train.prompts * plan.train.group) as u64;
     let parts = [
         ("weights", memory.weights_bytes),

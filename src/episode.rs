@@ -282,11 +282,7 @@ mod tests {
     const PAD: u32 = 9;
 
     fn view() -> View {
-        View {
-            image: 0,
-            region: BBox { x1: 0.0, y1: 0.0, x2: 56.0, y2: 28.0 },
-            size: Size { width: 56, height: 28 },
-        }
+        View { image: 0, region: BBox { x1: 0.0, y1: 0.0, x2: 56.0, y2: 28.0 }, size: Size { width: 56, height: 28 } }
     }
 
     fn image() -> (Arc<Path>, View, Grid) {

@@ -165,7 +165,14 @@ pub fn play_all(
     sampler: &mut dyn Sampler,
     samples: &[Sample],
 ) -> Result<Vec<Episode>> {
-    let stage = Stage { task, chat: bench.chat, pictures: bench.pictures, processor: bench.processor, convention: bench.convention, options: bench.rollout };
+    let stage = Stage {
+        task,
+        chat: bench.chat,
+        pictures: bench.pictures,
+        processor: bench.processor,
+        convention: bench.convention,
+        options: bench.rollout,
+    };
     let interrupt = Interrupt::install()?;
     let progress = Progress::start(&format!("evaluating {name}"), "question", 0, samples.len() as u64);
     let mut episodes = Vec::with_capacity(samples.len() * bench.options.samples);
@@ -251,8 +258,14 @@ pub fn main(invocation: &Invocation) -> Result<()> {
     let folder = RunFolder::create(&plan.eval.out)?;
     folder.save_plan(&config::to_toml(&plan)?, &Environment::now())?;
     let (chat, pictures, processor) = (engine.chat.clone(), engine.pictures.clone(), engine.processor.clone());
-    let bench =
-        Bench { chat: &chat, pictures: &pictures, processor: &processor, convention: engine.convention, rollout: &plan.rollout, options: &plan.eval };
+    let bench = Bench {
+        chat: &chat,
+        pictures: &pictures,
+        processor: &processor,
+        convention: engine.convention,
+        rollout: &plan.rollout,
+        options: &plan.eval,
+    };
     let mut rows = Vec::new();
     for (k, (name, options)) in plan.tasks.iter().enumerate() {
         let task = Crop::new(options.clone(), processor.budget.factor).with_context(|| format!("[tasks.{name}]"))?;

@@ -173,11 +173,7 @@ impl BBox {
     /// The share of `other`'s area that lies in this box, 0 to 1; 0 when `other` is empty.
     pub fn contains_fraction(&self, other: &BBox) -> f64 {
         let area = other.area();
-        if area > 0.0 {
-            self.intersection(other).map_or(0.0, |b| b.area()) / area
-        } else {
-            0.0
-        }
+        if area > 0.0 { self.intersection(other).map_or(0.0, |b| b.area()) / area } else { 0.0 }
     }
 
     /// Each corner moved to the nearest point of `bounds`. A box outside becomes an empty box on the edge.
@@ -185,23 +181,13 @@ impl BBox {
         // max then min, not f64::clamp, which panics on inverted bounds.
         let x = |v: f64| v.max(bounds.x1).min(bounds.x2);
         let y = |v: f64| v.max(bounds.y1).min(bounds.y2);
-        BBox {
-            x1: x(self.x1),
-            y1: y(self.y1),
-            x2: x(self.x2),
-            y2: y(self.y2),
-        }
+        BBox { x1: x(self.x1), y1: y(self.y1), x2: x(self.x2), y2: y(self.y2) }
     }
 
     /// Every edge moved outward by `ratio` of the side it stretches: 0.5 doubles width and height about the same centre.
     pub fn pad(&self, ratio: f64) -> BBox {
         let (dx, dy) = (self.width() * ratio, self.height() * ratio);
-        BBox {
-            x1: self.x1 - dx,
-            y1: self.y1 - dy,
-            x2: self.x2 + dx,
-            y2: self.y2 + dy,
-        }
+        BBox { x1: self.x1 - dx, y1: self.y1 - dy, x2: self.x2 + dx, y2: self.y2 + dy }
     }
 
     /// The smallest box of whole pixels that covers it.
@@ -219,12 +205,7 @@ impl BBox {
         // Multiply first, divide last: with whole numbers that is exact whenever the answer is a whole number.
         let x = |v: f64| to.x1 + (v - from.x1) * to.width() / from.width();
         let y = |v: f64| to.y1 + (v - from.y1) * to.height() / from.height();
-        BBox {
-            x1: x(self.x1),
-            y1: y(self.y1),
-            x2: x(self.x2),
-            y2: y(self.y2),
-        }
+        BBox { x1: x(self.x1), y1: y(self.y1), x2: x(self.x2), y2: y(self.y2) }
     }
 }
 
@@ -239,11 +220,7 @@ pub struct Budget {
 
 impl Budget {
     pub fn new(min_pixels: u64, max_pixels: u64, factor: u32) -> Budget {
-        Budget {
-            min_pixels,
-            max_pixels,
-            factor,
-        }
+        Budget { min_pixels, max_pixels, factor }
     }
 }
 
@@ -267,27 +244,14 @@ impl Budget {
 /// assert_eq!(smart_resize(Size::new(4032, 3024), budget).unwrap(), Size::new(1148, 840));
 /// ```
 pub fn smart_resize(size: Size, budget: Budget) -> Result<Size> {
-    let Budget {
-        min_pixels,
-        max_pixels,
-        factor,
-    } = budget;
-    ensure!(
-        factor > 0,
-        "sizing a picture: the factor (patch x merge) is 0, expected for example 28"
-    );
+    let Budget { min_pixels, max_pixels, factor } = budget;
+    ensure!(factor > 0, "sizing a picture: the factor (patch x merge) is 0, expected for example 28");
     ensure!(
         min_pixels <= max_pixels && max_pixels > 0,
         "sizing a picture: min_pixels {min_pixels} and max_pixels {max_pixels} leave no size, expected 0 < min_pixels <= max_pixels"
     );
-    let (long, short) = (
-        u64::from(size.width.max(size.height)),
-        u64::from(size.width.min(size.height)),
-    );
-    ensure!(
-        short > 0,
-        "sizing a picture: it is {size} pixels, expected at least 1x1"
-    );
+    let (long, short) = (u64::from(size.width.max(size.height)), u64::from(size.width.min(size.height)));
+    ensure!(short > 0, "sizing a picture: it is {size} pixels, expected at least 1x1");
     if long > MAX_PICTURE_ASPECT * short {
         bail!(
             "sizing a picture: {size} pixels has an aspect ratio of {:.1}, expected at most {MAX_PICTURE_ASPECT}; cut or pad it first",
@@ -295,11 +259,7 @@ pub fn smart_resize(size: Size, budget: Budget) -> Result<Size> {
         );
     }
     // f64 throughout, in the order of the published function, so that the same roundings happen.
-    let (w, h, f) = (
-        f64::from(size.width),
-        f64::from(size.height),
-        f64::from(factor),
-    );
+    let (w, h, f) = (f64::from(size.width), f64::from(size.height), f64::from(factor));
     let nearest = |side: f64| ((side / f).round_ties_even() * f).max(f);
     let (mut shown_w, mut shown_h) = (nearest(w), nearest(h));
     if shown_w * shown_h > max_pixels as f64 {
@@ -316,10 +276,7 @@ pub fn smart_resize(size: Size, budget: Budget) -> Result<Size> {
         shown_w <= whole && shown_h <= whole,
         "sizing a picture: {size} would be shown as {shown_w}x{shown_h}, more than can be counted; lower min_pixels ({min_pixels})"
     );
-    Ok(Size {
-        width: shown_w as u32,
-        height: shown_h as u32,
-    })
+    Ok(Size { width: shown_w as u32, height: shown_h as u32 })
 }
 
 /// An image's patches: frames, rows, columns, in patches (not merged tokens).
@@ -333,11 +290,7 @@ pub struct Grid {
 impl Grid {
     /// The grid of one still picture shown at `size` with square patches of `patch` pixels.
     pub fn of(size: Size, patch: u32) -> Grid {
-        Grid {
-            t: 1,
-            h: size.height / patch.max(1),
-            w: size.width / patch.max(1),
-        }
+        Grid { t: 1, h: size.height / patch.max(1), w: size.width / patch.max(1) }
     }
 
     /// Rows of the patch matrix.
@@ -379,11 +332,7 @@ impl View {
     /// # Errors
     /// Those of [`smart_resize`].
     pub fn whole(image: usize, original: Size, budget: Budget) -> Result<View> {
-        Ok(View {
-            image,
-            region: original.bounds(),
-            size: smart_resize(original, budget)?,
-        })
+        Ok(View { image, region: original.bounds(), size: smart_resize(original, budget)? })
     }
 
     /// Where a box the model named, in pixels of what it was shown, lies in the original.
@@ -418,15 +367,8 @@ impl View {
             self.image
         );
         let region = widen(region, original);
-        let size = Size {
-            width: region.width() as u32,
-            height: region.height() as u32,
-        };
-        Ok(View {
-            image: self.image,
-            region,
-            size: smart_resize(size, budget)?,
-        })
+        let size = Size { width: region.width() as u32, height: region.height() as u32 };
+        Ok(View { image: self.image, region, size: smart_resize(size, budget)? })
     }
 }
 
@@ -441,18 +383,8 @@ fn widen(region: BBox, original: Size) -> BBox {
         let start = ((low + high - need) / 2.0).floor().min(end - need).max(0.0);
         (start, (start + need).min(end))
     };
-    let (x1, x2) = grow(
-        region.x1,
-        region.x2,
-        region.height(),
-        f64::from(original.width),
-    );
-    let (y1, y2) = grow(
-        region.y1,
-        region.y2,
-        region.width(),
-        f64::from(original.height),
-    );
+    let (x1, x2) = grow(region.x1, region.x2, region.height(), f64::from(original.width));
+    let (y1, y2) = grow(region.y1, region.y2, region.width(), f64::from(original.height));
     BBox { x1, y1, x2, y2 }
 }
 
@@ -468,10 +400,7 @@ pub struct BoxLimits {
 impl Default for BoxLimits {
     /// The published values of MGPO: over 28 pixels, under 100 to 1.
     fn default() -> BoxLimits {
-        BoxLimits {
-            min_side: 28.0,
-            max_aspect: 100.0,
-        }
+        BoxLimits { min_side: 28.0, max_aspect: 100.0 }
     }
 }
 
@@ -517,21 +446,9 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const WIDE: Budget = Budget {
-        min_pixels: 3136,
-        max_pixels: 12_845_056,
-        factor: 28,
-    };
-    const MGPO: Budget = Budget {
-        min_pixels: 200_704,
-        max_pixels: 1_003_520,
-        factor: 28,
-    };
-    const QWEN3: Budget = Budget {
-        min_pixels: 65_536,
-        max_pixels: 16_777_216,
-        factor: 32,
-    };
+    const WIDE: Budget = Budget { min_pixels: 3136, max_pixels: 12_845_056, factor: 28 };
+    const MGPO: Budget = Budget { min_pixels: 200_704, max_pixels: 1_003_520, factor: 28 };
+    const QWEN3: Budget = Budget { min_pixels: 65_536, max_pixels: 16_777_216, factor: 32 };
 
     fn shown(h: u32, w: u32, budget: Budget) -> (u32, u32) {
         let size = smart_resize(Size::new(w, h), budget).unwrap();
@@ -577,11 +494,7 @@ mod tests {
 
     #[test]
     fn sizes_that_cannot_be_shown_are_errors() {
-        let error = |w, h, budget| {
-            smart_resize(Size::new(w, h), budget)
-                .unwrap_err()
-                .to_string()
-        };
+        let error = |w, h, budget| smart_resize(Size::new(w, h), budget).unwrap_err().to_string();
         assert!(error(1, 10_000, WIDE).contains("aspect ratio of 10000.0"));
         assert!(error(201, 1, WIDE).contains("aspect ratio of 201.0"));
         assert!(error(0, 5, WIDE).contains("0x5"));
@@ -603,34 +516,24 @@ mod tests {
         assert!(a.contains(&BBox::new(0.0, 1.0, 4.0, 2.0)) && !a.contains(&b));
         // Beside each other: they touch but share nothing.
         let c = BBox::new(4.0, 0.0, 8.0, 4.0);
-        assert_eq!(
-            (a.intersection(&c), a.iou(&c), a.giou(&c)),
-            (None, 0.0, 0.0)
-        );
+        assert_eq!((a.intersection(&c), a.iou(&c), a.giou(&c)), (None, 0.0, 0.0));
         // Far apart: hull 12 x 4, 16 of 48 not covered.
         assert_eq!(a.giou(&BBox::new(8.0, 0.0, 12.0, 4.0)), -16.0 / 48.0);
         assert_eq!(a.giou(&a), 1.0);
         let inverted = BBox::new(4.0, 4.0, 0.0, 0.0);
-        assert_eq!(
-            (inverted.area(), a.iou(&inverted), a.giou(&inverted)),
-            (0.0, 0.0, -1.0)
-        );
+        assert_eq!((inverted.area(), a.iou(&inverted), a.giou(&inverted)), (0.0, 0.0, -1.0));
         assert_eq!(a.pad(0.25), BBox::new(-1.0, -1.0, 5.0, 5.0));
         assert_eq!(b.clamp(&a), BBox::new(2.0, 2.0, 4.0, 4.0));
         assert_eq!(b.center(), (4.0, 4.0));
         assert_eq!(serde_json::to_string(&b).unwrap(), "[2.0,2.0,6.0,6.0]");
-        assert_eq!(
-            serde_json::from_str::<BBox>("[1, 2, 3.5, 4]").unwrap(),
-            BBox::new(1.0, 2.0, 3.5, 4.0)
-        );
+        assert_eq!(serde_json::from_str::<BBox>("[1, 2, 3.5, 4]").unwrap(), BBox::new(1.0, 2.0, 3.5, 4.0));
     }
 
     #[test]
     fn verdicts_at_the_limits() {
         use BoxVerdict::*;
         let view = Size::new(4000, 868);
-        let judge =
-            |x1, y1, x2, y2| judge_box(&BBox::new(x1, y1, x2, y2), view, BoxLimits::default());
+        let judge = |x1, y1, x2, y2| judge_box(&BBox::new(x1, y1, x2, y2), view, BoxLimits::default());
         assert_eq!(judge(10.0, 10.0, 38.0, 110.0), TooSmall); // 28 wide
         assert_eq!(judge(10.0, 10.0, 39.0, 110.0), Valid); // 29 wide
         assert_eq!(judge(0.0, 0.0, 4000.0, 868.0), Valid); // the right and lower edge belong to it
@@ -648,91 +551,48 @@ mod tests {
     fn the_worked_example_and_a_crop_of_the_crop() {
         let original = Size::new(4032, 3024);
         // The reference's two steps end at 1148x868; ours at 1148x840. The mapping is the same arithmetic.
-        let view = View {
-            image: 0,
-            region: original.bounds(),
-            size: Size::new(1148, 868),
-        };
-        let crop = view
-            .crop(BBox::new(287.0, 217.0, 574.0, 434.0), original, WIDE)
-            .unwrap();
+        let view = View { image: 0, region: original.bounds(), size: Size::new(1148, 868) };
+        let crop = view.crop(BBox::new(287.0, 217.0, 574.0, 434.0), original, WIDE).unwrap();
         assert_eq!(crop.region, BBox::new(1008.0, 756.0, 2016.0, 1512.0));
         assert_eq!(crop.size, Size::new(1008, 756));
         // Right half of the crop's upper half, at one view pixel per original pixel.
-        let closer = crop
-            .crop(BBox::new(504.0, 0.0, 1008.0, 378.0), original, WIDE)
-            .unwrap();
+        let closer = crop.crop(BBox::new(504.0, 0.0, 1008.0, 378.0), original, WIDE).unwrap();
         assert_eq!(closer.region, BBox::new(1512.0, 756.0, 2016.0, 1134.0));
         let first = View::whole(3, original, MGPO).unwrap();
-        assert_eq!(
-            (first.image, first.region, first.size),
-            (3, original.bounds(), Size::new(1148, 840))
-        );
+        assert_eq!((first.image, first.region, first.size), (3, original.bounds(), Size::new(1148, 840)));
         // 100.5 of 1148 is 352.97..; of 840, 361.8: outward.
-        let fractional = first
-            .crop(BBox::new(100.5, 100.5, 200.0, 200.0), original, MGPO)
-            .unwrap();
+        let fractional = first.crop(BBox::new(100.5, 100.5, 200.0, 200.0), original, MGPO).unwrap();
         assert_eq!(fractional.region, BBox::new(352.0, 361.0, 703.0, 720.0));
     }
 
     #[test]
     fn crops_at_and_beyond_the_edge() {
         let original = Size::new(1000, 500);
-        let view = View {
-            image: 0,
-            region: original.bounds(),
-            size: Size::new(1000, 500),
-        };
-        let over = view
-            .crop(BBox::new(900.0, -50.0, 1100.0, 100.0), original, WIDE)
-            .unwrap();
+        let view = View { image: 0, region: original.bounds(), size: Size::new(1000, 500) };
+        let over = view.crop(BBox::new(900.0, -50.0, 1100.0, 100.0), original, WIDE).unwrap();
         assert_eq!(over.region, BBox::new(900.0, 0.0, 1000.0, 100.0));
-        assert!(
-            view.crop(BBox::new(1000.0, 0.0, 1100.0, 100.0), original, WIDE)
-                .is_err()
-        );
-        assert!(
-            view.crop(BBox::new(10.0, 10.0, 10.0, 20.0), original, WIDE)
-                .is_err()
-        );
-        assert!(
-            view.crop(BBox::new(f64::NAN, 0.0, 10.0, 10.0), original, WIDE)
-                .is_err()
-        );
+        assert!(view.crop(BBox::new(1000.0, 0.0, 1100.0, 100.0), original, WIDE).is_err());
+        assert!(view.crop(BBox::new(10.0, 10.0, 10.0, 20.0), original, WIDE).is_err());
+        assert!(view.crop(BBox::new(f64::NAN, 0.0, 10.0, 10.0), original, WIDE).is_err());
         // 1000 x 1 may not be shown: it grows to 1000 x 5, about its middle, and stays inside.
-        let line = view
-            .crop(BBox::new(0.0, 250.0, 1000.0, 251.0), original, WIDE)
-            .unwrap();
+        let line = view.crop(BBox::new(0.0, 250.0, 1000.0, 251.0), original, WIDE).unwrap();
         assert_eq!(line.region, BBox::new(0.0, 248.0, 1000.0, 253.0));
-        let bottom = view
-            .crop(BBox::new(0.0, 499.0, 1000.0, 500.0), original, WIDE)
-            .unwrap();
+        let bottom = view.crop(BBox::new(0.0, 499.0, 1000.0, 500.0), original, WIDE).unwrap();
         assert_eq!(bottom.region, BBox::new(0.0, 495.0, 1000.0, 500.0));
     }
 
     /// An original, two budgets, and two boxes as fractions of the view.
     fn looks() -> impl Strategy<Value = (Size, Budget, [f64; 4], [f64; 4])> {
         let fractions = || [0.0..0.9f64, 0.0..0.9f64, 0.01..1.0f64, 0.01..1.0f64];
-        (
-            40..5000u32,
-            40..5000u32,
-            1..400u64,
-            fractions(),
-            fractions(),
-        )
+        (40..5000u32, 40..5000u32, 1..400u64, fractions(), fractions())
             .prop_map(|(w, h, k, a, b)| (Size::new(w, h), Budget::new(3136, k * 10_000, 28), a, b))
     }
 
     fn box_at(view: &View, [x, y, w, h]: [f64; 4]) -> BBox {
         let (width, height) = (f64::from(view.size.width), f64::from(view.size.height));
         let (x1, y1) = (x * width, y * height);
-        BBox::new(
-            x1,
-            y1,
-            x1 + (w * (width - x1)).max(1.0),
-            y1 + (h * (height - y1)).max(1.0),
-        )
-        .clamp(&view.size.bounds())
+        BBox::new(x1, y1, x1 + (w * (width - x1)).max(1.0), y1 + (h * (height - y1)).max(1.0))
+            .clamp(&view.size.bounds())
     }
 
     proptest! {

@@ -93,7 +93,13 @@ struct RunArgs {
 
 impl RunArgs {
     fn invocation(self) -> run::Invocation {
-        run::Invocation { config: self.config, overrides: self.overrides, dry_run: self.dry_run, resume: self.resume, json: self.json }
+        run::Invocation {
+            config: self.config,
+            overrides: self.overrides,
+            dry_run: self.dry_run,
+            resume: self.resume,
+            json: self.json,
+        }
     }
 }
 

@@ -72,10 +72,7 @@ impl Optim {
             ("warmup", self.warmup, 0.0, f64::MAX),
             ("min_lr_ratio", self.min_lr_ratio, 0.0, 1.0),
         ] {
-            ensure!(
-                value >= low && value <= high,
-                "optim.{key} = {value}: expected a number from {low} to {high}"
-            );
+            ensure!(value >= low && value <= high, "optim.{key} = {value}: expected a number from {low} to {high}");
         }
         Ok(())
     }
@@ -105,9 +102,7 @@ impl Optim {
             * match self.schedule {
                 Schedule::Constant => 1.0,
                 Schedule::Linear => 1.0 - p * rest,
-                Schedule::Cosine => {
-                    self.min_lr_ratio + rest * 0.5 * (1.0 + (std::f64::consts::PI * p).cos())
-                }
+                Schedule::Cosine => self.min_lr_ratio + rest * 0.5 * (1.0 + (std::f64::consts::PI * p).cos()),
             }
     }
 }
@@ -126,22 +121,14 @@ const CHUNK: usize = 1 << 16;
 /// The Euclidean norm of the gradients in `ranges`, summed in f64 in a fixed order.
 ///
 /// Errors: a range beyond the arena.
-pub fn global_norm(
-    gradients: &[f32],
-    ranges: impl IntoIterator<Item = Range<usize>>,
-) -> Result<f64> {
+pub fn global_norm(gradients: &[f32], ranges: impl IntoIterator<Item = Range<usize>>) -> Result<f64> {
     let mut sum = 0.0;
     for range in ranges {
         let part = gradients.get(range.clone()).with_context(|| {
-            format!(
-                "taking the gradient norm: range {range:?} is not within the {} gradients",
-                gradients.len()
-            )
+            format!("taking the gradient norm: range {range:?} is not within the {} gradients", gradients.len())
         })?;
-        let sums: Vec<f64> = part
-            .par_chunks(CHUNK)
-            .map(|chunk| chunk.iter().map(|g| f64::from(*g) * f64::from(*g)).sum())
-            .collect();
+        let sums: Vec<f64> =
+            part.par_chunks(CHUNK).map(|chunk| chunk.iter().map(|g| f64::from(*g) * f64::from(*g)).sum()).collect();
         sum += sums.iter().sum::<f64>();
     }
     Ok(sum.sqrt())
@@ -149,11 +136,7 @@ pub fn global_norm(
 
 /// What gradients of norm `norm` are multiplied by: `min(1, max / (norm + 1e-6))`, as torch's `clip_grad_norm_`.
 pub fn clip_scale(norm: f64, max: f64) -> f64 {
-    if max > 0.0 {
-        (max / (norm + 1e-6)).min(1.0)
-    } else {
-        1.0
-    }
+    if max > 0.0 { (max / (norm + 1e-6)).min(1.0) } else { 1.0 }
 }
 
 /// What one optimiser step did.
@@ -191,12 +174,7 @@ impl AdamW {
             end = t.range.end;
         }
         let n = trained.iter().map(|t| t.range.len()).sum();
-        Ok(AdamW {
-            trained,
-            m: vec![0.0; n],
-            v: vec![0.0; n],
-            step: 0,
-        })
+        Ok(AdamW { trained, m: vec![0.0; n], v: vec![0.0; n], step: 0 })
     }
 
     /// Steps applied so far.
@@ -219,13 +197,7 @@ impl AdamW {
     ///
     /// Errors: arenas of different lengths, or shorter than a range. A norm that is not finite is not an error but
     /// [`Stepped::applied`] false: the caller decides whether the run goes on.
-    pub fn step(
-        &mut self,
-        parameters: &mut [f32],
-        gradients: &[f32],
-        settings: &Optim,
-        lr: f64,
-    ) -> Result<Stepped> {
+    pub fn step(&mut self, parameters: &mut [f32], gradients: &[f32], settings: &Optim, lr: f64) -> Result<Stepped> {
         ensure!(
             parameters.len() == gradients.len(),
             "taking an optimiser step: {} parameters but {} gradients",
@@ -234,12 +206,7 @@ impl AdamW {
         );
         let grad_norm = self.grad_norm(gradients)?;
         let scale = clip_scale(grad_norm, settings.clip_norm);
-        let mut stepped = Stepped {
-            grad_norm,
-            clip_scale: scale,
-            lr,
-            applied: false,
-        };
+        let mut stepped = Stepped { grad_norm, clip_scale: scale, lr, applied: false };
         if !grad_norm.is_finite() {
             return Ok(stepped);
         }
@@ -253,11 +220,7 @@ impl AdamW {
                 beta1: settings.beta1 as f32,
                 beta2: settings.beta2 as f32,
                 eps: settings.eps as f32,
-                weight_decay: if t.decay {
-                    settings.weight_decay as f32
-                } else {
-                    0.0
-                },
+                weight_decay: if t.decay { settings.weight_decay as f32 } else { 0.0 },
                 step: self.step,
             };
             // `grad_norm` has checked the ranges against the gradients, which are as long as the parameters.
@@ -279,18 +242,12 @@ impl AdamW {
     pub fn save(&self, path: &Path) -> Result<()> {
         let doing = || format!("saving the optimiser state to {}", path.display());
         let ranges = serde_json::to_string(&self.trained).with_context(doing)?;
-        let metadata = [
-            ("step".to_string(), self.step.to_string()),
-            ("trained".to_string(), ranges),
-        ];
+        let metadata = [("step".to_string(), self.step.to_string()), ("trained".to_string(), ranges)];
         let mut partial = path.as_os_str().to_owned();
         partial.push(".partial");
         let tensors = [("m", Moments::of(&self.m)), ("v", Moments::of(&self.v))];
-        safetensors::serialize_to_file(tensors, Some(metadata.into()), Path::new(&partial))
-            .with_context(doing)?;
-        File::open(&partial)
-            .and_then(|file| file.sync_all())
-            .with_context(doing)?;
+        safetensors::serialize_to_file(tensors, Some(metadata.into()), Path::new(&partial)).with_context(doing)?;
+        File::open(&partial).and_then(|file| file.sync_all()).with_context(doing)?;
         std::fs::rename(&partial, path).with_context(doing)
     }
 
@@ -302,14 +259,10 @@ impl AdamW {
         let (_, header) = SafeTensors::read_metadata(&bytes).with_context(doing)?;
         let entry = |key: &str| {
             let metadata = header.metadata().as_ref();
-            metadata
-                .and_then(|m| m.get(key))
-                .with_context(|| format!("{}: it has no {key:?}", doing()))
+            metadata.and_then(|m| m.get(key)).with_context(|| format!("{}: it has no {key:?}", doing()))
         };
         let step = entry("step")?;
-        state.step = step
-            .parse()
-            .with_context(|| format!("{}: its step is {step:?}", doing()))?;
+        state.step = step.parse().with_context(|| format!("{}: its step is {step:?}", doing()))?;
         let saved: Vec<Trained> = serde_json::from_str(entry("trained")?).with_context(doing)?;
         ensure!(
             saved == state.trained,
@@ -347,10 +300,7 @@ struct Moments<'a> {
 
 impl<'a> Moments<'a> {
     fn of(values: &'a [f32]) -> Self {
-        Moments {
-            values,
-            shape: [values.len()],
-        }
+        Moments { values, shape: [values.len()] }
     }
 }
 
@@ -362,11 +312,7 @@ impl View for Moments<'_> {
         &self.shape
     }
     fn data(&self) -> std::borrow::Cow<'_, [u8]> {
-        self.values
-            .iter()
-            .flat_map(|x| x.to_le_bytes())
-            .collect::<Vec<u8>>()
-            .into()
+        self.values.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>().into()
     }
     fn data_len(&self) -> usize {
         4 * self.values.len()
@@ -378,10 +324,7 @@ mod tests {
     use super::*;
 
     fn all(n: usize) -> Vec<Trained> {
-        vec![Trained {
-            range: 0..n,
-            decay: true,
-        }]
+        vec![Trained { range: 0..n, decay: true }]
     }
 
     fn close(found: &[f32], expected: &[f32], tolerance: f32) {
@@ -392,68 +335,35 @@ mod tests {
 
     /// Gradients of step t that f32 holds exactly.
     fn gradient(t: i32, n: i32) -> Vec<f32> {
-        (0..n)
-            .map(|i| ((i * 7 + t * 5) % 11 - 5) as f32 / 4.0)
-            .collect()
+        (0..n).map(|i| ((i * 7 + t * 5) % 11 - 5) as f32 / 4.0).collect()
     }
 
     /// torch 2.15: AdamW(lr=1e-2, weight_decay=0.1) after clip_grad_norm_(1.0), ten steps.
     #[test]
     fn ten_steps_are_torchs() {
-        let settings = Optim {
-            lr: 1e-2,
-            weight_decay: 0.1,
-            ..Optim::default()
-        };
+        let settings = Optim { lr: 1e-2, weight_decay: 0.1, ..Optim::default() };
         let mut p = vec![1.0, -0.5, 0.25, 2.0];
         let mut state = AdamW::new(all(4)).unwrap();
         for t in 0..10 {
-            let stepped = state
-                .step(&mut p, &gradient(t, 4), &settings, settings.lr)
-                .unwrap();
+            let stepped = state.step(&mut p, &gradient(t, 4), &settings, settings.lr).unwrap();
             if t == 0 {
                 // The numbers are -5, 2, -2, 5 quarters.
                 assert!((stepped.grad_norm - 58f64.sqrt() / 4.0).abs() < 1e-12);
-                close(
-                    &p,
-                    &[1.00900006, -0.509500027, 0.259750009, 1.98800004],
-                    2e-7,
-                );
+                close(&p, &[1.00900006, -0.509500027, 0.259750009, 1.98800004], 2e-7);
             }
         }
         // Ten steps of f32 rounding on values near 2: a few units in the last place (2.4e-7).
-        close(
-            &p,
-            &[0.997365355, -0.487561882, 0.262649179, 1.9494853],
-            1e-6,
-        );
-        close(
-            &state.m,
-            &[-0.0132581079, 0.0401279777, -0.00828865636, -0.0601300597],
-            1e-7,
-        );
+        close(&p, &[0.997365355, -0.487561882, 0.262649179, 1.9494853], 1e-6);
+        close(&state.m, &[-0.0132581079, 0.0401279777, -0.00828865636, -0.0601300597], 1e-7);
         // The kernel takes beta2 in f32, where 1 - 0.999 is 1.3e-5 short; the bias correction is short by as much,
         // so the parameters do not see it.
-        close(
-            &state.v,
-            &[0.00231403578, 0.00277668051, 0.00251102704, 0.0023533653],
-            2e-5 * 0.0028,
-        );
+        close(&state.v, &[0.00231403578, 0.00277668051, 0.00251102704, 0.0023533653], 2e-5 * 0.0028);
         assert_eq!(state.steps(), 10);
     }
 
     #[test]
     fn frozen_parameters_stay_and_cost_nothing() {
-        let trained = vec![
-            Trained {
-                range: 1..3,
-                decay: true,
-            },
-            Trained {
-                range: 5..6,
-                decay: false,
-            },
-        ];
+        let trained = vec![Trained { range: 1..3, decay: true }, Trained { range: 5..6, decay: false }];
         let mut state = AdamW::new(trained).unwrap();
         assert_eq!(state.parameters(), 3);
         let mut p: Vec<f32> = (1..=8).map(|x| x as f32).collect();
@@ -462,10 +372,7 @@ mod tests {
             g[i] = 1.0;
         }
         g[5] = 0.0;
-        let settings = Optim {
-            weight_decay: 0.5,
-            ..Optim::default()
-        };
+        let settings = Optim { weight_decay: 0.5, ..Optim::default() };
         let stepped = state.step(&mut p, &g, &settings, 0.1).unwrap();
         assert!(stepped.applied);
         assert!((stepped.grad_norm - 2f64.sqrt()).abs() < 1e-12);
@@ -480,50 +387,32 @@ mod tests {
         let mut state = AdamW::new(all(2)).unwrap();
         let before = state.clone();
         let mut p = vec![1.0, 2.0];
-        let stepped = state
-            .step(&mut p, &[1.0, f32::INFINITY], &Optim::default(), 0.1)
-            .unwrap();
+        let stepped = state.step(&mut p, &[1.0, f32::INFINITY], &Optim::default(), 0.1).unwrap();
         assert!(!stepped.applied);
         assert_eq!((p, state), (vec![1.0, 2.0], before));
         assert!(AdamW::new(vec![all(3)[0].clone(), all(2)[0].clone()]).is_err());
         let mut short = AdamW::new(all(9)).unwrap();
-        assert!(
-            short
-                .step(&mut [0.0], &[0.0], &Optim::default(), 0.1)
-                .is_err()
-        );
+        assert!(short.step(&mut [0.0], &[0.0], &Optim::default(), 0.1).is_err());
     }
 
     #[test]
     fn resuming_from_a_file_is_not_seen() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("optimizer.safetensors");
-        let settings = Optim {
-            lr: 1e-2,
-            ..Optim::default()
-        };
+        let settings = Optim { lr: 1e-2, ..Optim::default() };
         let (mut p, mut state) = (vec![1.0, -0.5, 0.25, 2.0, 3.0], AdamW::new(all(5)).unwrap());
         for t in 0..3 {
-            state
-                .step(&mut p, &gradient(t, 5), &settings, 1e-2)
-                .unwrap();
+            state.step(&mut p, &gradient(t, 5), &settings, 1e-2).unwrap();
         }
         state.save(&path).unwrap();
         let mut loaded = AdamW::load(all(5), &path).unwrap();
         assert_eq!(loaded, state);
         let mut q = p.clone();
-        state
-            .step(&mut p, &gradient(3, 5), &settings, 1e-2)
-            .unwrap();
-        loaded
-            .step(&mut q, &gradient(3, 5), &settings, 1e-2)
-            .unwrap();
+        state.step(&mut p, &gradient(3, 5), &settings, 1e-2).unwrap();
+        loaded.step(&mut q, &gradient(3, 5), &settings, 1e-2).unwrap();
         assert_eq!(p, q);
         let message = format!("{:#}", AdamW::load(all(4), &path).unwrap_err());
-        assert!(
-            message.contains("5 parameters in 1 ranges, this run trains 4"),
-            "{message}"
-        );
+        assert!(message.contains("5 parameters in 1 ranges, this run trains 4"), "{message}");
         std::fs::write(&path, b"garbage").unwrap();
         assert!(AdamW::load(all(5), &path).is_err());
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
@@ -531,14 +420,9 @@ mod tests {
 
     #[test]
     fn the_norm_does_not_depend_on_threads() {
-        let g: Vec<f32> = (0..300_000)
-            .map(|i| ((i % 7919) % 1000) as f32 * 1e-3 - 0.4)
-            .collect();
+        let g: Vec<f32> = (0..300_000).map(|i| ((i % 7919) % 1000) as f32 * 1e-3 - 0.4).collect();
         let norm = |threads: usize| {
-            let pool = rayon::ThreadPoolBuilder::new()
-                .num_threads(threads)
-                .build()
-                .unwrap();
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             pool.install(|| global_norm(&g, [0..100_000, 100_003..300_000]).unwrap())
         };
         assert_eq!(norm(1).to_bits(), norm(3).to_bits());
@@ -555,36 +439,18 @@ mod tests {
 
     #[test]
     fn schedules_by_hand() {
-        let o = Optim {
-            lr: 2.0,
-            ..Optim::default()
-        };
+        let o = Optim { lr: 2.0, ..Optim::default() };
         assert_eq!((o.lr_at(0, 10), o.lr_at(9, 10)), (2.0, 2.0));
         // A share of steps: 30 % of 10 are 3.
-        let cosine = Optim {
-            warmup: 0.3,
-            min_lr_ratio: 0.1,
-            schedule: Schedule::Cosine,
-            ..o.clone()
-        };
+        let cosine = Optim { warmup: 0.3, min_lr_ratio: 0.1, schedule: Schedule::Cosine, ..o.clone() };
         let rates: Vec<f64> = [0, 2, 3, 10].iter().map(|s| cosine.lr_at(*s, 10)).collect();
         for (found, expected) in rates.iter().zip([2.0 / 3.0, 2.0, 2.0, 0.2]) {
             assert!((found - expected).abs() < 1e-12, "{rates:?}");
         }
         // Half way from 2 to 10 the factor is the mean of 1 and 0.1.
-        let half = Optim {
-            warmup: 2.0,
-            ..cosine
-        };
+        let half = Optim { warmup: 2.0, ..cosine };
         assert!((half.lr_at(6, 10) - 1.1).abs() < 1e-12);
-        assert!(
-            Optim {
-                beta1: 1.0,
-                ..o.clone()
-            }
-            .validate()
-            .is_err()
-        );
+        assert!(Optim { beta1: 1.0, ..o.clone() }.validate().is_err());
         assert!(Optim { lr: f64::NAN, ..o }.validate().is_err());
     }
 }

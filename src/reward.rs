@@ -11,8 +11,7 @@ mod shaping;
 mod text;
 
 pub use boxes::{
-    Gate, MultiImage, Named, PerTarget, Shape, multi_image, parse_boxes, parse_named, single_box,
-    tag_format,
+    Gate, MultiImage, Named, PerTarget, Shape, multi_image, parse_boxes, parse_named, single_box, tag_format,
 };
 pub(crate) use boxes::{truth, truth_box};
 pub use choice::{Official, letter, mme_realworld_letter, vstar_letter};
@@ -59,18 +58,14 @@ impl Parts {
 
     /// The sum of parts times `weights` of the same name.
     pub fn total(&self, weights: &Parts) -> f64 {
-        self.iter()
-            .map(|(name, value)| value * weights.get(name).unwrap_or(0.0))
-            .sum()
+        self.iter().map(|(name, value)| value * weights.get(name).unwrap_or(0.0)).sum()
     }
 }
 
 impl<const N: usize> From<[(&str, f64); N]> for Parts {
     fn from(entries: [(&str, f64); N]) -> Parts {
         let mut parts = Parts::default();
-        entries
-            .into_iter()
-            .for_each(|(name, value)| parts.set(name, value));
+        entries.into_iter().for_each(|(name, value)| parts.set(name, value));
         parts
     }
 }
@@ -132,9 +127,7 @@ pub fn extract(text: &str, place: Place) -> Option<&str> {
     match place {
         Place::Boxed => boxed(turn),
         Place::AnswerTag => answer_tag(turn),
-        Place::Declared => boxed(turn)
-            .or_else(|| answer_tag(turn))
-            .or(Some(turn.trim())),
+        Place::Declared => boxed(turn).or_else(|| answer_tag(turn)).or(Some(turn.trim())),
         Place::Turn => Some(turn.trim()),
     }
 }
@@ -149,19 +142,14 @@ pub fn last_turn(text: &str) -> &str {
     }
     let turns = text.split(START).skip(1);
     let of_assistant = turns.filter_map(|turn| turn.strip_prefix("assistant"));
-    of_assistant
-        .last()
-        .map_or("", |turn| turn.split(END).next().unwrap_or(turn))
+    of_assistant.last().map_or("", |turn| turn.split(END).next().unwrap_or(turn))
 }
 
 /// The content of the last `\boxed{…}` with balanced braces. A later one that never closes counts for nothing, as a
 /// truncated answer should; `\{` and `\}` are text.
 fn boxed(text: &str) -> Option<&str> {
     const OPEN: &str = r"\boxed";
-    let starts: Vec<usize> = text
-        .match_indices(OPEN)
-        .map(|(at, _)| at + OPEN.len())
-        .collect();
+    let starts: Vec<usize> = text.match_indices(OPEN).map(|(at, _)| at + OPEN.len()).collect();
     // Only so many are tried: a text of nothing but openings would cost the square of its length.
     starts.iter().rev().take(64).find_map(|&start| {
         let rest = text.get(start..)?;
@@ -195,9 +183,7 @@ fn answer_tag(text: &str) -> Option<&str> {
 
 /// 1 when the last turn declares an answer at `place`, else 0.
 pub fn format_reward(text: &str, place: Place) -> f64 {
-    f64::from(u8::from(
-        extract(text, place).is_some_and(|answer| !answer.is_empty()),
-    ))
+    f64::from(u8::from(extract(text, place).is_some_and(|answer| !answer.is_empty())))
 }
 
 #[cfg(test)]
@@ -216,10 +202,7 @@ mod tests {
         assert_eq!(at(r"\boxed{A} then \boxed{B"), Some("A"));
         let chat = "<|im_start|>user\nput it in \\boxed{A}<|im_end|>\n<|im_start|>assistant\nIt is a cat.<|im_end|>\n";
         assert_eq!(at(chat), None);
-        let two = format!(
-            r"{chat}<|im_start|>user{}again<|im_end|><|im_start|>assistant{}\boxed{{D}}",
-            '\n', '\n'
-        );
+        let two = format!(r"{chat}<|im_start|>user{}again<|im_end|><|im_start|>assistant{}\boxed{{D}}", '\n', '\n');
         assert_eq!(at(&two), Some("D"));
         assert_eq!(at("<|im_start|>user\n\\boxed{A}"), None);
         // What a template adds after the end of the turn was not said by the model.
@@ -228,19 +211,10 @@ mod tests {
 
     #[test]
     fn answer_tags_and_declared_answers() {
-        assert_eq!(
-            extract("<think>x</think><answer> B </answer>", Place::AnswerTag),
-            Some("B")
-        );
-        assert_eq!(
-            extract("<answer>A</answer><answer>B</answer>", Place::AnswerTag),
-            Some("B")
-        );
+        assert_eq!(extract("<think>x</think><answer> B </answer>", Place::AnswerTag), Some("B"));
+        assert_eq!(extract("<answer>A</answer><answer>B</answer>", Place::AnswerTag), Some("B"));
         assert_eq!(extract("</answer><answer>", Place::AnswerTag), None);
-        assert_eq!(
-            extract(r"<answer>A</answer> \boxed{B}", Place::Declared),
-            Some("B")
-        );
+        assert_eq!(extract(r"<answer>A</answer> \boxed{B}", Place::Declared), Some("B"));
         assert_eq!(extract("<answer>A</answer>", Place::Declared), Some("A"));
         assert_eq!(extract(" A ", Place::Declared), Some("A"));
         assert_eq!(format_reward(r"\boxed{}", Place::Boxed), 0.0);
@@ -253,9 +227,6 @@ mod tests {
         let json = serde_json::to_string(&parts).unwrap();
         assert_eq!(json, r#"{"z":3.0,"a":2.0}"#);
         assert_eq!(serde_json::from_str::<Parts>(&json).unwrap(), parts);
-        assert_eq!(
-            parts.total(&Parts::from([("a", 0.5), ("z", 1.0), ("missing", 9.0)])),
-            4.0
-        );
+        assert_eq!(parts.total(&Parts::from([("a", 0.5), ("z", 1.0), ("missing", 9.0)])), 4.0);
     }
 }

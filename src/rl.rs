@@ -125,13 +125,21 @@ impl Plan {
             return bad("train.steps, train.prompts, train.group and train.updates must be at least 1".into());
         }
         if t.prompts % t.updates != 0 {
-            return bad(format!("train.prompts = {} cannot be dealt out to train.updates = {} evenly", t.prompts, t.updates));
+            return bad(format!(
+                "train.prompts = {} cannot be dealt out to train.updates = {} evenly",
+                t.prompts, t.updates
+            ));
         }
         if self.rollout.temperature <= 0.0 {
-            return bad(format!("rollout.temperature = {}: training needs a distribution, so more than 0", self.rollout.temperature));
+            return bad(format!(
+                "rollout.temperature = {}: training needs a distribution, so more than 0",
+                self.rollout.temperature
+            ));
         }
         if self.rollout.top_k.is_some() || self.rollout.top_p.is_some() {
-            return bad("rollout.top_k and rollout.top_p truncate the distribution; they are for evaluation only".into());
+            return bad(
+                "rollout.top_k and rollout.top_p truncate the distribution; they are for evaluation only".into()
+            );
         }
         Ok(self)
     }
@@ -234,7 +242,11 @@ pub fn train(
         }
         log.append(step, &metrics)?;
         let number = |key: &str| metrics.get(key).and_then(|v| v.as_f64()).unwrap_or(f64::NAN);
-        bar.step(format!("reward {:.3} · target in box {:.2}", number("reward/mean"), number("grounding/contains_target")));
+        bar.step(format!(
+            "reward {:.3} · target in box {:.2}",
+            number("reward/mean"),
+            number("grounding/contains_target")
+        ));
         watch(step, &metrics);
         last = metrics;
         let asked = interrupt.asked();
@@ -311,14 +323,11 @@ impl Loop<'_> {
         let update_watch = std::time::Instant::now();
         for (update, part) in groups.chunks(per_update).enumerate() {
             let members: Vec<usize> = part.iter().flatten().copied().collect();
-            let totals = self
-                .objective
-                .totals(members.iter().map(|&i| (episodes[i].group, old[i].len(), masked[i])));
+            let totals = self.objective.totals(members.iter().map(|&i| (episodes[i].group, old[i].len(), masked[i])));
             if totals.tokens == 0 {
                 continue;
             }
-            let streams: Vec<Group> =
-                part.iter().map(|g| g.iter().map(|&i| &episodes[i].stream).collect()).collect();
+            let streams: Vec<Group> = part.iter().map(|g| g.iter().map(|&i| &episodes[i].stream).collect()).collect();
             let mut of_update = Tally::default();
             engine.accumulate(&streams, &mut |g, m, scores: &Scores| {
                 let i = part[g][m];
@@ -468,7 +477,10 @@ fn count(episodes: &[Episode], metrics: &mut Metrics) {
     let cut = episodes.iter().filter(|e| e.stop == Stop::Truncated).count() as f64;
     put("response_length/clip_ratio", cut / n);
     put("prompt_length/mean", eval::average(episodes.iter().map(|e| e.stream.prompt_len() as f64)));
-    put("num_turns/mean", eval::average(episodes.iter().map(|e| e.turns.iter().filter(|t| t.role == "assistant").count() as f64)));
+    put(
+        "num_turns/mean",
+        eval::average(episodes.iter().map(|e| e.turns.iter().filter(|t| t.role == "assistant").count() as f64)),
+    );
     let mut parts: BTreeMap<String, f64> = BTreeMap::new();
     for e in episodes {
         for (name, value) in e.parts.iter() {
@@ -478,8 +490,7 @@ fn count(episodes: &[Episode], metrics: &mut Metrics) {
     for (name, value) in parts {
         put(&name, value);
     }
-    let outcomes: Vec<BoxOutcome> =
-        episodes.iter().filter_map(|e| e.turns.iter().find_map(|t| t.outcome)).collect();
+    let outcomes: Vec<BoxOutcome> = episodes.iter().filter_map(|e| e.turns.iter().find_map(|t| t.outcome)).collect();
     if !outcomes.is_empty() {
         let m = outcomes.len() as f64;
         let mut classes: BTreeMap<String, usize> = BTreeMap::new();
@@ -521,16 +532,15 @@ pub fn rollout_main(invocation: &Invocation) -> Result<()> {
     let mut engine = Embedded::open(&plan.model, None)?;
     let (chat, pictures, processor) = (engine.chat.clone(), engine.pictures.clone(), engine.processor.clone());
     let task = Crop::new(plan.task.clone(), processor.budget.factor)?;
-    let context =
-        Loop {
-            plan: &plan,
-            objective: &objective,
-            task: &task,
-            chat: &chat,
-            pictures: &pictures,
-            processor: &processor,
-            convention: engine.convention,
-        };
+    let context = Loop {
+        plan: &plan,
+        objective: &objective,
+        task: &task,
+        chat: &chat,
+        pictures: &pictures,
+        processor: &processor,
+        convention: engine.convention,
+    };
     let mut state = State { order: Order::new(rows.len(), plan.train.seed)?, groups: 0 };
     let mut log = folder.metrics_log()?;
     let bar = Progress::start("playing", "step", 0, plan.train.steps);

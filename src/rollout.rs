@@ -167,8 +167,7 @@ fn open<'a>(stage: &Stage, sample: &'a Sample, group: u64) -> Result<Playing<'a>
         turns.push(Turn { role: "system".into(), text: system.clone(), tokens: 0, outcome: None, bbox: None });
         messages.push(Message::system(&system));
     }
-    let mut playing =
-        Playing { sample, sizes, paths, group, member: 0, stream: Stream::default(), turns, stop: None };
+    let mut playing = Playing { sample, sizes, paths, group, member: 0, stream: Stream::default(), turns, stop: None };
     messages.push(Message::user(opening.user.parts.clone()));
     let grids = grids(stage, &opening.user.views)?;
     let tokens = tokens(stage, &grids);
@@ -196,12 +195,8 @@ fn grids(stage: &Stage, views: &[View]) -> Result<Vec<Grid>> {
 
 /// Appends a message of the task to the stream and to the readable turns.
 fn append(stage: &Stage, playing: &mut Playing, ids: &[u32], shown: Shown, grids: Vec<Grid>) -> Result<()> {
-    let images = shown
-        .views
-        .iter()
-        .zip(&grids)
-        .map(|(view, grid)| (playing.paths[view.image].clone(), *view, *grid))
-        .collect();
+    let images =
+        shown.views.iter().zip(&grids).map(|(view, grid)| (playing.paths[view.image].clone(), *view, *grid)).collect();
     playing.stream.push_context(ids, images, stage.chat.special.image_pad, stage.processor.merge)?;
     let text = shown.parts.iter().map(|p| p.readable()).collect::<String>();
     playing.turns.push(Turn { role: "user".into(), text, tokens: ids.len(), outcome: None, bbox: None });

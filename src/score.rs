@@ -15,8 +15,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::reward::{
-    MultiImage, Official, Parts, Place, extract, last_turn, letter, mme_realworld_letter, number,
-    same_text, single_box, truth, truth_box, vstar_letter,
+    MultiImage, Official, Parts, Place, extract, last_turn, letter, mme_realworld_letter, number, same_text,
+    single_box, truth, truth_box, vstar_letter,
 };
 
 #[derive(Deserialize)]
@@ -70,9 +70,7 @@ pub fn run(mut input: impl BufRead, mut output: impl Write) -> Result<Summary> {
     let mut line = Vec::new();
     for number in 1usize.. {
         line.clear();
-        let read = input
-            .read_until(b'\n', &mut line)
-            .with_context(|| format!("reading row {number}"))?;
+        let read = input.read_until(b'\n', &mut line).with_context(|| format!("reading row {number}"))?;
         if read == 0 {
             break;
         }
@@ -90,10 +88,8 @@ pub fn run(mut input: impl BufRead, mut output: impl Write) -> Result<Summary> {
                 serde_json::to_string(&json!({ "error": format!("row {number}: {error:#}") }))
             }
         };
-        let written =
-            written.with_context(|| format!("writing the result of row {number} as JSON"))?;
-        writeln!(output, "{written}")
-            .with_context(|| format!("writing the result of row {number}"))?;
+        let written = written.with_context(|| format!("writing the result of row {number} as JSON"))?;
+        writeln!(output, "{written}").with_context(|| format!("writing the result of row {number}"))?;
     }
     output.flush().context("writing results")?;
     summary.mean = sum / summary.rows.max(1) as f64;
@@ -113,9 +109,7 @@ fn official(mode: Option<&str>) -> Result<Option<Official>> {
         Some("official:vstar") => Some(Official::VStar),
         Some("official:mme_realworld") => Some(Official::MmeRealWorld),
         Some(other) => {
-            bail!(
-                "\"mode\" is {other:?}, expected \"strict\", \"official:vstar\" or \"official:mme_realworld\""
-            )
+            bail!("\"mode\" is {other:?}, expected \"strict\", \"official:vstar\" or \"official:mme_realworld\"")
         }
     })
 }
@@ -142,8 +136,7 @@ fn judge(row: &Row) -> Result<Judgement> {
                 Value::String(s) => s.clone(),
                 other => bail!("\"answer\" is {other}, expected a number or its text"),
             };
-            let answer = number(&written)
-                .with_context(|| format!("\"answer\" is {written:?}, expected one number"))?;
+            let answer = number(&written).with_context(|| format!("\"answer\" is {written:?}, expected one number"))?;
             let found = declared.and_then(number);
             let right = found.as_ref().is_some_and(|n| n.answers(&answer));
             (accuracy(right), json!(found.map(|n| n.value)))
@@ -158,32 +151,20 @@ fn judge(row: &Row) -> Result<Judgement> {
             let (parts, found) = MultiImage::default().judge(&row.prediction, &truth(&row.answer)?);
             (parts, json!(found))
         }
-        other => bail!(
-            "\"kind\" is {other:?}, expected \"choice\", \"text\", \"number\", \"box\" or \"multi_image\""
-        ),
+        other => bail!("\"kind\" is {other:?}, expected \"choice\", \"text\", \"number\", \"box\" or \"multi_image\""),
     };
     let total = parts.iter().map(|(_, value)| value).sum();
-    Ok(Judgement {
-        id: row.id.clone(),
-        total,
-        parts,
-        extracted,
-    })
+    Ok(Judgement { id: row.id.clone(), total, parts, extracted })
 }
 
 fn choice(row: &Row, official: Option<Official>, declared: Option<&str>) -> Result<(Parts, Value)> {
     let choices = row.choices.as_deref().unwrap_or(&[]);
-    let written = row.answer.as_str().with_context(|| {
-        format!(
-            "\"answer\" is {}, expected a letter or the text of a choice",
-            row.answer
-        )
-    })?;
+    let written = row
+        .answer
+        .as_str()
+        .with_context(|| format!("\"answer\" is {}, expected a letter or the text of a choice", row.answer))?;
     let answer = letter(written, choices).with_context(|| {
-        format!(
-            "\"answer\" is {written:?}, expected a letter or the text of one of {} choices",
-            choices.len()
-        )
+        format!("\"answer\" is {written:?}, expected a letter or the text of one of {} choices", choices.len())
     })?;
     let found = match official {
         None => declared.and_then(|d| letter(d, choices)),
@@ -206,10 +187,7 @@ fn texts(answer: &Value) -> Result<Vec<String>> {
     };
     match answer {
         Value::Array(all) => {
-            ensure!(
-                !all.is_empty(),
-                "\"answer\" is an empty list, expected at least one text"
-            );
+            ensure!(!all.is_empty(), "\"answer\" is an empty list, expected at least one text");
             all.iter().map(one).collect()
         }
         other => Ok(vec![one(other)?]),
@@ -226,35 +204,22 @@ mod tests {
         let mut out = Vec::new();
         let summary = run(rows.as_bytes(), &mut out).unwrap();
         let lines = String::from_utf8(out).unwrap();
-        (
-            summary,
-            lines
-                .lines()
-                .map(|line| serde_json::from_str(line).unwrap())
-                .collect(),
-        )
+        (summary, lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect())
     }
 
     fn total(row: Value) -> f64 {
         let (_, out) = score(&row.to_string());
-        out[0]["total"]
-            .as_f64()
-            .unwrap_or_else(|| panic!("{row} → {}", out[0]))
+        out[0]["total"].as_f64().unwrap_or_else(|| panic!("{row} → {}", out[0]))
     }
 
     #[test]
     fn choices() {
-        let row = |prediction: &str, answer: &str| json!({"kind": "choice", "prediction": prediction, "answer": answer});
+        let row =
+            |prediction: &str, answer: &str| json!({"kind": "choice", "prediction": prediction, "answer": answer});
         assert_eq!(total(row(r"so \boxed{B}", "B")), 1.0);
         assert_eq!(total(row(r"\boxed{A} no, \boxed{B}", "A")), 0.0);
         assert_eq!(total(row("I think it is A, a cat", "A")), 0.0);
-        assert_eq!(
-            total(row(
-                "<|im_start|>user\n\\boxed{A}<|im_end|>\n<|im_start|>assistant\na cat",
-                "A"
-            )),
-            0.0
-        );
+        assert_eq!(total(row("<|im_start|>user\n\\boxed{A}<|im_end|>\n<|im_start|>assistant\na cat", "A")), 0.0);
         let with = json!({"kind": "choice", "prediction": r"\boxed{a dog}", "answer": "B", "choices": ["cat", "dog"]});
         assert_eq!(total(with), 1.0);
     }
@@ -262,17 +227,13 @@ mod tests {
     #[test]
     fn official_and_strict_differ_where_the_official_rule_fails() {
         let text = "Based on the picture, the answer is (A)";
-        let row = |mode: &str, answer: &str| json!({"kind": "choice", "prediction": text, "answer": answer, "mode": mode});
+        let row =
+            |mode: &str, answer: &str| json!({"kind": "choice", "prediction": text, "answer": answer, "mode": mode});
         assert_eq!(total(row("official:vstar", "B")), 1.0);
         assert_eq!(total(row("strict", "A")), 1.0);
         assert_eq!(total(row("official:mme_realworld", "B")), 1.0);
         let (_, out) = score(&row("official:nobody", "A").to_string());
-        assert!(
-            out[0]["error"]
-                .as_str()
-                .unwrap()
-                .contains("official:nobody")
-        );
+        assert!(out[0]["error"].as_str().unwrap().contains("official:nobody"));
     }
 
     #[test]
@@ -280,60 +241,28 @@ mod tests {
         let row = |kind: &str, prediction: &str, answer: Value| {
             total(json!({"kind": kind, "prediction": prediction, "answer": answer}))
         };
-        assert_eq!(
-            row("text", r"\boxed{The red ball.}", json!("red ball")),
-            1.0
-        );
-        assert_eq!(
-            row("text", "<answer>blue</answer>", json!(["red", "Blue"])),
-            1.0
-        );
+        assert_eq!(row("text", r"\boxed{The red ball.}", json!("red ball")), 1.0);
+        assert_eq!(row("text", "<answer>blue</answer>", json!(["red", "Blue"])), 1.0);
         assert_eq!(row("number", r"\boxed{\frac{1}{2}}", json!(0.5)), 1.0);
         assert_eq!(row("number", r"\boxed{1,200}", json!("1200 m")), 1.0);
         assert_eq!(row("number", r"\boxed{1200 cats}", json!(1200)), 0.0);
-        assert_eq!(
-            row(
-                "box",
-                r#"```json [{"bbox_2d": [0,0,10,5], "label": "x"}]```"#,
-                json!([0, 0, 10, 10])
-            ),
-            0.5
-        );
+        assert_eq!(row("box", r#"```json [{"bbox_2d": [0,0,10,5], "label": "x"}]```"#, json!([0, 0, 10, 10])), 0.5);
         assert_eq!(row("box", "nowhere", json!([0, 0, 10, 10])), 0.0);
         let answer = json!([{"image": 2, "bbox": [0, 0, 10, 10]}]);
         let said = r#"<think>.</think><answer>[{"image": 2, "bbox_2d": [0,0,10,10], "label": "x"}]</answer>"#;
         assert_eq!(row("multi_image", said, answer.clone()), 3.0);
-        assert_eq!(
-            row("multi_image", &said.replace(": 2,", ": 1,"), answer),
-            1.0
-        );
+        assert_eq!(row("multi_image", &said.replace(": 2,", ": 1,"), answer), 1.0);
     }
 
     #[test]
     fn a_bad_row_is_named_and_the_rest_goes_on() {
         let good = r#"{"id": 7, "kind": "choice", "prediction": "A", "answer": "A"}"#;
-        let rows = format!(
-            "{good}\n\nnot json\n{{\"kind\": \"poem\", \"prediction\": \"\", \"answer\": 1}}\n{good}"
-        );
+        let rows = format!("{good}\n\nnot json\n{{\"kind\": \"poem\", \"prediction\": \"\", \"answer\": 1}}\n{good}");
         let (summary, out) = score(&rows);
-        assert_eq!(
-            summary,
-            Summary {
-                rows: 2,
-                errors: 2,
-                mean: 1.0
-            }
-        );
-        assert!(
-            out[1]["error"].as_str().unwrap().starts_with("row 3: "),
-            "{}",
-            out[1]
-        );
+        assert_eq!(summary, Summary { rows: 2, errors: 2, mean: 1.0 });
+        assert!(out[1]["error"].as_str().unwrap().starts_with("row 3: "), "{}", out[1]);
         assert!(out[2]["error"].as_str().unwrap().contains("poem"));
-        assert_eq!(
-            out[3],
-            json!({"id": 7, "total": 1.0, "parts": {"accuracy": 1.0}, "extracted": "A"})
-        );
+        assert_eq!(out[3], json!({"id": 7, "total": 1.0, "parts": {"accuracy": 1.0}, "extracted": "A"}));
         let mut out = Vec::new();
         assert_eq!(run(&b"\xff\xfe\n"[..], &mut out).unwrap().errors, 1);
     }

@@ -135,7 +135,12 @@ pub fn stream_of(
             continue;
         }
         let images = waiting.iter().map(Message::images).sum::<usize>();
-        ensure!(shown + images <= views.len(), "the messages show {} images, {} were given", shown + images, views.len());
+        ensure!(
+            shown + images <= views.len(),
+            "the messages show {} images, {} were given",
+            shown + images,
+            views.len()
+        );
         let new = &views[shown..shown + images];
         shown += images;
         let grids: Vec<Grid> = new.iter().map(|(_, v)| processor.grid(v.size)).collect();
@@ -144,7 +149,10 @@ pub fn stream_of(
             chat.encode(&waiting, true, &tokens)?
         } else {
             let [user] = waiting.as_slice() else {
-                anyhow::bail!("{} messages stand between two of the assistant's, expected one of the user's", waiting.len());
+                anyhow::bail!(
+                    "{} messages stand between two of the assistant's, expected one of the user's",
+                    waiting.len()
+                );
             };
             chat.continuation(stream.images.len(), user, &tokens, stream.ids.last().copied())?
         };
@@ -156,7 +164,10 @@ pub fn stream_of(
         stream.push_sampled(&said, &zeros);
         waiting.clear();
     }
-    ensure!(stream.sampled_count() > 0, "the dialogue has no message of the assistant, so there is nothing to train on");
+    ensure!(
+        stream.sampled_count() > 0,
+        "the dialogue has no message of the assistant, so there is nothing to train on"
+    );
     Ok(stream)
 }
 
@@ -168,7 +179,10 @@ enum Source {
 impl Source {
     fn open(data: &DataOptions, processor: &Processor, seed: u64) -> Result<Source> {
         match (&data.train, &data.pretrain) {
-            (None, Some(recipe)) => Ok(Source::World { world: Box::new(Pretrain::load(&assets_dir()?, Split::Train, recipe.clone())?), seed }),
+            (None, Some(recipe)) => Ok(Source::World {
+                world: Box::new(Pretrain::load(&assets_dir()?, Split::Train, recipe.clone())?),
+                seed,
+            }),
             (Some(path), None) => {
                 let budget = processor.budget;
                 Ok(Source::File {
@@ -212,8 +226,8 @@ impl Source {
                     patches.push(image::patches(&image::show(&picture, &view)?, processor)?);
                     views.push((Arc::from(path.as_path()), view));
                 }
-                let stream = stream_of(chat, processor, &row.messages, &views)
-                    .with_context(|| format!("row {}", row.number))?;
+                let stream =
+                    stream_of(chat, processor, &row.messages, &views).with_context(|| format!("row {}", row.number))?;
                 let objects = vec![Vec::new(); views.len()];
                 Ok(Example { stream, patches, objects, task: "file".into() })
             }
@@ -252,13 +266,12 @@ pub fn main(invocation: &Invocation) -> Result<()> {
 }
 
 pub fn train(plan: &Plan, resume: bool, interrupt: &Interrupt) -> Result<Metrics> {
-    ensure!(plan.train.steps > 0 && plan.train.batch > 0, BadConfig("train.steps and train.batch must be at least 1".into()));
-    let training = embedded::Training {
-        optim: plan.optim.clone(),
-        steps: plan.train.steps,
-        temperature: 1.0,
-        reference: false,
-    };
+    ensure!(
+        plan.train.steps > 0 && plan.train.batch > 0,
+        BadConfig("train.steps and train.batch must be at least 1".into())
+    );
+    let training =
+        embedded::Training { optim: plan.optim.clone(), steps: plan.train.steps, temperature: 1.0, reference: false };
     let mut engine = Embedded::open(&plan.model, Some(&training))?;
     let (chat, processor) = (engine.chat.clone(), engine.processor.clone());
     let source = Source::open(&plan.data, &processor, plan.train.seed)?;
@@ -270,11 +283,14 @@ pub fn train(plan: &Plan, resume: bool, interrupt: &Interrupt) -> Result<Metrics
         },
     };
     let mut head = match (&plan.dense, &source) {
-        (Some(options), Source::World { world, .. }) => {
-            Some((options.clone(), DenseHead::new(words(&chat, world)?, engine.model.config.text.hidden, plan.train.seed)))
-        }
+        (Some(options), Source::World { world, .. }) => Some((
+            options.clone(),
+            DenseHead::new(words(&chat, world)?, engine.model.config.text.hidden, plan.train.seed),
+        )),
         (Some(_), Source::File { .. }) => {
-            return Err(BadConfig("[dense] needs pictures that know their objects; it goes with data.pretrain".into()).into());
+            return Err(
+                BadConfig("[dense] needs pictures that know their objects; it goes with data.pretrain".into()).into()
+            );
         }
         (None, _) => None,
     };

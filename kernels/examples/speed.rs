@@ -19,17 +19,11 @@ fn seconds(mut work: impl FnMut()) -> f64 {
 }
 
 fn numbers(n: usize) -> Vec<f32> {
-    (0..n)
-        .map(|i| ((i * 7919) % 1009) as f32 / 504.0 - 1.0)
-        .collect()
+    (0..n).map(|i| ((i * 7919) % 1009) as f32 / 504.0 - 1.0).collect()
 }
 
 fn line(name: &str, flops: usize, seconds: f64) {
-    println!(
-        "{name:44} {:8.1} GFLOP/s {:10.3} ms",
-        flops as f64 / seconds / 1e9,
-        seconds * 1e3
-    );
+    println!("{name:44} {:8.1} GFLOP/s {:10.3} ms", flops as f64 / seconds / 1e9, seconds * 1e3);
 }
 
 fn main() {
@@ -46,11 +40,7 @@ fn main() {
                 seconds(|| linear::forward(black_box(&mut y), &x, &w, None, t, m, n)),
             );
             if t <= 128 {
-                line(
-                    "  packed",
-                    flops,
-                    seconds(|| packed.forward(black_box(&mut y), &x, None, t)),
-                );
+                line("  packed", flops, seconds(|| packed.forward(black_box(&mut y), &x, None, t)));
             }
             if t == 2048 {
                 let (mut dx, mut dw) = (vec![0.0; t * m], vec![0.0; n * m]);
@@ -75,61 +65,30 @@ fn main() {
         (1024, 4, 4, 32, false),
     ] {
         let dims = Dims { heads, kv_heads, k };
-        let (q, kk, v) = (
-            numbers(t * heads * k),
-            numbers(t * kv_heads * k),
-            numbers(t * kv_heads * k),
-        );
+        let (q, kk, v) = (numbers(t * heads * k), numbers(t * kv_heads * k), numbers(t * kv_heads * k));
         let (mut o, mut lse) = (vec![0.0; q.len()], vec![0.0; t * heads]);
-        let spans = [Span {
-            queries: 0..t,
-            shared: 0..0,
-            own: 0..t,
-            causal,
-        }];
+        let spans = [Span { queries: 0..t, shared: 0..0, own: 0..t, causal }];
         let flops = 4 * t * t * heads * k / if causal { 2 } else { 1 };
         line(
             &format!("attention T={t} H={heads}/{kv_heads} K={k} causal={causal}"),
             flops,
             seconds(|| attention::forward(black_box(&mut o), &mut lse, &q, &kk, &v, &spans, dims)),
         );
-        let (mut dq, mut dk, mut dv) =
-            (vec![0.0; q.len()], vec![0.0; kk.len()], vec![0.0; v.len()]);
+        let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; kk.len()], vec![0.0; v.len()]);
         line(
             "  backward",
             flops * 5 / 2,
             seconds(|| {
-                attention::backward(
-                    black_box(&mut dq),
-                    &mut dk,
-                    &mut dv,
-                    &o,
-                    &o,
-                    &lse,
-                    &q,
-                    &kk,
-                    &v,
-                    &spans,
-                    dims,
-                )
+                attention::backward(black_box(&mut dq), &mut dk, &mut dv, &o, &o, &lse, &q, &kk, &v, &spans, dims)
             }),
         );
     }
     // Decoding: 32 sequences of 400 cached keys, one query each, the first 300 keys shared.
-    let dims = Dims {
-        heads: 4,
-        kv_heads: 2,
-        k: 32,
-    };
+    let dims = Dims { heads: 4, kv_heads: 2, k: 32 };
     let (b, row_q, row_k) = (32, 128, 64);
     let (q, kk) = (numbers(b * row_q), numbers((300 + 100 * b) * row_k));
     let spans: Vec<Span> = (0..b)
-        .map(|i| Span {
-            queries: i..i + 1,
-            shared: 0..300,
-            own: 300 + 100 * i..400 + 100 * i,
-            causal: true,
-        })
+        .map(|i| Span { queries: i..i + 1, shared: 0..300, own: 300 + 100 * i..400 + 100 * i, causal: true })
         .collect();
     let (mut o, mut lse) = (vec![0.0; q.len()], vec![0.0; b * 4]);
     line(
@@ -152,38 +111,13 @@ fn main() {
         "  backward",
         6 * t * d * v,
         seconds(|| {
-            logprob::backward(
-                black_box(&mut dh),
-                &mut dw,
-                &weights,
-                None,
-                &out,
-                &h,
-                &w,
-                &targets,
-                1.0,
-                &[3],
-                d,
-                v,
-            )
+            logprob::backward(black_box(&mut dh), &mut dw, &weights, None, &out, &h, &w, &targets, 1.0, &[3], d, v)
         }),
     );
 
     let (t, d) = (2048, 384);
     let (x, g, mut y, mut rstd) = (numbers(t * d), numbers(d), vec![0.0; t * d], vec![0.0; t]);
-    line(
-        "norm T=2048 D=384",
-        4 * t * d,
-        seconds(|| norm::forward(black_box(&mut y), &mut rstd, &x, &g, d, 1e-6)),
-    );
-    line(
-        "swiglu T=2048 D=384",
-        4 * t * d,
-        seconds(|| mlp::swiglu_forward(black_box(&mut y), &x, &x)),
-    );
-    line(
-        "gelu T=2048 D=384",
-        4 * t * d,
-        seconds(|| mlp::gelu_forward(black_box(&mut y), &x)),
-    );
+    line("norm T=2048 D=384", 4 * t * d, seconds(|| norm::forward(black_box(&mut y), &mut rstd, &x, &g, d, 1e-6)));
+    line("swiglu T=2048 D=384", 4 * t * d, seconds(|| mlp::swiglu_forward(black_box(&mut y), &x, &x)));
+    line("gelu T=2048 D=384", 4 * t * d, seconds(|| mlp::gelu_forward(black_box(&mut y), &x)));
 }

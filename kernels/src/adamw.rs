@@ -21,14 +21,7 @@ pub struct Hyper {
 ///
 /// # Shapes
 /// All equal.
-pub fn update(
-    p: &mut [f32],
-    g: &[f32],
-    m: &mut [f32],
-    v: &mut [f32],
-    hyper: Hyper,
-    clip_scale: f32,
-) {
+pub fn update(p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], hyper: Hyper, clip_scale: f32) {
     let n = p.len();
     assert!(
         g.len() == n && m.len() == n && v.len() == n,
@@ -38,11 +31,7 @@ pub fn update(
         v.len()
     );
     assert!(hyper.step > 0, "adamw: steps are counted from 1");
-    let (b1, b2, lr) = (
-        f64::from(hyper.beta1),
-        f64::from(hyper.beta2),
-        f64::from(hyper.lr),
-    );
+    let (b1, b2, lr) = (f64::from(hyper.beta1), f64::from(hyper.beta2), f64::from(hyper.lr));
     let correction = |b: f64| 1.0 - (hyper.step as f64 * b.ln()).exp();
     let s = Scalars {
         decay: (1.0 - lr * f64::from(hyper.weight_decay)) as f32,
@@ -77,13 +66,7 @@ struct Scalars {
 
 dispatch! { fn update_many(p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], s: Scalars) = update_body }
 #[inline(always)]
-fn update_body<const LEVEL: u8>(
-    p: &mut [f32],
-    g: &[f32],
-    m: &mut [f32],
-    v: &mut [f32],
-    s: Scalars,
-) {
+fn update_body<const LEVEL: u8>(p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], s: Scalars) {
     for (((p, &g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
         let g = g * s.clip_scale;
         *m = s.b1 * *m + s.c1 * g;
@@ -102,25 +85,14 @@ mod tests {
     fn the_first_step_moves_by_the_learning_rate() {
         // After one step m/(1-b1) = g and v/(1-b2) = g², so p moves by lr·sign(g) (eps aside), after the decay.
         let (mut p, mut m, mut v) = ([1.0, 1.0], [0.0; 2], [0.0; 2]);
-        let hyper = Hyper {
-            lr: 0.1,
-            beta1: 0.9,
-            beta2: 0.999,
-            eps: 0.0,
-            weight_decay: 0.5,
-            step: 1,
-        };
+        let hyper = Hyper { lr: 0.1, beta1: 0.9, beta2: 0.999, eps: 0.0, weight_decay: 0.5, step: 1 };
         update(&mut p, &[3.0, -0.002], &mut m, &mut v, hyper, 1.0);
-        assert!(
-            (p[0] - (0.95 - 0.1)).abs() < 1e-6 && (p[1] - (0.95 + 0.1)).abs() < 1e-6,
-            "{p:?}"
-        );
+        assert!((p[0] - (0.95 - 0.1)).abs() < 1e-6 && (p[1] - (0.95 + 0.1)).abs() < 1e-6, "{p:?}");
     }
 
     /// The update as torch.optim.AdamW documents it, in f64.
     fn oracle(p: &mut [f64], m: &mut [f64], v: &mut [f64], g: &[f64], h: Hyper) {
-        let [lr, b1, b2, eps, decay] =
-            [h.lr, h.beta1, h.beta2, h.eps, h.weight_decay].map(f64::from);
+        let [lr, b1, b2, eps, decay] = [h.lr, h.beta1, h.beta2, h.eps, h.weight_decay].map(f64::from);
         for i in 0..p.len() {
             p[i] -= lr * decay * p[i];
             m[i] = b1 * m[i] + (1.0 - b1) * g[i];
@@ -137,14 +109,7 @@ mod tests {
         let (mut p, mut m, mut v) = (numbers(1, n), vec![0.0; n], vec![0.0; n]);
         let (mut ps, mut ms, mut vs) = (wide(&p), wide(&m), wide(&v));
         for step in 1..=20 {
-            let hyper = Hyper {
-                lr: 0.01,
-                beta1: 0.9,
-                beta2: 0.95,
-                eps: 1e-8,
-                weight_decay: 0.1,
-                step,
-            };
+            let hyper = Hyper { lr: 0.01, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, step };
             let g = numbers(100 + step, n);
             let clipped: Vec<f64> = g.iter().map(|&g| f64::from(g) * 0.25).collect();
             update(&mut p, &g, &mut m, &mut v, hyper, 0.25);

@@ -32,11 +32,7 @@ pub struct Span {
 impl Span {
     /// Keys visible to query i, counted over `shared` then `own`.
     fn visible(&self, i: usize) -> usize {
-        let hidden = if self.causal {
-            self.queries.len() - 1 - i
-        } else {
-            0
-        };
+        let hidden = if self.causal { self.queries.len() - 1 - i } else { 0 };
         self.shared.len() + self.own.len() - hidden
     }
 }
@@ -72,30 +68,10 @@ const BATCH: usize = 32;
 /// # Shapes
 /// o, q `[Tq, H, K]`; lse `[Tq, H]`; k, v `[Tk, Hkv, K]`.
 #[allow(clippy::too_many_arguments)]
-pub fn forward(
-    o: &mut [f32],
-    lse: &mut [f32],
-    q: &[f32],
-    k: &[f32],
-    v: &[f32],
-    spans: &[Span],
-    dims: Dims,
-) {
+pub fn forward(o: &mut [f32], lse: &mut [f32], q: &[f32], k: &[f32], v: &[f32], spans: &[Span], dims: Dims) {
     check(q, k, v, spans, dims);
-    assert_eq!(
-        o.len(),
-        q.len(),
-        "attention: o has {} numbers, q has {}",
-        o.len(),
-        q.len()
-    );
-    assert_eq!(
-        lse.len() * dims.k,
-        q.len(),
-        "attention: lse has {} numbers for q's {}",
-        lse.len(),
-        q.len()
-    );
+    assert_eq!(o.len(), q.len(), "attention: o has {} numbers, q has {}", o.len(), q.len());
+    assert_eq!(lse.len() * dims.k, q.len(), "attention: lse has {} numbers for q's {}", lse.len(), q.len());
     let tasks = tasks(spans, dims);
     let prompts = Prompts::new(k, spans, dims);
     let work: usize = tasks.iter().map(|t| t.work(dims)).sum();
@@ -103,34 +79,19 @@ pub fn forward(
         let rows = task.gather(q, dims);
         let mut o = vec![0.0; rows.len()];
         let mut lse = vec![0.0; rows.len() / dims.k];
-        attend(
-            &mut o,
-            &mut lse,
-            &rows,
-            k,
-            v,
-            prompts.keys(task),
-            task,
-            dims,
-        );
+        attend(&mut o, &mut lse, &rows, k, v, prompts.keys(task), task, dims);
         (o, lse)
     };
     let done: Vec<(Vec<f32>, Vec<f32>)> = if work < WORTH_THREADS {
         tasks.iter().map(attend_task).collect()
     } else {
         let at_once = (WORTH_TASK * tasks.len()).div_ceil(work).max(1);
-        tasks
-            .par_iter()
-            .with_min_len(at_once)
-            .map(attend_task)
-            .collect()
+        tasks.par_iter().with_min_len(at_once).map(attend_task).collect()
     };
     let group = dims.group();
     for (task, (task_o, task_lse)) in tasks.iter().zip(&done) {
-        for ((start, from), from_lse) in task
-            .starts(dims)
-            .zip(task_o.chunks_exact(group * dims.k))
-            .zip(task_lse.chunks_exact(group))
+        for ((start, from), from_lse) in
+            task.starts(dims).zip(task_o.chunks_exact(group * dims.k)).zip(task_lse.chunks_exact(group))
         {
             o[start..start + from.len()].copy_from_slice(from);
             lse[start / dims.k..][..group].copy_from_slice(from_lse);
@@ -159,27 +120,17 @@ fn attend_body<const LEVEL: u8>(
     let own_t = transposed(k, own, task.kv_head, dims);
     // Reading values in place costs cache conflicts (their rows are far apart), copying them costs a pass: it pays from
     // a few strips on.
-    let copied = if rows > 2 * STRIP {
-        Some(task.gather_keys(v, dims))
-    } else {
-        None
-    };
+    let copied = if rows > 2 * STRIP { Some(task.gather_keys(v, dims)) } else { None };
     // Panels are written whole, so a row of scores has room past its last key.
     let width = (task.keys() + WIDTH).next_multiple_of(WIDTH);
     let mut scores = vec![0.0f32; STRIP.min(rows) * width];
     for r0 in (0..rows).step_by(STRIP) {
         let strip = STRIP.min(rows - r0);
-        let seen = task
-            .span
-            .visible(task.block.start + (r0 + strip - 1) / group);
+        let seen = task.span.visible(task.block.start + (r0 + strip - 1) / group);
         let q = &q[r0 * kd..];
         // The own keys follow the last shared one and overwrite what the last shared panel left past it.
         for (keys_t, first, count) in [(shared_t, 0, shared), (&own_t, shared, seen - shared)] {
-            for (p, panel) in keys_t
-                .chunks_exact(WIDTH * kd)
-                .enumerate()
-                .take(count.div_ceil(WIDTH))
-            {
+            for (p, panel) in keys_t.chunks_exact(WIDTH * kd).enumerate().take(count.div_ceil(WIDTH)) {
                 let out = &mut scores[first + p * WIDTH..];
                 panel::multiply(out, width, q, kd, panel, WIDTH, strip, kd, WIDTH, false);
             }
@@ -200,18 +151,7 @@ fn attend_body<const LEVEL: u8>(
                 for piece in task.pieces(seen) {
                     if !piece.is_empty() {
                         let v = &v[piece.start * stride + head..];
-                        panel::multiply(
-                            o,
-                            kd,
-                            &scores[done..],
-                            width,
-                            v,
-                            stride,
-                            strip,
-                            piece.len(),
-                            kd,
-                            done > 0,
-                        );
+                        panel::multiply(o, kd, &scores[done..], width, v, stride, strip, piece.len(), kd, done > 0);
                         done += piece.len();
                     }
                 }
@@ -274,13 +214,7 @@ pub fn backward(
         o.len(),
         q.len()
     );
-    assert_eq!(
-        lse.len() * dims.k,
-        q.len(),
-        "attention: lse has {} numbers for q's {}",
-        lse.len(),
-        q.len()
-    );
+    assert_eq!(lse.len() * dims.k, q.len(), "attention: lse has {} numbers for q's {}", lse.len(), q.len());
     assert!(
         dk.len() == k.len() && dv.len() == v.len(),
         "attention: dk, dv have {}, {} numbers, k has {}",
@@ -291,30 +225,17 @@ pub fn backward(
     dq.fill(0.0);
     let kd = dims.k;
     for batch in tasks(spans, dims).chunks(BATCH) {
-        let done: Vec<Gradients> = batch
-            .par_iter()
-            .map(|task| task_backward(d_o, o, lse, q, k, v, task, dims))
-            .collect();
+        let done: Vec<Gradients> =
+            batch.par_iter().map(|task| task_backward(d_o, o, lse, q, k, v, task, dims)).collect();
         for (task, part) in batch.iter().zip(&done) {
-            for (start, from) in task
-                .starts(dims)
-                .zip(part.dq.chunks_exact(dims.group() * kd))
-            {
+            for (start, from) in task.starts(dims).zip(part.dq.chunks_exact(dims.group() * kd)) {
                 dq[start..start + from.len()].copy_from_slice(from);
             }
             let rows = task.pieces(task.keys()).into_iter().flatten();
-            for (row, (from_k, from_v)) in
-                rows.zip(part.dk.chunks_exact(kd).zip(part.dv.chunks_exact(kd)))
-            {
+            for (row, (from_k, from_v)) in rows.zip(part.dk.chunks_exact(kd).zip(part.dv.chunks_exact(kd))) {
                 let at = (row * dims.kv_heads + task.kv_head) * kd;
-                dk[at..at + kd]
-                    .iter_mut()
-                    .zip(from_k)
-                    .for_each(|(sum, g)| *sum += g);
-                dv[at..at + kd]
-                    .iter_mut()
-                    .zip(from_v)
-                    .for_each(|(sum, g)| *sum += g);
+                dk[at..at + kd].iter_mut().zip(from_k).for_each(|(sum, g)| *sum += g);
+                dv[at..at + kd].iter_mut().zip(from_v).for_each(|(sum, g)| *sum += g);
             }
         }
     }
@@ -338,54 +259,23 @@ fn task_backward(
     dims: Dims,
 ) -> Gradients {
     let (kd, group, keys) = (dims.k, dims.group(), task.keys());
-    let (q, o, d_o) = (
-        task.gather(q, dims),
-        task.gather(o, dims),
-        task.gather(d_o, dims),
-    );
+    let (q, o, d_o) = (task.gather(q, dims), task.gather(o, dims), task.gather(d_o, dims));
     let (k, v) = (task.gather_keys(k, dims), task.gather_keys(v, dims));
     let rows = q.len() / kd;
-    let lse: Vec<f32> = task
-        .starts(dims)
-        .flat_map(|start| lse[start / kd..][..group].iter().copied())
-        .collect();
-    let visible: Vec<usize> = (0..rows)
-        .map(|r| task.span.visible(task.block.start + r / group))
-        .collect();
+    let lse: Vec<f32> = task.starts(dims).flat_map(|start| lse[start / kd..][..group].iter().copied()).collect();
+    let visible: Vec<usize> = (0..rows).map(|r| task.span.visible(task.block.start + r / group)).collect();
     let whole = |data: &mut Vec<f32>, a: View<'_>, b: View<'_>, m, n, inner, scale| {
-        let c = Target {
-            data,
-            offset: 0,
-            stride: n,
-        };
+        let c = Target { data, offset: 0, stride: n };
         matmul::multiply(c, a, b, m, n, inner, scale, false, false);
     };
-    let (qs, ks, vs, d_os) = (
-        View::rows(&q, 0, kd),
-        View::rows(&k, 0, kd),
-        View::rows(&v, 0, kd),
-        View::rows(&d_o, 0, kd),
-    );
+    let (qs, ks, vs, d_os) =
+        (View::rows(&q, 0, kd), View::rows(&k, 0, kd), View::rows(&v, 0, kd), View::rows(&d_o, 0, kd));
     let mut p = vec![0.0; rows * keys];
     let mut ds = vec![0.0; rows * keys];
     whole(&mut p, qs, ks.transposed(), rows, keys, kd, dims.scale());
     whole(&mut ds, d_os, vs.transposed(), rows, keys, kd, 1.0);
-    probabilities(
-        &mut p,
-        &mut ds,
-        &lse,
-        &o,
-        &d_o,
-        &visible,
-        keys,
-        kd,
-        dims.scale(),
-    );
-    let mut out = Gradients {
-        dq: vec![0.0; rows * kd],
-        dk: vec![0.0; keys * kd],
-        dv: vec![0.0; keys * kd],
-    };
+    probabilities(&mut p, &mut ds, &lse, &o, &d_o, &visible, keys, kd, dims.scale());
+    let mut out = Gradients { dq: vec![0.0; rows * kd], dk: vec![0.0; keys * kd], dv: vec![0.0; keys * kd] };
     let (ps, dss) = (View::rows(&p, 0, keys), View::rows(&ds, 0, keys));
     whole(&mut out.dv, ps.transposed(), d_os, keys, kd, rows, 1.0);
     whole(&mut out.dq, dss, ks, rows, kd, keys, 1.0);
@@ -410,11 +300,7 @@ fn probabilities_body<const LEVEL: u8>(
     k: usize,
     scale: f32,
 ) {
-    for (r, (p, ds)) in p
-        .chunks_exact_mut(keys)
-        .zip(ds.chunks_exact_mut(keys))
-        .enumerate()
-    {
+    for (r, (p, ds)) in p.chunks_exact_mut(keys).zip(ds.chunks_exact_mut(keys)).enumerate() {
         let row = r * k..(r + 1) * k;
         let delta = vector::dot::<LEVEL>(&o[row.clone()], &d_o[row]);
         let (seen, lse) = (visible[r], lse[r]);
@@ -428,11 +314,7 @@ fn probabilities_body<const LEVEL: u8>(
 }
 
 fn check(q: &[f32], k: &[f32], v: &[f32], spans: &[Span], dims: Dims) {
-    let Dims {
-        heads,
-        kv_heads,
-        k: kd,
-    } = dims;
+    let Dims { heads, kv_heads, k: kd } = dims;
     assert!(
         kd > 0 && kv_heads > 0 && heads > 0 && heads.is_multiple_of(kv_heads),
         "attention: {heads} heads over {kv_heads} kv heads of {kd}"
@@ -447,13 +329,7 @@ fn check(q: &[f32], k: &[f32], v: &[f32], spans: &[Span], dims: Dims) {
         "attention: k has {} numbers, not a multiple of [Hkv={kv_heads}, K={kd}]",
         k.len()
     );
-    assert_eq!(
-        k.len(),
-        v.len(),
-        "attention: k has {} numbers, v has {}",
-        k.len(),
-        v.len()
-    );
+    assert_eq!(k.len(), v.len(), "attention: k has {} numbers, v has {}", k.len(), v.len());
     let (tq, tk) = (q.len() / (heads * kd), k.len() / (kv_heads * kd));
     for span in spans {
         let ordered = |r: &Range<usize>, end: usize| r.start <= r.end && r.end <= end;
@@ -461,10 +337,7 @@ fn check(q: &[f32], k: &[f32], v: &[f32], spans: &[Span], dims: Dims) {
             ordered(&span.queries, tq) && ordered(&span.shared, tk) && ordered(&span.own, tk),
             "attention: {span:?} is outside {tq} queries and {tk} keys"
         );
-        assert!(
-            span.shared.len() + span.own.len() > 0 || span.queries.is_empty(),
-            "attention: {span:?} sees no key"
-        );
+        assert!(span.shared.len() + span.own.len() > 0 || span.queries.is_empty(), "attention: {span:?} sees no key");
         assert!(
             !span.causal || span.own.len() >= span.queries.len(),
             "attention: causal {span:?} has fewer own keys than queries"
@@ -476,8 +349,7 @@ fn check(q: &[f32], k: &[f32], v: &[f32], spans: &[Span], dims: Dims) {
 mod tests {
     use super::*;
     use crate::oracle::{
-        self, assert_close, assert_same_bits, assert_threads_agree, gradient, numbers, weighted,
-        wide,
+        self, assert_close, assert_same_bits, assert_threads_agree, gradient, numbers, weighted, wide,
     };
 
     struct Case {
@@ -488,29 +360,14 @@ mod tests {
     }
 
     fn span(queries: Range<usize>, shared: Range<usize>, own: Range<usize>, causal: bool) -> Span {
-        Span {
-            queries,
-            shared,
-            own,
-            causal,
-        }
+        Span { queries, shared, own, causal }
     }
 
     fn cases() -> Vec<Case> {
         let dims = |heads, kv_heads, k| Dims { heads, kv_heads, k };
         vec![
-            Case {
-                name: "one token",
-                dims: dims(1, 1, 4),
-                keys: 1,
-                spans: vec![span(0..1, 0..0, 0..1, true)],
-            },
-            Case {
-                name: "causal, MHA",
-                dims: dims(3, 3, 8),
-                keys: 7,
-                spans: vec![span(0..7, 0..0, 0..7, true)],
-            },
+            Case { name: "one token", dims: dims(1, 1, 4), keys: 1, spans: vec![span(0..1, 0..0, 0..1, true)] },
+            Case { name: "causal, MHA", dims: dims(3, 3, 8), keys: 7, spans: vec![span(0..7, 0..0, 0..7, true)] },
             Case {
                 name: "causal, GQA, many tiles",
                 dims: dims(4, 2, 20),
@@ -575,16 +432,9 @@ mod tests {
             &[0.0, 3f32.ln()],
             &[4.0, 8.0],
             &[span(0..1, 0..0, 0..2, true)],
-            Dims {
-                heads: 1,
-                kv_heads: 1,
-                k: 1,
-            },
+            Dims { heads: 1, kv_heads: 1, k: 1 },
         );
-        assert!(
-            (o[0] - 7.0).abs() < 1e-6 && (lse[0] - 4f32.ln()).abs() < 1e-6,
-            "{o:?} {lse:?}"
-        );
+        assert!((o[0] - 7.0).abs() < 1e-6 && (lse[0] - 4f32.ln()).abs() < 1e-6, "{o:?} {lse:?}");
     }
 
     #[test]
@@ -592,13 +442,10 @@ mod tests {
         for case in cases() {
             let dims = case.dims;
             let q = numbers(1, queries(&case) * dims.heads * dims.k);
-            let (k, v) = (
-                numbers(2, case.keys * dims.kv_heads * dims.k),
-                numbers(3, case.keys * dims.kv_heads * dims.k),
-            );
+            let (k, v) =
+                (numbers(2, case.keys * dims.kv_heads * dims.k), numbers(3, case.keys * dims.kv_heads * dims.k));
             let (o, lse) = run(&q, &k, &v, &case.spans, dims);
-            let (exact, exact_lse) =
-                oracle::attention(&wide(&q), &wide(&k), &wide(&v), &case.spans, dims);
+            let (exact, exact_lse) = oracle::attention(&wide(&q), &wide(&k), &wide(&v), &case.spans, dims);
             // Averages of numbers in ±1 with weights good to some 1e-7.
             assert_close(case.name, &o, &exact, 1e-6);
             assert_close(case.name, &lse, &exact_lse, 1e-6);
@@ -613,83 +460,28 @@ mod tests {
                 continue;
             }
             let q = numbers(1, queries(&case) * dims.heads * dims.k);
-            let (k, v) = (
-                numbers(2, case.keys * dims.kv_heads * dims.k),
-                numbers(3, case.keys * dims.kv_heads * dims.k),
-            );
+            let (k, v) =
+                (numbers(2, case.keys * dims.kv_heads * dims.k), numbers(3, case.keys * dims.kv_heads * dims.k));
             let d_o = numbers(4, q.len());
             let (o, lse) = run(&q, &k, &v, &case.spans, dims);
-            let (mut dq, mut dk, mut dv) = (
-                vec![f32::NAN; q.len()],
-                vec![0.0; k.len()],
-                vec![0.0; v.len()],
-            );
-            backward(
-                &mut dq,
-                &mut dk,
-                &mut dv,
-                &d_o,
-                &o,
-                &lse,
-                &q,
-                &k,
-                &v,
-                &case.spans,
-                dims,
-            );
+            let (mut dq, mut dk, mut dv) = (vec![f32::NAN; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
+            backward(&mut dq, &mut dk, &mut dv, &d_o, &o, &lse, &q, &k, &v, &case.spans, dims);
             let (qs, ks, vs) = (wide(&q), wide(&k), wide(&v));
-            let loss = |q: &[f64], k: &[f64], v: &[f64]| {
-                weighted(&oracle::attention(q, k, v, &case.spans, dims).0, &d_o)
-            };
+            let loss =
+                |q: &[f64], k: &[f64], v: &[f64]| weighted(&oracle::attention(q, k, v, &case.spans, dims).0, &d_o);
             // Sums over tens of queries of terms good to 1e-7.
-            assert_close(
-                &format!("{} dq", case.name),
-                &dq,
-                &gradient(&qs, |q| loss(q, &ks, &vs)),
-                3e-6,
-            );
-            assert_close(
-                &format!("{} dk", case.name),
-                &dk,
-                &gradient(&ks, |k| loss(&qs, k, &vs)),
-                3e-6,
-            );
-            assert_close(
-                &format!("{} dv", case.name),
-                &dv,
-                &gradient(&vs, |v| loss(&qs, &ks, v)),
-                3e-6,
-            );
+            assert_close(&format!("{} dq", case.name), &dq, &gradient(&qs, |q| loss(q, &ks, &vs)), 3e-6);
+            assert_close(&format!("{} dk", case.name), &dk, &gradient(&ks, |k| loss(&qs, k, &vs)), 3e-6);
+            assert_close(&format!("{} dv", case.name), &dv, &gradient(&vs, |v| loss(&qs, &ks, v)), 3e-6);
         }
     }
 
     #[test]
     fn a_query_has_the_same_bits_cached_chunked_and_with_a_shared_prompt() {
         for (dims, t) in [
-            (
-                Dims {
-                    heads: 4,
-                    kv_heads: 2,
-                    k: 32,
-                },
-                150,
-            ),
-            (
-                Dims {
-                    heads: 3,
-                    kv_heads: 3,
-                    k: 20,
-                },
-                70,
-            ),
-            (
-                Dims {
-                    heads: 16,
-                    kv_heads: 1,
-                    k: 8,
-                },
-                40,
-            ),
+            (Dims { heads: 4, kv_heads: 2, k: 32 }, 150),
+            (Dims { heads: 3, kv_heads: 3, k: 20 }, 70),
+            (Dims { heads: 16, kv_heads: 1, k: 8 }, 40),
         ] {
             let (q, k, v) = (
                 numbers(1, t * dims.heads * dims.k),
@@ -697,15 +489,8 @@ mod tests {
                 numbers(3, t * dims.kv_heads * dims.k),
             );
             let (all, all_lse) = run(&q, &k, &v, &[span(0..t, 0..0, 0..t, true)], dims);
-            let one_by_one: Vec<Span> = (0..t)
-                .map(|i| span(i..i + 1, 0..0, 0..i + 1, true))
-                .collect();
-            let with_prompt = |cut: usize| {
-                vec![
-                    span(0..cut, 0..0, 0..cut, true),
-                    span(cut..t, 0..cut, cut..t, true),
-                ]
-            };
+            let one_by_one: Vec<Span> = (0..t).map(|i| span(i..i + 1, 0..0, 0..i + 1, true)).collect();
+            let with_prompt = |cut: usize| vec![span(0..cut, 0..0, 0..cut, true), span(cut..t, 0..cut, cut..t, true)];
             let decoded_after_prompt = |cut: usize| {
                 (0..t)
                     .map(|i| {
@@ -725,11 +510,7 @@ mod tests {
                 ("decoded after 37", decoded_after_prompt(37)),
                 (
                     "chunks",
-                    vec![
-                        span(0..3, 0..0, 0..3, true),
-                        span(3..20, 0..0, 0..20, true),
-                        span(20..t, 0..0, 0..t, true),
-                    ],
+                    vec![span(0..3, 0..0, 0..3, true), span(3..20, 0..0, 0..20, true), span(20..t, 0..0, 0..t, true)],
                 ),
             ];
             for (name, spans) in ways {
@@ -742,11 +523,7 @@ mod tests {
 
     #[test]
     fn a_shared_prompt_has_the_gradient_of_copies() {
-        let dims = Dims {
-            heads: 4,
-            kv_heads: 2,
-            k: 8,
-        };
+        let dims = Dims { heads: 4, kv_heads: 2, k: 8 };
         let (p, n) = (21, 9);
         let (row_q, row_k) = (dims.heads * dims.k, dims.kv_heads * dims.k);
         let (q, k, v, d_o) = (
@@ -757,56 +534,28 @@ mod tests {
         );
         let grads = |spans: &[Span], q: &[f32], k: &[f32], v: &[f32], d_o: &[f32]| {
             let (o, lse) = run(q, k, v, spans, dims);
-            let (mut dq, mut dk, mut dv) =
-                (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
-            backward(
-                &mut dq, &mut dk, &mut dv, d_o, &o, &lse, q, k, v, spans, dims,
-            );
+            let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
+            backward(&mut dq, &mut dk, &mut dv, d_o, &o, &lse, q, k, v, spans, dims);
             (dq, dk, dv)
         };
-        let members = [
-            span(p..p + n, 0..p, p..p + n, true),
-            span(p + n..p + 2 * n, 0..p, p + n..p + 2 * n, true),
-        ];
+        let members = [span(p..p + n, 0..p, p..p + n, true), span(p + n..p + 2 * n, 0..p, p + n..p + 2 * n, true)];
         let (dq, dk, _) = grads(&members, &q, &k, &v, &d_o);
         // The same with the prompt's keys written out twice.
-        let copy = |x: &[f32], row: usize| {
-            [&x[..(p + n) * row], &x[..p * row], &x[(p + n) * row..]].concat()
-        };
-        let plain = [
-            span(p..p + n, 0..0, 0..p + n, true),
-            span(2 * p + n..2 * (p + n), 0..0, p + n..2 * (p + n), true),
-        ];
-        let (dq2, dk2, _) = grads(
-            &plain,
-            &copy(&q, row_q),
-            &copy(&k, row_k),
-            &copy(&v, row_k),
-            &copy(&d_o, row_q),
-        );
-        assert_same_bits(
-            "dq",
-            &dq[p * row_q..(p + n) * row_q],
-            &dq2[p * row_q..(p + n) * row_q],
-        );
+        let copy = |x: &[f32], row: usize| [&x[..(p + n) * row], &x[..p * row], &x[(p + n) * row..]].concat();
+        let plain =
+            [span(p..p + n, 0..0, 0..p + n, true), span(2 * p + n..2 * (p + n), 0..0, p + n..2 * (p + n), true)];
+        let (dq2, dk2, _) = grads(&plain, &copy(&q, row_q), &copy(&k, row_k), &copy(&v, row_k), &copy(&d_o, row_q));
+        assert_same_bits("dq", &dq[p * row_q..(p + n) * row_q], &dq2[p * row_q..(p + n) * row_q]);
         for i in 0..p * row_k {
             let both = f64::from(dk2[i]) + f64::from(dk2[(p + n) * row_k + i]);
             // One rounding of a sum of two.
-            assert!(
-                (f64::from(dk[i]) - both).abs() < 1e-6,
-                "dk[{i}] = {}, copies give {both}",
-                dk[i]
-            );
+            assert!((f64::from(dk[i]) - both).abs() < 1e-6, "dk[{i}] = {}, copies give {both}", dk[i]);
         }
     }
 
     #[test]
     fn threads_do_not_change_bits() {
-        let dims = Dims {
-            heads: 6,
-            kv_heads: 2,
-            k: 16,
-        };
+        let dims = Dims { heads: 6, kv_heads: 2, k: 16 };
         let t = 200;
         let spans = [
             span(0..120, 0..0, 0..120, true),
@@ -817,35 +566,21 @@ mod tests {
         let d_o = numbers(4, q.len());
         assert_threads_agree("forward and backward", || {
             let (o, lse) = run(&q, &k, &v, &spans, dims);
-            let (mut dq, mut dk, mut dv) =
-                (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
-            backward(
-                &mut dq, &mut dk, &mut dv, &d_o, &o, &lse, &q, &k, &v, &spans, dims,
-            );
+            let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
+            backward(&mut dq, &mut dk, &mut dv, &d_o, &o, &lse, &q, &k, &v, &spans, dims);
             [o, lse, dq, dk, dv].concat()
         });
     }
 
     #[test]
     fn huge_scores_stay_finite() {
-        let dims = Dims {
-            heads: 1,
-            kv_heads: 1,
-            k: 4,
-        };
-        let scaled = |seed| {
-            numbers(seed, 40 * 4)
-                .iter()
-                .map(|x| x * 1e4)
-                .collect::<Vec<_>>()
-        };
+        let dims = Dims { heads: 1, kv_heads: 1, k: 4 };
+        let scaled = |seed| numbers(seed, 40 * 4).iter().map(|x| x * 1e4).collect::<Vec<_>>();
         let (q, k, v) = (scaled(1), scaled(2), numbers(3, 40 * 4));
         let spans = [span(0..40, 0..0, 0..40, true)];
         let (o, lse) = run(&q, &k, &v, &spans, dims);
         let (mut dq, mut dk, mut dv) = (vec![0.0; 160], vec![0.0; 160], vec![0.0; 160]);
-        backward(
-            &mut dq, &mut dk, &mut dv, &o, &o, &lse, &q, &k, &v, &spans, dims,
-        );
+        backward(&mut dq, &mut dk, &mut dv, &o, &o, &lse, &q, &k, &v, &spans, dims);
         for x in [o, lse, dq, dk, dv].iter().flatten() {
             assert!(x.is_finite());
         }

@@ -23,16 +23,8 @@ pub fn backward(dtable: &mut [f32], dy: &[f32], ids: &[u32], d: usize) {
 }
 
 fn check(y: usize, table: usize, ids: &[u32], d: usize) {
-    assert!(
-        d > 0 && table.is_multiple_of(d),
-        "embed: the table has {table} numbers, not a multiple of D={d}"
-    );
-    assert_eq!(
-        y,
-        ids.len() * d,
-        "embed: the rows have {y} numbers, expected [T={}, D={d}]",
-        ids.len()
-    );
+    assert!(d > 0 && table.is_multiple_of(d), "embed: the table has {table} numbers, not a multiple of D={d}");
+    assert_eq!(y, ids.len() * d, "embed: the rows have {y} numbers, expected [T={}, D={d}]", ids.len());
     let v = table / d;
     if let Some(id) = ids.iter().find(|&&id| id as usize >= v) {
         panic!("embed: token id {id} is outside the vocabulary of {v}");

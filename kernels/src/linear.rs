@@ -23,15 +23,7 @@ fn block_len(m: usize) -> usize {
 
 /// # Shapes
 /// y `[T, N]` = x `[T, M]` · w `[N, M]`ᵀ + b `[N]`.
-pub fn forward(
-    y: &mut [f32],
-    x: &[f32],
-    w: &[f32],
-    b: Option<&[f32]>,
-    t: usize,
-    m: usize,
-    n: usize,
-) {
+pub fn forward(y: &mut [f32], x: &[f32], w: &[f32], b: Option<&[f32]>, t: usize, m: usize, n: usize) {
     check(y.len(), x.len(), w.len(), b.map(<[f32]>::len), t, m, n);
     if t < FEW_ROWS || n < 16 || m < 3 {
         few_rows(y, x, Weights::Rows(w), b, t, m, n);
@@ -43,11 +35,7 @@ pub fn forward(
     let block = block_len(m);
     for k0 in (0..m).step_by(block) {
         let k = block.min(m - k0);
-        let c = Target {
-            data: y,
-            offset: 0,
-            stride: n,
-        };
+        let c = Target { data: y, offset: 0, stride: n };
         let (left, right) = (View::rows(x, k0, m), View::rows(w, k0, m).transposed());
         matmul::multiply(c, left, right, t, n, k, 1.0, k0 > 0 || b.is_some(), true);
     }
@@ -70,13 +58,10 @@ impl Packed {
         assert_eq!(w.len(), n * m, "linear: weight [{n}, {m}]");
         let mut panels = vec![0.0; n.div_ceil(WIDTH) * WIDTH * m];
         if m > 0 {
-            panels
-                .par_chunks_mut(WIDTH * m)
-                .enumerate()
-                .for_each(|(p, panel)| {
-                    let first = p * WIDTH;
-                    panel::transpose_into(panel, &w[first * m..], m, m, WIDTH.min(n - first));
-                });
+            panels.par_chunks_mut(WIDTH * m).enumerate().for_each(|(p, panel)| {
+                let first = p * WIDTH;
+                panel::transpose_into(panel, &w[first * m..], m, m, WIDTH.min(n - first));
+            });
         }
         Self { panels, m, n }
     }
@@ -84,15 +69,7 @@ impl Packed {
     /// # Shapes
     /// y `[T, N]` = x `[T, M]` · w `[N, M]`ᵀ + b `[N]`.
     pub fn forward(&self, y: &mut [f32], x: &[f32], b: Option<&[f32]>, t: usize) {
-        check(
-            y.len(),
-            x.len(),
-            self.n * self.m,
-            b.map(<[f32]>::len),
-            t,
-            self.m,
-            self.n,
-        );
+        check(y.len(), x.len(), self.n * self.m, b.map(<[f32]>::len), t, self.m, self.n);
         few_rows(y, x, Weights::Panels(&self.panels), b, t, self.m, self.n);
     }
 }
@@ -103,15 +80,7 @@ enum Weights<'a> {
     Panels(&'a [f32]),
 }
 
-fn few_rows(
-    y: &mut [f32],
-    x: &[f32],
-    w: Weights<'_>,
-    b: Option<&[f32]>,
-    t: usize,
-    m: usize,
-    n: usize,
-) {
+fn few_rows(y: &mut [f32], x: &[f32], w: Weights<'_>, b: Option<&[f32]>, t: usize, m: usize, n: usize) {
     if t == 0 || n == 0 {
         return;
     }
@@ -122,8 +91,7 @@ fn few_rows(
         let first = p * WIDTH;
         let cols = WIDTH.min(n - first);
         if let Some(b) = b {
-            out.chunks_exact_mut(WIDTH)
-                .for_each(|row| row[..cols].copy_from_slice(&b[first..first + cols]));
+            out.chunks_exact_mut(WIDTH).for_each(|row| row[..cols].copy_from_slice(&b[first..first + cols]));
         }
         let block = block_len(m);
         let mut scratch = match w {
@@ -146,11 +114,7 @@ fn few_rows(
         result.chunks_exact_mut(t * WIDTH).enumerate().for_each(one);
     } else {
         let at_once = (WORTH_THREADS / 4 / (t * m * WIDTH).max(1)).max(1);
-        result
-            .par_chunks_exact_mut(t * WIDTH)
-            .enumerate()
-            .with_min_len(at_once)
-            .for_each(one);
+        result.par_chunks_exact_mut(t * WIDTH).enumerate().with_min_len(at_once).for_each(one);
     }
     for (p, out) in result.chunks_exact(t * WIDTH).enumerate() {
         let first = p * WIDTH;
@@ -162,15 +126,7 @@ fn few_rows(
 }
 
 /// One block of k: a product from zero, then one addition to what `out` holds.
-fn add_block(
-    out: &mut [f32],
-    x: &[f32],
-    m: usize,
-    panel: &[f32],
-    t: usize,
-    k: usize,
-    started: bool,
-) {
+fn add_block(out: &mut [f32], x: &[f32], m: usize, panel: &[f32], t: usize, k: usize, started: bool) {
     const ROWS: usize = 8;
     if !started {
         panel::multiply(out, WIDTH, x, m, panel, WIDTH, t, k, WIDTH, false);
@@ -179,18 +135,7 @@ fn add_block(
     let mut part = [0.0f32; ROWS * WIDTH];
     for r in (0..t).step_by(ROWS) {
         let rows = ROWS.min(t - r);
-        panel::multiply(
-            &mut part,
-            WIDTH,
-            &x[r * m..],
-            m,
-            panel,
-            WIDTH,
-            rows,
-            k,
-            WIDTH,
-            false,
-        );
+        panel::multiply(&mut part, WIDTH, &x[r * m..], m, panel, WIDTH, rows, k, WIDTH, false);
         for (o, p) in out[r * WIDTH..(r + rows) * WIDTH].iter_mut().zip(&part) {
             *o += p;
         }
@@ -199,70 +144,18 @@ fn add_block(
 
 /// # Shapes
 /// dx `[T, M]` = dy `[T, N]` · w `[N, M]`, added to dx when `accumulate`.
-pub fn backward_input(
-    dx: &mut [f32],
-    dy: &[f32],
-    w: &[f32],
-    t: usize,
-    m: usize,
-    n: usize,
-    accumulate: bool,
-) {
+pub fn backward_input(dx: &mut [f32], dy: &[f32], w: &[f32], t: usize, m: usize, n: usize, accumulate: bool) {
     check(dy.len(), dx.len(), w.len(), None, t, m, n);
-    let c = Target {
-        data: dx,
-        offset: 0,
-        stride: m,
-    };
-    matmul::multiply(
-        c,
-        View::rows(dy, 0, n),
-        View::rows(w, 0, m),
-        t,
-        m,
-        n,
-        1.0,
-        accumulate,
-        true,
-    );
+    let c = Target { data: dx, offset: 0, stride: m };
+    matmul::multiply(c, View::rows(dy, 0, n), View::rows(w, 0, m), t, m, n, 1.0, accumulate, true);
 }
 
 /// # Shapes
 /// dw `[N, M]` += dy `[T, N]`ᵀ · x `[T, M]`; db `[N]` += column sums of dy.
-pub fn backward_weight(
-    dw: &mut [f32],
-    db: Option<&mut [f32]>,
-    dy: &[f32],
-    x: &[f32],
-    t: usize,
-    m: usize,
-    n: usize,
-) {
-    check(
-        dy.len(),
-        x.len(),
-        dw.len(),
-        db.as_ref().map(|b| b.len()),
-        t,
-        m,
-        n,
-    );
-    let c = Target {
-        data: dw,
-        offset: 0,
-        stride: m,
-    };
-    matmul::multiply(
-        c,
-        View::rows(dy, 0, n).transposed(),
-        View::rows(x, 0, m),
-        n,
-        m,
-        t,
-        1.0,
-        true,
-        true,
-    );
+pub fn backward_weight(dw: &mut [f32], db: Option<&mut [f32]>, dy: &[f32], x: &[f32], t: usize, m: usize, n: usize) {
+    check(dy.len(), x.len(), dw.len(), db.as_ref().map(|b| b.len()), t, m, n);
+    let c = Target { data: dw, offset: 0, stride: m };
+    matmul::multiply(c, View::rows(dy, 0, n).transposed(), View::rows(x, 0, m), n, m, t, 1.0, true, true);
     if let Some(db) = db
         && n > 0
     {
@@ -275,21 +168,9 @@ pub fn backward_weight(
 }
 
 fn check(y: usize, x: usize, w: usize, b: Option<usize>, t: usize, m: usize, n: usize) {
-    assert_eq!(
-        y,
-        t * n,
-        "linear: output side has {y} numbers, expected [T={t}, N={n}]"
-    );
-    assert_eq!(
-        x,
-        t * m,
-        "linear: input side has {x} numbers, expected [T={t}, M={m}]"
-    );
-    assert_eq!(
-        w,
-        n * m,
-        "linear: weight has {w} numbers, expected [N={n}, M={m}]"
-    );
+    assert_eq!(y, t * n, "linear: output side has {y} numbers, expected [T={t}, N={n}]");
+    assert_eq!(x, t * m, "linear: input side has {x} numbers, expected [T={t}, M={m}]");
+    assert_eq!(w, n * m, "linear: weight has {w} numbers, expected [N={n}, M={m}]");
     if let Some(b) = b {
         assert_eq!(b, n, "linear: bias has {b} numbers, expected [N={n}]");
     }
@@ -299,8 +180,7 @@ fn check(y: usize, x: usize, w: usize, b: Option<usize>, t: usize, m: usize, n: 
 mod tests {
     use super::*;
     use crate::oracle::{
-        self, assert_close, assert_same_bits, assert_threads_agree, gradient, numbers, weighted,
-        wide,
+        self, assert_close, assert_same_bits, assert_threads_agree, gradient, numbers, weighted, wide,
     };
 
     fn product(x: &[f32], w: &[f32], b: Option<&[f32]>, t: usize, m: usize, n: usize) -> Vec<f32> {
@@ -312,14 +192,7 @@ mod tests {
     #[test]
     fn a_product_by_hand() {
         // [1 2; 3 4] · [1 0; 0 1; 1 1]ᵀ + [10 20 30]
-        let y = product(
-            &[1.0, 2.0, 3.0, 4.0],
-            &[1.0, 0.0, 0.0, 1.0, 1.0, 1.0],
-            Some(&[10.0, 20.0, 30.0]),
-            2,
-            2,
-            3,
-        );
+        let y = product(&[1.0, 2.0, 3.0, 4.0], &[1.0, 0.0, 0.0, 1.0, 1.0, 1.0], Some(&[10.0, 20.0, 30.0]), 2, 2, 3);
         assert_eq!(y, [11.0, 22.0, 33.0, 13.0, 24.0, 37.0]);
     }
 
@@ -340,12 +213,7 @@ mod tests {
             let exact = oracle::linear(&wide(&x), &wide(&w), Some(&wide(&b)), t, m, n);
             // A run of m products in ±1 each rounded at 6e-8 of a partial sum near sqrt(m).
             let tolerance = 1e-6 * (m as f64).sqrt().max(1.0);
-            assert_close(
-                "forward",
-                &product(&x, &w, Some(&b), t, m, n),
-                &exact,
-                tolerance,
-            );
+            assert_close("forward", &product(&x, &w, Some(&b), t, m, n), &exact, tolerance);
             let mut y = vec![0.0; t * n];
             Packed::new(&w, m, n).forward(&mut y, &x, Some(&b), t);
             assert_close("packed", &y, &exact, tolerance);
@@ -367,11 +235,7 @@ mod tests {
                     assert_same_bits(&format!("T={t} M={m} N={n}"), &some, &all[from * n..]);
                     let mut some = vec![0.0; t * n];
                     packed.forward(&mut some, &x[from * m..], b, t);
-                    assert_same_bits(
-                        &format!("packed T={t} M={m} N={n}"),
-                        &some,
-                        &all[from * n..],
-                    );
+                    assert_same_bits(&format!("packed T={t} M={m} N={n}"), &some, &all[from * n..]);
                 }
             }
         }
@@ -423,22 +287,11 @@ mod tests {
     #[test]
     fn gradients_are_those_of_finite_differences() {
         for (t, m, n) in [(1, 3, 2), (4, 5, 6), (9, 20, 3)] {
-            let (x, w, b, dy) = (
-                numbers(1, t * m),
-                numbers(2, n * m),
-                numbers(3, n),
-                numbers(4, t * n),
-            );
+            let (x, w, b, dy) = (numbers(1, t * m), numbers(2, n * m), numbers(3, n), numbers(4, t * n));
             let (xs, ws, bs) = (wide(&x), wide(&w), wide(&b));
-            let dx = gradient(&xs, |x| {
-                weighted(&oracle::linear(x, &ws, Some(&bs), t, m, n), &dy)
-            });
-            let dw = gradient(&ws, |w| {
-                weighted(&oracle::linear(&xs, w, Some(&bs), t, m, n), &dy)
-            });
-            let db = gradient(&bs, |b| {
-                weighted(&oracle::linear(&xs, &ws, Some(b), t, m, n), &dy)
-            });
+            let dx = gradient(&xs, |x| weighted(&oracle::linear(x, &ws, Some(&bs), t, m, n), &dy));
+            let dw = gradient(&ws, |w| weighted(&oracle::linear(&xs, w, Some(&bs), t, m, n), &dy));
+            let db = gradient(&bs, |b| weighted(&oracle::linear(&xs, &ws, Some(b), t, m, n), &dy));
             let mut found = vec![f32::NAN; t * m];
             backward_input(&mut found, &dy, &w, t, m, n, false);
             // Sums of at most 20 products in ±1.

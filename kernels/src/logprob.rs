@@ -60,10 +60,7 @@ pub fn logits(h: &[f32], w: &[f32], banned: &[u32], d: usize, v: usize) -> Vec<f
 pub fn ban(logits: &mut [f32], banned: &[u32], v: usize) {
     for row in logits.chunks_exact_mut(v) {
         for &id in banned {
-            assert!(
-                (id as usize) < v,
-                "logprob: banned id {id} is outside the vocabulary of {v}"
-            );
+            assert!((id as usize) < v, "logprob: banned id {id} is outside the vocabulary of {v}");
             row[id as usize] = f32::NEG_INFINITY;
         }
     }
@@ -73,21 +70,9 @@ pub fn ban(logits: &mut [f32], banned: &[u32], v: usize) {
 ///
 /// # Shapes
 /// h `[N, D]`, w `[V, D]`, targets `[N]`.
-pub fn forward(
-    h: &[f32],
-    w: &[f32],
-    targets: &[u32],
-    temperature: f32,
-    banned: &[u32],
-    d: usize,
-    v: usize,
-) -> Out {
+pub fn forward(h: &[f32], w: &[f32], targets: &[u32], temperature: f32, banned: &[u32], d: usize, v: usize) -> Out {
     let n = check(h, w, targets, temperature, d, v);
-    let mut out = Out {
-        logprob: Vec::with_capacity(n),
-        entropy: Vec::with_capacity(n),
-        stats: Vec::with_capacity(n),
-    };
+    let mut out = Out { logprob: Vec::with_capacity(n), entropy: Vec::with_capacity(n), stats: Vec::with_capacity(n) };
     let at_once = block_rows(v);
     for (h, targets) in h.chunks(at_once * d).zip(targets.chunks(at_once)) {
         let mut z = logits(h, w, banned, d, v);
@@ -131,20 +116,8 @@ pub fn backward(
     v: usize,
 ) {
     let n = check(h, w, targets, temperature, d, v);
-    assert_eq!(
-        dh.len(),
-        h.len(),
-        "logprob: dh has {} numbers, h has {}",
-        dh.len(),
-        h.len()
-    );
-    assert_eq!(
-        dw.len(),
-        w.len(),
-        "logprob: dw has {} numbers, w has {}",
-        dw.len(),
-        w.len()
-    );
+    assert_eq!(dh.len(), h.len(), "logprob: dh has {} numbers, h has {}", dh.len(), h.len());
+    assert_eq!(dw.len(), w.len(), "logprob: dw has {} numbers, w has {}", dw.len(), w.len());
     assert!(
         weights.len() == n && out.stats.len() == n,
         "logprob: {} weights and {} scored rows for N={n}",
@@ -170,35 +143,14 @@ pub fn backward(
             scale(z, temperature);
             let target = targets[i] as usize;
             let allowed = z[target] > f32::NEG_INFINITY;
-            gradient(
-                z,
-                max,
-                log_sum,
-                weights[i] * inverse,
-                entropy_weight * inverse,
-                out.entropy[i],
-            );
+            gradient(z, max, log_sum, weights[i] * inverse, entropy_weight * inverse, out.entropy[i]);
             if allowed {
                 z[target] += weights[i] * inverse;
             }
         });
         linear::backward_input(&mut dh[start * d..end * d], &z, w, t, d, v, false);
-        let c = Target {
-            data: dw,
-            offset: 0,
-            stride: d,
-        };
-        matmul::multiply(
-            c,
-            View::rows(&z, 0, v).transposed(),
-            View::rows(h, 0, d),
-            v,
-            d,
-            t,
-            1.0,
-            true,
-            true,
-        );
+        let c = Target { data: dw, offset: 0, stride: d };
+        matmul::multiply(c, View::rows(&z, 0, v).transposed(), View::rows(h, 0, d), v, d, t, 1.0, true, true);
     }
 }
 
@@ -213,10 +165,7 @@ pub(crate) fn scale_and_measure(logits: &mut [f32], temperature: f32) -> Stats {
 }
 
 fn scale(logits: &mut [f32], temperature: f32) {
-    assert!(
-        temperature > 0.0,
-        "logprob: temperature {temperature} must be positive"
-    );
+    assert!(temperature > 0.0, "logprob: temperature {temperature} must be positive");
     if temperature != 1.0 {
         divide(logits, temperature);
     }
@@ -232,11 +181,7 @@ fn divide_body<const LEVEL: u8>(z: &mut [f32], temperature: f32) {
 pub(crate) fn measure(z: &[f32]) -> Stats {
     let Sums { max, exps, moments } = sums(z);
     let log_sum = exps.ln();
-    Stats {
-        max,
-        log_sum: log_sum as f32,
-        entropy: (log_sum - moments / exps) as f32,
-    }
+    Stats { max, log_sum: log_sum as f32, entropy: (log_sum - moments / exps) as f32 }
 }
 
 /// Largest z, Σ e^(z − max) and Σ e^(z − max)·(z − max).
@@ -250,11 +195,7 @@ dispatch! { fn sums(z: &[f32]) -> Sums = sums_body }
 #[inline(always)]
 fn sums_body<const LEVEL: u8>(z: &[f32]) -> Sums {
     let max = vector::max(z);
-    let mut out = Sums {
-        max,
-        exps: 0.0,
-        moments: 0.0,
-    };
+    let mut out = Sums { max, exps: 0.0, moments: 0.0 };
     for block in z.chunks(BLOCK) {
         let (mut exps, mut moments) = ([0.0f32; LANES], [0.0f32; LANES]);
         let (whole, rest) = block.as_chunks::<LANES>();
@@ -307,32 +248,15 @@ fn gradient_body<const LEVEL: u8>(
 }
 
 fn rows(h: &[f32], w: &[f32], d: usize, v: usize) -> usize {
-    assert!(
-        d > 0 && h.len().is_multiple_of(d),
-        "logprob: h has {} numbers, not a multiple of D={d}",
-        h.len()
-    );
-    assert_eq!(
-        w.len(),
-        v * d,
-        "logprob: w has {} numbers, expected [V={v}, D={d}]",
-        w.len()
-    );
+    assert!(d > 0 && h.len().is_multiple_of(d), "logprob: h has {} numbers, not a multiple of D={d}", h.len());
+    assert_eq!(w.len(), v * d, "logprob: w has {} numbers, expected [V={v}, D={d}]", w.len());
     h.len() / d
 }
 
 fn check(h: &[f32], w: &[f32], targets: &[u32], temperature: f32, d: usize, v: usize) -> usize {
     let n = rows(h, w, d, v);
-    assert_eq!(
-        targets.len(),
-        n,
-        "logprob: {} targets for N={n} rows",
-        targets.len()
-    );
-    assert!(
-        temperature > 0.0,
-        "logprob: temperature {temperature} must be positive"
-    );
+    assert_eq!(targets.len(), n, "logprob: {} targets for N={n} rows", targets.len());
+    assert!(temperature > 0.0, "logprob: temperature {temperature} must be positive");
     if let Some(id) = targets.iter().find(|&&id| id as usize >= v) {
         panic!("logprob: target {id} is outside the vocabulary of {v}");
     }
@@ -343,8 +267,7 @@ fn check(h: &[f32], w: &[f32], targets: &[u32], temperature: f32, d: usize, v: u
 mod tests {
     use super::*;
     use crate::oracle::{
-        self, assert_close, assert_same_bits, assert_threads_agree, gradient, numbers, weighted,
-        wide,
+        self, assert_close, assert_same_bits, assert_threads_agree, gradient, numbers, weighted, wide,
     };
     use crate::sample;
 
@@ -361,11 +284,9 @@ mod tests {
 
     #[test]
     fn agrees_with_the_oracle_and_its_finite_differences() {
-        for (n, d, v, temperature, banned) in [
-            (1, 3, 5, 1.0, vec![]),
-            (4, 5, 37, 0.7, vec![3, 36]),
-            (30, 4, 19, 1.3, vec![0]),
-        ] {
+        for (n, d, v, temperature, banned) in
+            [(1, 3, 5, 1.0, vec![]), (4, 5, 37, 0.7, vec![3, 36]), (30, 4, 19, 1.3, vec![0])]
+        {
             let (h, w) = (numbers(1, n * d), numbers(2, v * d));
             let targets: Vec<u32> = (0..n)
                 .map(|i| (1 + i * 7 % (v - 3)) as u32)
@@ -373,9 +294,7 @@ mod tests {
                 .collect();
             let (weights, entropy_weights) = (numbers(3, n), numbers(4, n));
             let (hs, ws) = (wide(&h), wide(&w));
-            let exact = |h: &[f64], w: &[f64]| {
-                oracle::logprob(h, w, &targets, f64::from(temperature), &banned, d, v)
-            };
+            let exact = |h: &[f64], w: &[f64]| oracle::logprob(h, w, &targets, f64::from(temperature), &banned, d, v);
             let out = forward(&h, &w, &targets, temperature, &banned, d, v);
             // Logits of a few units rounded at 1e-7, and a sum of v exponentials.
             assert_close("logprob", &out.logprob, &exact(&hs, &ws).0, 1e-6);
@@ -386,20 +305,7 @@ mod tests {
                     weighted(&logprob, &weights) + entropies.map_or(0.0, |e| weighted(&entropy, e))
                 };
                 let (mut dh, mut dw) = (vec![f32::NAN; n * d], vec![0.0; v * d]);
-                backward(
-                    &mut dh,
-                    &mut dw,
-                    &weights,
-                    entropies,
-                    &out,
-                    &h,
-                    &w,
-                    &targets,
-                    temperature,
-                    &banned,
-                    d,
-                    v,
-                );
+                backward(&mut dh, &mut dw, &weights, entropies, &out, &h, &w, &targets, temperature, &banned, d, v);
                 assert_close("dh", &dh, &gradient(&hs, |h| loss(h, &ws)), 3e-6);
                 assert_close("dw", &dw, &gradient(&ws, |w| loss(&hs, w)), 3e-6);
             }
@@ -434,20 +340,7 @@ mod tests {
         assert_eq!(out.logprob, [0.0, -2e8]);
         assert_eq!(out.entropy, [0.0, 0.0]);
         let (mut dh, mut dw) = ([0.0; 2], [0.0; 3]);
-        backward(
-            &mut dh,
-            &mut dw,
-            &[1.0, 1.0],
-            Some(&[1.0, 1.0]),
-            &out,
-            &h,
-            &w,
-            &[0, 0],
-            1.0,
-            &[1],
-            1,
-            3,
-        );
+        backward(&mut dh, &mut dw, &[1.0, 1.0], Some(&[1.0, 1.0]), &out, &h, &w, &[0, 0], 1.0, &[1], 1, 3);
         assert!(dh.iter().chain(&dw).all(|g| g.is_finite()), "{dh:?} {dw:?}");
     }
 
@@ -459,20 +352,7 @@ mod tests {
         assert_threads_agree("logprob", || {
             let out = forward(&h, &w, &targets, 0.9, &[1], d, v);
             let (mut dh, mut dw) = (vec![0.0; n * d], vec![0.0; v * d]);
-            backward(
-                &mut dh,
-                &mut dw,
-                &weights,
-                Some(&weights),
-                &out,
-                &h,
-                &w,
-                &targets,
-                0.9,
-                &[1],
-                d,
-                v,
-            );
+            backward(&mut dh, &mut dw, &weights, Some(&weights), &out, &h, &w, &targets, 0.9, &[1], d, v);
             [out.logprob, out.entropy, dh, dw].concat()
         });
     }

@@ -18,20 +18,11 @@ pub(crate) struct View<'a> {
 impl<'a> View<'a> {
     /// Rows of `stride` elements, starting at `offset`.
     pub fn rows(data: &'a [f32], offset: usize, stride: usize) -> Self {
-        Self {
-            data,
-            offset,
-            rs: stride,
-            cs: 1,
-        }
+        Self { data, offset, rs: stride, cs: 1 }
     }
 
     pub fn transposed(self) -> Self {
-        Self {
-            rs: self.cs,
-            cs: self.rs,
-            ..self
-        }
+        Self { rs: self.cs, cs: self.rs, ..self }
     }
 
     fn check(&self, rows: usize, cols: usize, name: &str) {
@@ -83,11 +74,7 @@ pub(crate) fn multiply(
     }
     a.check(m, k, "left side");
     b.check(k, n, "right side");
-    let parallelism = if threads {
-        Parallelism::Rayon(0)
-    } else {
-        Parallelism::None
-    };
+    let parallelism = if threads { Parallelism::Rayon(0) } else { Parallelism::None };
     // SAFETY: `check` and the assertion above put the last (hence every) element that `gemm` may touch inside the
     // three slices (all strides are non-negative); `c.data` is borrowed mutably, so it overlaps neither input, and
     // its rows do not overlap each other (`stride >= n`).

@@ -9,10 +9,7 @@ use rayon::prelude::*;
 const CHUNK: usize = 1 << 14;
 
 fn same(what: &str, lengths: &[usize]) {
-    assert!(
-        lengths.windows(2).all(|w| w[0] == w[1]),
-        "mlp: {what}: the slices differ in length: {lengths:?}"
-    );
+    assert!(lengths.windows(2).all(|w| w[0] == w[1]), "mlp: {what}: the slices differ in length: {lengths:?}");
 }
 
 /// y = f(x), in parallel when it is long enough.
@@ -20,9 +17,7 @@ fn one(y: &mut [f32], x: &[f32], f: fn(&mut [f32], &[f32])) {
     if y.len() <= CHUNK {
         return f(y, x);
     }
-    y.par_chunks_mut(CHUNK)
-        .zip(x.par_chunks(CHUNK))
-        .for_each(|(y, x)| f(y, x));
+    y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(y, x)| f(y, x));
 }
 
 /// y = f(a, b), in parallel when it is long enough.
@@ -31,9 +26,7 @@ fn two(y: &mut [f32], a: &[f32], b: &[f32], f: fn(&mut [f32], &[f32], &[f32])) {
         return f(y, a, b);
     }
     let inputs = a.par_chunks(CHUNK).zip(b.par_chunks(CHUNK));
-    y.par_chunks_mut(CHUNK)
-        .zip(inputs)
-        .for_each(|(y, (a, b))| f(y, a, b));
+    y.par_chunks_mut(CHUNK).zip(inputs).for_each(|(y, (a, b))| f(y, a, b));
 }
 
 /// y = x · sigmoid(x).
@@ -87,10 +80,7 @@ fn swiglu_body<const LEVEL: u8>(h: &mut [f32], gate: &[f32], up: &[f32]) {
 
 /// dgate = dh · up · silu'(gate), dup = dh · silu(gate); both written.
 pub fn swiglu_backward(dgate: &mut [f32], dup: &mut [f32], dh: &[f32], gate: &[f32], up: &[f32]) {
-    same(
-        "swiglu backward",
-        &[dgate.len(), dup.len(), dh.len(), gate.len(), up.len()],
-    );
+    same("swiglu backward", &[dgate.len(), dup.len(), dh.len(), gate.len(), up.len()]);
     if dh.len() <= CHUNK {
         return swiglu_grad_many(dgate, dup, dh, gate, up);
     }
@@ -104,13 +94,7 @@ pub fn swiglu_backward(dgate: &mut [f32], dup: &mut [f32], dh: &[f32], gate: &[f
 
 dispatch! { fn swiglu_grad_many(dgate: &mut [f32], dup: &mut [f32], dh: &[f32], gate: &[f32], up: &[f32]) = swiglu_grad_body }
 #[inline(always)]
-fn swiglu_grad_body<const LEVEL: u8>(
-    dgate: &mut [f32],
-    dup: &mut [f32],
-    dh: &[f32],
-    gate: &[f32],
-    up: &[f32],
-) {
+fn swiglu_grad_body<const LEVEL: u8>(dgate: &mut [f32], dup: &mut [f32], dh: &[f32], gate: &[f32], up: &[f32]) {
     for ((((dg, du), &dh), &g), &u) in dgate.iter_mut().zip(dup).zip(dh).zip(gate).zip(up) {
         let s = sigmoid::<LEVEL>(g);
         *dg = dh * u * (s + g * s * (1.0 - s));
@@ -181,9 +165,7 @@ mod tests {
     use crate::oracle::{self, assert_close, assert_same_bits, gradient, numbers, weighted, wide};
 
     fn spread(n: usize) -> Vec<f32> {
-        (0..n)
-            .map(|i| -6.0 + 12.0 * i as f32 / (n - 1) as f32)
-            .collect()
+        (0..n).map(|i| -6.0 + 12.0 * i as f32 / (n - 1) as f32).collect()
     }
 
     #[test]
@@ -194,10 +176,7 @@ mod tests {
         assert!(y[2].abs() < 1e-38);
         // x·Φ(x) at 1: 0.8413447460685429; at -1: -0.15865525393145707
         gelu_forward(&mut y, &[1.0, -1.0, 0.0]);
-        assert!(
-            (y[0] - 0.841_344_7).abs() < 2e-7 && (y[1] + 0.158_655_25).abs() < 1e-7,
-            "{y:?}"
-        );
+        assert!((y[0] - 0.841_344_7).abs() < 2e-7 && (y[1] + 0.158_655_25).abs() < 1e-7, "{y:?}");
         assert_eq!(y[2], 0.0);
     }
 
@@ -207,18 +186,10 @@ mod tests {
         let (xs, ups) = (wide(&x), wide(&up));
         let silu = |x: &[f64]| x.iter().map(|&x| oracle::silu(x)).collect::<Vec<_>>();
         let gelu = |x: &[f64]| x.iter().map(|&x| oracle::gelu(x)).collect::<Vec<_>>();
-        let swiglu = |g: &[f64], u: &[f64]| {
-            g.iter()
-                .zip(u)
-                .map(|(&g, u)| oracle::silu(g) * u)
-                .collect::<Vec<_>>()
-        };
+        let swiglu = |g: &[f64], u: &[f64]| g.iter().zip(u).map(|(&g, u)| oracle::silu(g) * u).collect::<Vec<_>>();
         // Element-wise, so one element's difference is the whole gradient: no need for n² work.
         let slope = |f: &dyn Fn(&[f64]) -> Vec<f64>, x: &[f64], dy: &[f32]| -> Vec<f64> {
-            x.iter()
-                .zip(dy)
-                .flat_map(|(&x, &dy)| gradient(&[x], |x| weighted(&f(x), &[dy])))
-                .collect()
+            x.iter().zip(dy).flat_map(|(&x, &dy)| gradient(&[x], |x| weighted(&f(x), &[dy]))).collect()
         };
         let mut y = vec![f32::NAN; 1000];
         let mut dx = vec![f32::NAN; 1000];
@@ -235,20 +206,10 @@ mod tests {
         assert_close("swiglu", &y, &swiglu(&xs, &ups), 6e-7);
         let mut du = vec![f32::NAN; 1000];
         swiglu_backward(&mut dx, &mut du, &dy, &x, &up);
-        let per_gate: Vec<f64> = (0..1000)
-            .flat_map(|i| {
-                gradient(&xs[i..=i], |g| {
-                    weighted(&swiglu(g, &ups[i..=i]), &dy[i..=i])
-                })
-            })
-            .collect();
-        let per_up: Vec<f64> = (0..1000)
-            .flat_map(|i| {
-                gradient(&ups[i..=i], |u| {
-                    weighted(&swiglu(&xs[i..=i], u), &dy[i..=i])
-                })
-            })
-            .collect();
+        let per_gate: Vec<f64> =
+            (0..1000).flat_map(|i| gradient(&xs[i..=i], |g| weighted(&swiglu(g, &ups[i..=i]), &dy[i..=i]))).collect();
+        let per_up: Vec<f64> =
+            (0..1000).flat_map(|i| gradient(&ups[i..=i], |u| weighted(&swiglu(&xs[i..=i], u), &dy[i..=i]))).collect();
         assert_close("dgate", &dx, &per_gate, 6e-7);
         assert_close("dup", &du, &per_up, 6e-7);
     }

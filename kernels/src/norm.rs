@@ -27,14 +27,7 @@ pub fn forward(y: &mut [f32], rstd: &mut [f32], x: &[f32], w: &[f32], d: usize, 
 
 dispatch! { fn forward_rows(y: &mut [f32], rstd: &mut [f32], x: &[f32], w: &[f32], d: usize, eps: f32) = forward_body }
 #[inline(always)]
-fn forward_body<const LEVEL: u8>(
-    y: &mut [f32],
-    rstd: &mut [f32],
-    x: &[f32],
-    w: &[f32],
-    d: usize,
-    eps: f32,
-) {
+fn forward_body<const LEVEL: u8>(y: &mut [f32], rstd: &mut [f32], x: &[f32], w: &[f32], d: usize, eps: f32) {
     for ((y, r), x) in y.chunks_exact_mut(d).zip(rstd).zip(x.chunks_exact(d)) {
         *r = 1.0 / (dot::<LEVEL>(x, x) / d as f32 + eps).sqrt();
         for ((y, x), w) in y.iter_mut().zip(x).zip(w) {
@@ -69,14 +62,8 @@ pub fn backward(
     let mut parts = vec![0.0f32; blocks * d];
     dx.par_chunks_mut(ROWS * d)
         .zip(parts.par_chunks_mut(d))
-        .zip(
-            dy.par_chunks(ROWS * d)
-                .zip(x.par_chunks(ROWS * d))
-                .zip(rstd.par_chunks(ROWS)),
-        )
-        .for_each(|((dx, part), ((dy, x), rstd))| {
-            backward_rows(dx, part, dy, x, w, rstd, d, accumulate_dx)
-        });
+        .zip(dy.par_chunks(ROWS * d).zip(x.par_chunks(ROWS * d)).zip(rstd.par_chunks(ROWS)))
+        .for_each(|((dx, part), ((dy, x), rstd))| backward_rows(dx, part, dy, x, w, rstd, d, accumulate_dx));
     for part in parts.chunks_exact(d) {
         for (sum, p) in dw.iter_mut().zip(part) {
             *sum += p;
@@ -98,12 +85,7 @@ fn backward_body<const LEVEL: u8>(
     accumulate: bool,
 ) {
     let mut g = vec![0.0f32; d];
-    for (((dx, dy), x), &r) in dx
-        .chunks_exact_mut(d)
-        .zip(dy.chunks_exact(d))
-        .zip(x.chunks_exact(d))
-        .zip(rstd)
-    {
+    for (((dx, dy), x), &r) in dx.chunks_exact_mut(d).zip(dy.chunks_exact(d)).zip(x.chunks_exact(d)).zip(rstd) {
         for i in 0..d {
             g[i] = dy[i] * w[i];
             dw[i] += dy[i] * (x[i] * r);
@@ -118,15 +100,8 @@ fn backward_body<const LEVEL: u8>(
 }
 
 fn check(y: usize, x: usize, rstd: usize, w: usize, d: usize) {
-    assert!(
-        d > 0 && w == d,
-        "norm: weight has {w} numbers, expected [D={d}]"
-    );
-    assert_eq!(
-        x,
-        rstd * d,
-        "norm: x has {x} numbers, expected [T={rstd}, D={d}]"
-    );
+    assert!(d > 0 && w == d, "norm: weight has {w} numbers, expected [D={d}]");
+    assert_eq!(x, rstd * d, "norm: x has {x} numbers, expected [T={rstd}, D={d}]");
     assert_eq!(y, x, "norm: the output has {y} numbers, x has {x}");
 }
 
@@ -134,8 +109,7 @@ fn check(y: usize, x: usize, rstd: usize, w: usize, d: usize) {
 mod tests {
     use super::*;
     use crate::oracle::{
-        self, assert_close, assert_same_bits, assert_threads_agree, gradient, numbers, weighted,
-        wide,
+        self, assert_close, assert_same_bits, assert_threads_agree, gradient, numbers, weighted, wide,
     };
 
     fn run(x: &[f32], w: &[f32], d: usize, eps: f32) -> (Vec<f32>, Vec<f32>) {
@@ -169,10 +143,7 @@ mod tests {
             // D=1 differentiates a sign: rstd of a small x is large, and what is left of the sum is its rounding.
             let tolerance = if d == 1 { 1e-4 } else { 4e-6 };
             assert_close("dx", &dx, &exact_dx, tolerance);
-            let exact_dw: Vec<f64> = gradient(&ws, |w| weighted(&exact(&xs, w), &dy))
-                .iter()
-                .map(|g| g + 1.0)
-                .collect();
+            let exact_dw: Vec<f64> = gradient(&ws, |w| weighted(&exact(&xs, w), &dy)).iter().map(|g| g + 1.0).collect();
             assert_close("dw", &dw, &exact_dw, 4e-6);
             backward(&mut dx, &mut dw, &dy, &x, &w, &rstd, d, true);
             let twice: Vec<f64> = exact_dx.iter().map(|g| 2.0 * g).collect();
@@ -202,10 +173,7 @@ mod tests {
         let (y, rstd) = run(&x, &[1.0; 8], 8, 1e-6);
         let (mut dx, mut dw) = (vec![0.0; 16], vec![0.0; 8]);
         backward(&mut dx, &mut dw, &[1.0; 16], &x, &[1.0; 8], &rstd, 8, false);
-        assert!(
-            y.iter().chain(&dx).chain(&dw).all(|v| v.is_finite()),
-            "{y:?} {dx:?} {dw:?}"
-        );
+        assert!(y.iter().chain(&dx).chain(&dw).all(|v| v.is_finite()), "{y:?} {dx:?} {dw:?}");
         assert_eq!(y[8..], [1.0; 8]);
     }
 }

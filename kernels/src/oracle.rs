@@ -46,37 +46,21 @@ pub fn gelu(x: f64) -> f64 {
 }
 
 /// Attention output `[Tq, H, K]` and log-sum-exp `[Tq, H]`.
-pub fn attention(
-    q: &[f64],
-    k: &[f64],
-    v: &[f64],
-    spans: &[Span],
-    dims: Dims,
-) -> (Vec<f64>, Vec<f64>) {
-    let Dims {
-        heads,
-        kv_heads,
-        k: kd,
-    } = dims;
+pub fn attention(q: &[f64], k: &[f64], v: &[f64], spans: &[Span], dims: Dims) -> (Vec<f64>, Vec<f64>) {
+    let Dims { heads, kv_heads, k: kd } = dims;
     let mut o = vec![0.0; q.len()];
     let mut lse = vec![0.0; q.len() / kd];
     for span in spans {
         let n = span.queries.len();
         for (i, query) in span.queries.clone().enumerate() {
-            let end = if span.causal {
-                span.own.end - (n - 1 - i)
-            } else {
-                span.own.end
-            };
+            let end = if span.causal { span.own.end - (n - 1 - i) } else { span.own.end };
             let keys: Vec<usize> = span.shared.clone().chain(span.own.start..end).collect();
             for head in 0..heads {
                 let kv = head / (heads / kv_heads);
                 let at = (query * heads + head) * kd;
                 let key_at = |row: usize| (row * kv_heads + kv) * kd;
-                let score = |&row: &usize| {
-                    (0..kd).map(|c| q[at + c] * k[key_at(row) + c]).sum::<f64>()
-                        / (kd as f64).sqrt()
-                };
+                let score =
+                    |&row: &usize| (0..kd).map(|c| q[at + c] * k[key_at(row) + c]).sum::<f64>() / (kd as f64).sqrt();
                 let scores: Vec<f64> = keys.iter().map(score).collect();
                 let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
                 let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
@@ -105,25 +89,11 @@ pub fn logprob(
     let z = linear(h, w, None, targets.len(), d, v);
     let (mut logprobs, mut entropies) = (Vec::new(), Vec::new());
     for (row, &target) in z.chunks_exact(v).zip(targets) {
-        let allowed: Vec<usize> = (0..v)
-            .filter(|&id| !banned.contains(&(id as u32)))
-            .collect();
-        let max = allowed
-            .iter()
-            .map(|&id| row[id] / temperature)
-            .fold(f64::NEG_INFINITY, f64::max);
-        let lse = max
-            + allowed
-                .iter()
-                .map(|&id| (row[id] / temperature - max).exp())
-                .sum::<f64>()
-                .ln();
+        let allowed: Vec<usize> = (0..v).filter(|&id| !banned.contains(&(id as u32))).collect();
+        let max = allowed.iter().map(|&id| row[id] / temperature).fold(f64::NEG_INFINITY, f64::max);
+        let lse = max + allowed.iter().map(|&id| (row[id] / temperature - max).exp()).sum::<f64>().ln();
         let log_p = |id: usize| row[id] / temperature - lse;
-        logprobs.push(if allowed.contains(&(target as usize)) {
-            log_p(target as usize)
-        } else {
-            f64::NEG_INFINITY
-        });
+        logprobs.push(if allowed.contains(&(target as usize)) { log_p(target as usize) } else { f64::NEG_INFINITY });
         entropies.push(allowed.iter().map(|&id| -log_p(id).exp() * log_p(id)).sum());
     }
     (logprobs, entropies)
@@ -164,10 +134,7 @@ pub fn assert_close(name: &str, found: &[f32], exact: &[f64], tolerance: f64) {
     assert_eq!(found.len(), exact.len(), "{name}: length");
     for (i, (&a, &b)) in found.iter().zip(exact).enumerate() {
         let off = (f64::from(a) - b).abs() / b.abs().max(1.0);
-        assert!(
-            off <= tolerance,
-            "{name}[{i}] = {a}, expected {b}, off by {off:e}"
-        );
+        assert!(off <= tolerance, "{name}[{i}] = {a}, expected {b}, off by {off:e}");
     }
 }
 
@@ -175,10 +142,7 @@ pub fn assert_close(name: &str, found: &[f32], exact: &[f64], tolerance: f64) {
 pub fn assert_same_bits(name: &str, a: &[f32], b: &[f32]) {
     assert_eq!(a.len(), b.len(), "{name}: length");
     for (i, (x, y)) in a.iter().zip(b).enumerate() {
-        assert!(
-            x.to_bits() == y.to_bits(),
-            "{name}[{i}]: {x} and {y} differ in bits"
-        );
+        assert!(x.to_bits() == y.to_bits(), "{name}[{i}]: {x} and {y} differ in bits");
     }
 }
 
@@ -186,10 +150,7 @@ pub fn assert_same_bits(name: &str, a: &[f32], b: &[f32]) {
 #[track_caller]
 pub fn assert_threads_agree(name: &str, work: impl Fn() -> Vec<f32> + Sync) {
     let run = |threads| {
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads)
-            .build()
-            .unwrap();
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         pool.install(&work)
     };
     let one = run(1);

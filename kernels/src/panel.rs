@@ -48,59 +48,19 @@ fn multiply_body<const LEVEL: u8>(
     let mut c = 0;
     // Wide registers take a block of 32 columns as two vectors; narrow ones 16 at a time, or the tile would spill.
     while LEVEL == WIDE && c + 32 <= cols {
-        columns::<LEVEL, 32>(
-            &mut out[c..],
-            out_stride,
-            a,
-            a_stride,
-            &panel[c..],
-            panel_stride,
-            rows,
-            k,
-            accumulate,
-        );
+        columns::<LEVEL, 32>(&mut out[c..], out_stride, a, a_stride, &panel[c..], panel_stride, rows, k, accumulate);
         c += 32;
     }
     while c + 16 <= cols {
-        columns::<LEVEL, 16>(
-            &mut out[c..],
-            out_stride,
-            a,
-            a_stride,
-            &panel[c..],
-            panel_stride,
-            rows,
-            k,
-            accumulate,
-        );
+        columns::<LEVEL, 16>(&mut out[c..], out_stride, a, a_stride, &panel[c..], panel_stride, rows, k, accumulate);
         c += 16;
     }
     while c + 8 <= cols {
-        columns::<LEVEL, 8>(
-            &mut out[c..],
-            out_stride,
-            a,
-            a_stride,
-            &panel[c..],
-            panel_stride,
-            rows,
-            k,
-            accumulate,
-        );
+        columns::<LEVEL, 8>(&mut out[c..], out_stride, a, a_stride, &panel[c..], panel_stride, rows, k, accumulate);
         c += 8;
     }
     while c < cols {
-        columns::<LEVEL, 1>(
-            &mut out[c..],
-            out_stride,
-            a,
-            a_stride,
-            &panel[c..],
-            panel_stride,
-            rows,
-            k,
-            accumulate,
-        );
+        columns::<LEVEL, 1>(&mut out[c..], out_stride, a, a_stride, &panel[c..], panel_stride, rows, k, accumulate);
         c += 1;
     }
 }
@@ -167,9 +127,7 @@ fn tile<const LEVEL: u8, const R: usize, const W: usize>(
     }
     let rows: [&[f32]; R] = std::array::from_fn(|r| &a[r * a_stride..][..k]);
     for kk in 0..k {
-        let Some(b) = panel[kk * panel_stride..].first_chunk::<W>() else {
-            unreachable!("panel too short")
-        };
+        let Some(b) = panel[kk * panel_stride..].first_chunk::<W>() else { unreachable!("panel too short") };
         for r in 0..R {
             let x = rows[r][kk];
             for w in 0..W {
@@ -187,13 +145,7 @@ dispatch! {
     pub(crate) fn transpose_into(panel: &mut [f32], rows: &[f32], stride: usize, k: usize, cols: usize) = transpose_body
 }
 #[inline(always)]
-fn transpose_body<const LEVEL: u8>(
-    panel: &mut [f32],
-    rows: &[f32],
-    stride: usize,
-    k: usize,
-    cols: usize,
-) {
+fn transpose_body<const LEVEL: u8>(panel: &mut [f32], rows: &[f32], stride: usize, k: usize, cols: usize) {
     const B: usize = 8;
     let mut k0 = 0;
     while k0 < k {
@@ -233,60 +185,39 @@ mod tests {
 
     /// One output: a run of multiply-adds in order.
     fn by_hand(a: &[f32], panel: &[f32], stride: usize, c: usize, start: f32) -> f32 {
-        a.iter()
-            .enumerate()
-            .fold(start, |sum, (k, &x)| x.mul_add(panel[k * stride + c], sum))
+        a.iter().enumerate().fold(start, |sum, (k, &x)| x.mul_add(panel[k * stride + c], sum))
     }
 
     #[test]
     fn every_tile_is_one_run_of_fused_multiply_adds() {
         let (k, a_stride, stride, out_stride) = (21, 25, 90, 95);
-        let (a, panel, start) = (
-            numbers(1, 20 * a_stride),
-            numbers(2, k * stride),
-            numbers(3, 20 * out_stride),
-        );
+        let (a, panel, start) = (numbers(1, 20 * a_stride), numbers(2, k * stride), numbers(3, 20 * out_stride));
         for rows in [1, 2, 3, 7, 8, 19] {
             for cols in [1, 5, 8, 15, 16, 31, 32, 90] {
                 for accumulate in [false, true] {
                     let expected: Vec<f32> = (0..rows * cols)
                         .map(|i| {
                             let (r, c) = (i / cols, i % cols);
-                            let from = if accumulate {
-                                start[r * out_stride + c]
-                            } else {
-                                0.0
-                            };
+                            let from = if accumulate { start[r * out_stride + c] } else { 0.0 };
                             by_hand(&a[r * a_stride..][..k], &panel, stride, c, from)
                         })
                         .collect();
                     let narrow = |f: &dyn Fn(&mut [f32])| -> Vec<f32> {
                         let mut out = start.clone();
                         f(&mut out);
-                        (0..rows * cols)
-                            .map(|i| out[i / cols * out_stride + i % cols])
-                            .collect()
+                        (0..rows * cols).map(|i| out[i / cols * out_stride + i % cols]).collect()
                     };
                     // Both levels that fuse agree, whatever their tiles.
                     let wide = narrow(&|out| {
-                        multiply_body::<WIDE>(
-                            out, out_stride, &a, a_stride, &panel, stride, rows, k, cols,
-                            accumulate,
-                        )
+                        multiply_body::<WIDE>(out, out_stride, &a, a_stride, &panel, stride, rows, k, cols, accumulate)
                     });
                     let fused = narrow(&|out| {
-                        multiply_body::<FUSED>(
-                            out, out_stride, &a, a_stride, &panel, stride, rows, k, cols,
-                            accumulate,
-                        )
+                        multiply_body::<FUSED>(out, out_stride, &a, a_stride, &panel, stride, rows, k, cols, accumulate)
                     });
                     assert_same_bits("wide", &wide, &expected);
                     assert_same_bits("fused", &fused, &expected);
                     let chosen = narrow(&|out| {
-                        multiply(
-                            out, out_stride, &a, a_stride, &panel, stride, rows, k, cols,
-                            accumulate,
-                        )
+                        multiply(out, out_stride, &a, a_stride, &panel, stride, rows, k, cols, accumulate)
                     });
                     for (x, y) in chosen.iter().zip(&expected) {
                         // A machine without fused multiply-add rounds twice.

@@ -26,20 +26,14 @@ pub fn mrope(positions: [&[i32]; 3], k: usize, theta: f64, sections: [usize; 3])
     let half = k / 2;
     let t = positions[0].len();
     assert!(k.is_multiple_of(2) && k > 0, "rope: K={k} must be even");
-    assert_eq!(
-        sections.iter().sum::<usize>(),
-        half,
-        "rope: sections {sections:?} must sum to K/2={half}"
-    );
+    assert_eq!(sections.iter().sum::<usize>(), half, "rope: sections {sections:?} must sum to K/2={half}");
     assert!(
         positions.iter().all(|p| p.len() == t),
         "rope: the three axes differ in length: {:?}",
         positions.map(<[i32]>::len)
     );
     let freq = frequencies(k, theta);
-    let axis: Vec<usize> = (0..3)
-        .flat_map(|a| std::iter::repeat_n(a, sections[a]))
-        .collect();
+    let axis: Vec<usize> = (0..3).flat_map(|a| std::iter::repeat_n(a, sections[a])).collect();
     table(t, k, |row, i| positions[axis[i]][row] as f32 * freq[i])
 }
 
@@ -48,19 +42,12 @@ pub fn mrope(positions: [&[i32]; 3], k: usize, theta: f64, sections: [usize; 3])
 /// # Shapes
 /// hw: (row, column) of each patch `[P]`; K divisible by 4; theta is 10000 in the family.
 pub fn vision2d(hw: &[(u32, u32)], k: usize, theta: f64) -> Table {
-    assert!(
-        k.is_multiple_of(4) && k > 0,
-        "rope: K={k} must be a multiple of 4"
-    );
+    assert!(k.is_multiple_of(4) && k > 0, "rope: K={k} must be a multiple of 4");
     let quarter = k / 4;
     let freq = frequencies(k / 2, theta);
     table(hw.len(), k, |row, i| {
         let (h, w) = hw[row];
-        if i < quarter {
-            h as f32 * freq[i]
-        } else {
-            w as f32 * freq[i - quarter]
-        }
+        if i < quarter { h as f32 * freq[i] } else { w as f32 * freq[i - quarter] }
     })
 }
 
@@ -77,17 +64,13 @@ fn frequencies(dim: usize, theta: f64) -> Vec<f32> {
 fn table(t: usize, k: usize, angle: impl Fn(usize, usize) -> f32 + Sync) -> Table {
     let half = k / 2;
     let (mut cos, mut sin) = (vec![0.0; t * k], vec![0.0; t * k]);
-    cos.par_chunks_mut(k)
-        .zip(sin.par_chunks_mut(k))
-        .with_min_len(16)
-        .enumerate()
-        .for_each(|(row, (cos, sin))| {
-            for i in 0..half {
-                let (s, c) = f64::from(angle(row, i)).sin_cos();
-                (cos[i], sin[i]) = (c as f32, s as f32);
-                (cos[i + half], sin[i + half]) = (c as f32, s as f32);
-            }
-        });
+    cos.par_chunks_mut(k).zip(sin.par_chunks_mut(k)).with_min_len(16).enumerate().for_each(|(row, (cos, sin))| {
+        for i in 0..half {
+            let (s, c) = f64::from(angle(row, i)).sin_cos();
+            (cos[i], sin[i]) = (c as f32, s as f32);
+            (cos[i + half], sin[i + half]) = (c as f32, s as f32);
+        }
+    });
     Table { cos, sin, k }
 }
 
@@ -110,11 +93,7 @@ pub fn apply_backward(dx: &mut [f32], table: &Table, heads: usize) {
 fn turn(x: &mut [f32], table: &Table, heads: usize, back: bool) {
     let k = table.k;
     assert!(k > 0 && heads > 0, "rope: K={k}, H={heads}");
-    assert_eq!(
-        table.cos.len(),
-        table.sin.len(),
-        "rope: cos and sin differ in length"
-    );
+    assert_eq!(table.cos.len(), table.sin.len(), "rope: cos and sin differ in length");
     assert_eq!(
         x.len(),
         table.cos.len() * heads,
@@ -134,20 +113,9 @@ fn turn(x: &mut [f32], table: &Table, heads: usize, back: bool) {
 
 dispatch! { fn turn_rows(x: &mut [f32], cos: &[f32], sin: &[f32], heads: usize, k: usize, back: bool) = turn_body }
 #[inline(always)]
-fn turn_body<const LEVEL: u8>(
-    x: &mut [f32],
-    cos: &[f32],
-    sin: &[f32],
-    heads: usize,
-    k: usize,
-    back: bool,
-) {
+fn turn_body<const LEVEL: u8>(x: &mut [f32], cos: &[f32], sin: &[f32], heads: usize, k: usize, back: bool) {
     let sign = if back { -1.0 } else { 1.0 };
-    for ((row, cos), sin) in x
-        .chunks_exact_mut(heads * k)
-        .zip(cos.chunks_exact(k))
-        .zip(sin.chunks_exact(k))
-    {
+    for ((row, cos), sin) in x.chunks_exact_mut(heads * k).zip(cos.chunks_exact(k)).zip(sin.chunks_exact(k)) {
         for head in row.chunks_exact_mut(k) {
             let (low, high) = head.split_at_mut(k / 2);
             // The table's halves are equal, so the first half serves both.
@@ -197,20 +165,13 @@ mod tests {
         let angles = [2.0f64, 0.02, 5.0, 0.05, 2.0, 0.02, 5.0, 0.05];
         for (i, angle) in angles.iter().enumerate() {
             // The angle itself was rounded to f32 (5 · 6e-8).
-            assert!(
-                (f64::from(table.sin[8 + i]) - angle.sin()).abs() < 3e-7,
-                "sin {i}"
-            );
+            assert!((f64::from(table.sin[8 + i]) - angle.sin()).abs() < 3e-7, "sin {i}");
         }
     }
 
     #[test]
     fn a_quarter_turn_by_hand() {
-        let table = Table {
-            cos: vec![0.0, 1.0, 0.0, 1.0],
-            sin: vec![1.0, 0.0, 1.0, 0.0],
-            k: 4,
-        };
+        let table = Table { cos: vec![0.0, 1.0, 0.0, 1.0], sin: vec![1.0, 0.0, 1.0, 0.0], k: 4 };
         let mut x = [1.0, 2.0, 3.0, 4.0, 10.0, 20.0, 30.0, 40.0];
         apply(&mut x, &table, 2);
         assert_eq!(x, [-3.0, 2.0, 1.0, 4.0, -30.0, 20.0, 10.0, 40.0]);
@@ -226,11 +187,7 @@ mod tests {
             for (row, x) in x.chunks_exact(heads * k).enumerate() {
                 for head in x.chunks_exact(k) {
                     for i in 0..k {
-                        let partner = if i < k / 2 {
-                            -head[i + k / 2]
-                        } else {
-                            head[i - k / 2]
-                        };
+                        let partner = if i < k / 2 { -head[i + k / 2] } else { head[i - k / 2] };
                         let (c, s) = (table.cos[row * k + i], table.sin[row * k + i]);
                         y.push(head[i] * f64::from(c) + partner * f64::from(s));
                     }
@@ -244,12 +201,7 @@ mod tests {
         assert_close("y", &y, &exact(&wide(&x)), 2e-7);
         let mut dx = dy.clone();
         apply_backward(&mut dx, &table, heads);
-        assert_close(
-            "dx",
-            &dx,
-            &gradient(&wide(&x), |x| weighted(&exact(x), &dy)),
-            5e-7,
-        );
+        assert_close("dx", &dx, &gradient(&wide(&x), |x| weighted(&exact(x), &dy)), 5e-7);
     }
 
     #[test]

@@ -51,10 +51,7 @@ pub fn top_k(logits: &mut [f32], k: usize) {
     }
     let mut sorted = logits.to_vec();
     let (_, &mut kth, _) = sorted.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a));
-    logits
-        .iter_mut()
-        .filter(|z| **z < kth)
-        .for_each(|z| *z = f32::NEG_INFINITY);
+    logits.iter_mut().filter(|z| **z < kth).for_each(|z| *z = f32::NEG_INFINITY);
 }
 
 /// Keeps the smallest set of likeliest ids whose probability at `temperature` reaches p (Holtzman et al. 2020, arXiv:1904.09751).
@@ -125,10 +122,7 @@ mod tests {
         // 1/2 alone does not reach 0.6; with the first 1/4 it does.
         let mut z = row();
         top_p(&mut z, 1.0, 0.6);
-        assert_eq!(
-            z,
-            [4f32.ln(), 2f32.ln(), f32::NEG_INFINITY, f32::NEG_INFINITY]
-        );
+        assert_eq!(z, [4f32.ln(), 2f32.ln(), f32::NEG_INFINITY, f32::NEG_INFINITY]);
         let mut z = row();
         top_p(&mut z, 1.0, 0.0);
         assert_eq!(z[1..], [f32::NEG_INFINITY; 3]);

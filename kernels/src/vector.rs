@@ -41,11 +41,7 @@ pub(crate) use dispatch;
 /// `a * b + c`, rounded once where the machine can.
 #[inline(always)]
 pub(crate) fn mul_add<const LEVEL: u8>(a: f32, b: f32, c: f32) -> f32 {
-    if LEVEL == PLAIN {
-        a * b + c
-    } else {
-        a.mul_add(b, c)
-    }
+    if LEVEL == PLAIN { a * b + c } else { a.mul_add(b, c) }
 }
 
 /// e^x, relative error below 2e-7; 0 below -87.3 (and for -inf), +inf above 88.37, no branches.
@@ -74,11 +70,7 @@ pub(crate) fn exp<const LEVEL: u8>(x: f32) -> f32 {
     p = mul_add::<LEVEL>(p, r, 1.0);
     p = mul_add::<LEVEL>(p, r, 1.0);
     // n is within -126..=127, so 2^n is an ordinary number.
-    let bits = shifted
-        .to_bits()
-        .wrapping_sub(ROUND.to_bits())
-        .wrapping_add(127)
-        << 23;
+    let bits = shifted.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127) << 23;
     let y = p * f32::from_bits(bits);
     let y = if x < LOWEST { 0.0 } else { y };
     let y = if x > HIGHEST { f32::INFINITY } else { y };
@@ -149,32 +141,19 @@ mod tests {
 
     #[test]
     fn exp_is_close_to_the_exact_one_over_its_whole_range() {
-        let xs: Vec<f32> = (0..200_000)
-            .map(|i| -87.2 + i as f32 * (175.5 / 200_000.0))
-            .collect();
+        let xs: Vec<f32> = (0..200_000).map(|i| -87.2 + i as f32 * (175.5 / 200_000.0)).collect();
         let mut ys = xs.clone();
         exp_many(&mut ys);
         for (&x, &y) in xs.iter().zip(&ys) {
             let exact = f64::from(x).exp();
             // Three roundings of 6e-8 each.
-            assert!(
-                ((f64::from(y) - exact) / exact).abs() < 2e-7,
-                "exp({x}) = {y}, exact {exact}"
-            );
+            assert!(((f64::from(y) - exact) / exact).abs() < 2e-7, "exp({x}) = {y}, exact {exact}");
         }
     }
 
     #[test]
     fn exp_at_the_edges() {
-        let mut x = [
-            f32::NEG_INFINITY,
-            -1e30,
-            -88.0,
-            0.0,
-            89.0,
-            f32::INFINITY,
-            f32::NAN,
-        ];
+        let mut x = [f32::NEG_INFINITY, -1e30, -88.0, 0.0, 89.0, f32::INFINITY, f32::NAN];
         exp_many(&mut x);
         assert_eq!(x[..6], [0.0, 0.0, 0.0, 1.0, f32::INFINITY, f32::INFINITY]);
         assert!(x[6].is_nan());

@@ -90,45 +90,26 @@ pub struct Reading {
 
 impl Default for Reading {
     fn default() -> Reading {
-        Reading {
-            json: true,
-            need_newlines: false,
-            unfenced: false,
-            round: false,
-            label_optional: false,
-        }
+        Reading { json: true, need_newlines: false, unfenced: false, round: false, label_optional: false }
     }
 }
 
 impl Reading {
     /// The default for a model family.
     pub fn of(convention: Convention) -> Reading {
-        Reading {
-            json: convention.is_json(),
-            label_optional: !convention.is_json(),
-            ..Reading::default()
-        }
+        Reading { json: convention.is_json(), label_optional: !convention.is_json(), ..Reading::default() }
     }
 }
 
 impl Action {
     /// Reads the decoded text of one assistant turn (for corners: decoded with its special tokens).
     pub fn read(text: &str, reading: &Reading) -> Action {
-        let found = if reading.json {
-            json_boxes(text, reading)
-        } else {
-            corner_boxes(text)
-        };
+        let found = if reading.json { json_boxes(text, reading) } else { corner_boxes(text) };
         match (found, has_answer(text)) {
             (Some(Ok(boxes)), false) => Action::Look { boxes },
-            (Some(Ok(boxes)), true) => Action::Both {
-                boxes,
-                text: text.to_string(),
-            },
+            (Some(Ok(boxes)), true) => Action::Both { boxes, text: text.to_string() },
             // An answer stands whatever became of the box beside it.
-            (_, true) => Action::Answer {
-                text: text.to_string(),
-            },
+            (_, true) => Action::Answer { text: text.to_string() },
             (Some(Err(flaw)), false) => Action::Malformed { flaw },
             (None, false) => Action::None,
         }
@@ -168,21 +149,14 @@ enum Fenced<'a> {
 }
 
 fn first_fence<'a>(text: &'a str, need_newlines: bool) -> Fenced<'a> {
-    let opening = if need_newlines {
-        "```json\n"
-    } else {
-        "```json"
-    };
+    let opening = if need_newlines { "```json\n" } else { "```json" };
     let closing = if need_newlines { "\n```" } else { FENCE };
     let Some(at) = text.find(opening) else {
         return Fenced::Absent;
     };
     let inside = at + opening.len();
     match text[inside..].find(closing) {
-        Some(length) => Fenced::Block(
-            &text[inside..inside + length],
-            inside + length + closing.len(),
-        ),
+        Some(length) => Fenced::Block(&text[inside..inside + length], inside + length + closing.len()),
         None => Fenced::Unclosed,
     }
 }
@@ -212,13 +186,9 @@ fn json_boxes(text: &str, reading: &Reading) -> Option<Result<Vec<BoxClaim>, Fla
 fn bare_json(text: &str) -> Option<Json> {
     text.contains("bbox_2d").then_some(())?;
     text.match_indices(['[', '{']).find_map(|(at, _)| {
-        let value = serde_json::Deserializer::from_str(&text[at..])
-            .into_iter::<Json>()
-            .next()?
-            .ok()?;
+        let value = serde_json::Deserializer::from_str(&text[at..]).into_iter::<Json>().next()?.ok()?;
         let speaks = |v: &Json| v.get("bbox_2d").is_some();
-        (speaks(&value) || value.as_array().is_some_and(|list| list.iter().any(speaks)))
-            .then_some(value)
+        (speaks(&value) || value.as_array().is_some_and(|list| list.iter().any(speaks))).then_some(value)
     })
 }
 
@@ -239,20 +209,12 @@ fn claims(value: Json, reading: &Reading) -> Result<Vec<BoxClaim>, Flaw> {
             Err(flaw) => first_flaw = first_flaw.or(Some(flaw)),
         }
     }
-    if boxes.is_empty() {
-        Err(first_flaw.unwrap_or(Flaw::Empty))
-    } else {
-        Ok(boxes)
-    }
+    if boxes.is_empty() { Err(first_flaw.unwrap_or(Flaw::Empty)) } else { Ok(boxes) }
 }
 
 fn claim(item: &Json, reading: &Reading) -> Result<BoxClaim, Flaw> {
     let object = item.as_object().ok_or(Flaw::NotAList)?;
-    let numbers = object
-        .get("bbox_2d")
-        .ok_or(Flaw::NoBox)?
-        .as_array()
-        .ok_or(Flaw::NotFour)?;
+    let numbers = object.get("bbox_2d").ok_or(Flaw::NoBox)?.as_array().ok_or(Flaw::NotFour)?;
     let [x1, y1, x2, y2] = numbers.as_slice() else {
         return Err(Flaw::NotFour);
     };
@@ -265,30 +227,17 @@ fn claim(item: &Json, reading: &Reading) -> Result<BoxClaim, Flaw> {
         }
     };
     let bbox_2d = ordered([whole(x1)?, whole(y1)?, whole(x2)?, whole(y2)?])?;
-    let label = object
-        .get("label")
-        .and_then(Json::as_str)
-        .map(str::to_string);
+    let label = object.get("label").and_then(Json::as_str).map(str::to_string);
     if label.is_none() && !reading.label_optional {
         return Err(Flaw::NoLabel);
     }
-    let source = ["source", "image", "image_id", "image_index"]
-        .iter()
-        .find_map(|key| object.get(*key)?.as_i64());
-    Ok(BoxClaim {
-        bbox_2d,
-        label,
-        source,
-    })
+    let source = ["source", "image", "image_id", "image_index"].iter().find_map(|key| object.get(*key)?.as_i64());
+    Ok(BoxClaim { bbox_2d, label, source })
 }
 
 fn ordered(numbers: [i64; 4]) -> Result<[i64; 4], Flaw> {
     let [x1, y1, x2, y2] = numbers;
-    if x1 >= x2 || y1 >= y2 {
-        Err(Flaw::Reversed)
-    } else {
-        Ok(numbers)
-    }
+    if x1 >= x2 || y1 >= y2 { Err(Flaw::Reversed) } else { Ok(numbers) }
 }
 
 /// `<|object_ref_start|>label<|object_ref_end|><|box_start|>(x1,y1),(x2,y2)<|box_end|>`; the tokens may be missing.
@@ -308,19 +257,13 @@ fn corner_boxes(text: &str) -> Option<Result<Vec<BoxClaim>, Flaw>> {
             .and_then(|(_, rest)| rest.split_once("<|object_ref_end|>"));
         label_from = from;
         match ordered(numbers) {
-            Ok(bbox_2d) => boxes.push(BoxClaim {
-                bbox_2d,
-                label: label.map(|(label, _)| label.to_string()),
-                source: None,
-            }),
+            Ok(bbox_2d) => {
+                boxes.push(BoxClaim { bbox_2d, label: label.map(|(label, _)| label.to_string()), source: None })
+            }
             Err(flaw) => first_flaw = Some(flaw),
         }
     }
-    if boxes.is_empty() {
-        first_flaw.map(Err)
-    } else {
-        Some(Ok(boxes))
-    }
+    if boxes.is_empty() { first_flaw.map(Err) } else { Some(Ok(boxes)) }
 }
 
 /// `(x1,y1),(x2,y2)` at the start of the text, blanks allowed, and how many bytes it took.
@@ -339,10 +282,8 @@ fn corners(text: &str) -> Option<([i64; 4], usize)> {
 
 fn leading_number(text: &str) -> Option<(i64, &str)> {
     let text = text.trim_start_matches(' ');
-    let end = text
-        .char_indices()
-        .find(|&(i, c)| !(c.is_ascii_digit() || i == 0 && c == '-'))
-        .map_or(text.len(), |(i, _)| i);
+    let end =
+        text.char_indices().find(|&(i, c)| !(c.is_ascii_digit() || i == 0 && c == '-')).map_or(text.len(), |(i, _)| i);
     Some((text[..end].parse().ok()?, &text[end..]))
 }
 
@@ -362,64 +303,29 @@ mod tests {
     }
 
     fn cup(bbox_2d: [i64; 4]) -> BoxClaim {
-        BoxClaim {
-            bbox_2d,
-            label: Some("cup".into()),
-            source: None,
-        }
+        BoxClaim { bbox_2d, label: Some("cup".into()), source: None }
     }
 
     #[test]
     fn the_first_fenced_block_counts() {
         let text = "a ```json\n[{\"bbox_2d\":[1,2,3,4],\"label\":\"cup\"}]\n``` b ```json\n[{\"bbox_2d\":[5,6,7,8],\"label\":\"cup\"}]\n```";
-        assert_eq!(
-            read(text),
-            Action::Look {
-                boxes: vec![cup([1, 2, 3, 4])]
-            }
-        );
+        assert_eq!(read(text), Action::Look { boxes: vec![cup([1, 2, 3, 4])] });
         assert_eq!(&text[fence_end(text).unwrap()..][..3], " b ");
     }
 
     #[test]
     fn newlines_are_needed_only_when_asked_for() {
         let text = "```json[{\"bbox_2d\":[1,2,3,4],\"label\":\"cup\"}]```";
-        assert_eq!(
-            read(text),
-            Action::Look {
-                boxes: vec![cup([1, 2, 3, 4])]
-            }
-        );
-        assert_eq!(
-            Action::read(
-                text,
-                &Reading {
-                    need_newlines: true,
-                    ..Reading::default()
-                }
-            ),
-            Action::None
-        );
+        assert_eq!(read(text), Action::Look { boxes: vec![cup([1, 2, 3, 4])] });
+        assert_eq!(Action::read(text, &Reading { need_newlines: true, ..Reading::default() }), Action::None);
     }
 
     #[test]
     fn bare_json_counts_only_when_allowed() {
         let text = "[1] I see <answer>[{\"image\": 2, \"bbox_2d\": [1, 2, 3, 4], \"label\": \"cup\"}]</answer>";
         assert_eq!(read(text), Action::None);
-        let boxes = vec![BoxClaim {
-            source: Some(2),
-            ..cup([1, 2, 3, 4])
-        }];
-        assert_eq!(
-            Action::read(
-                text,
-                &Reading {
-                    unfenced: true,
-                    ..Reading::default()
-                }
-            ),
-            Action::Look { boxes }
-        );
+        let boxes = vec![BoxClaim { source: Some(2), ..cup([1, 2, 3, 4]) }];
+        assert_eq!(Action::read(text, &Reading { unfenced: true, ..Reading::default() }), Action::Look { boxes });
     }
 
     #[test]
@@ -430,34 +336,13 @@ mod tests {
         assert_eq!(fenced("7"), Flaw::NotAList);
         assert_eq!(fenced("[]"), Flaw::Empty);
         assert_eq!(fenced("[{\"label\":\"cup\"}]"), Flaw::NoBox);
-        assert_eq!(
-            fenced("[{\"bbox_2d\":[1,2,3],\"label\":\"cup\"}]"),
-            Flaw::NotFour
-        );
-        assert_eq!(
-            fenced("[{\"bbox_2d\":\"1,2,3,4\",\"label\":\"cup\"}]"),
-            Flaw::NotFour
-        );
-        assert_eq!(
-            fenced("[{\"bbox_2d\":[1,2,3.5,4],\"label\":\"cup\"}]"),
-            Flaw::NotWhole
-        );
-        assert_eq!(
-            fenced("[{\"bbox_2d\":[1,2,1e300,4],\"label\":\"cup\"}]"),
-            Flaw::NotWhole
-        );
-        assert_eq!(
-            fenced("[{\"bbox_2d\":[1,2,\"3\",4],\"label\":\"cup\"}]"),
-            Flaw::NotNumbers
-        );
-        assert_eq!(
-            fenced("[{\"bbox_2d\":[3,2,1,4],\"label\":\"cup\"}]"),
-            Flaw::Reversed
-        );
-        assert_eq!(
-            fenced("[{\"bbox_2d\":[1,2,3,4],\"label\":7}]"),
-            Flaw::NoLabel
-        );
+        assert_eq!(fenced("[{\"bbox_2d\":[1,2,3],\"label\":\"cup\"}]"), Flaw::NotFour);
+        assert_eq!(fenced("[{\"bbox_2d\":\"1,2,3,4\",\"label\":\"cup\"}]"), Flaw::NotFour);
+        assert_eq!(fenced("[{\"bbox_2d\":[1,2,3.5,4],\"label\":\"cup\"}]"), Flaw::NotWhole);
+        assert_eq!(fenced("[{\"bbox_2d\":[1,2,1e300,4],\"label\":\"cup\"}]"), Flaw::NotWhole);
+        assert_eq!(fenced("[{\"bbox_2d\":[1,2,\"3\",4],\"label\":\"cup\"}]"), Flaw::NotNumbers);
+        assert_eq!(fenced("[{\"bbox_2d\":[3,2,1,4],\"label\":\"cup\"}]"), Flaw::Reversed);
+        assert_eq!(fenced("[{\"bbox_2d\":[1,2,3,4],\"label\":7}]"), Flaw::NoLabel);
     }
 
     #[test]
@@ -468,97 +353,42 @@ mod tests {
 
     #[test]
     fn answers() {
-        assert_eq!(
-            read("so \\boxed{\\frac{1}{2}}"),
-            Action::Answer {
-                text: "so \\boxed{\\frac{1}{2}}".into()
-            }
-        );
+        assert_eq!(read("so \\boxed{\\frac{1}{2}}"), Action::Answer { text: "so \\boxed{\\frac{1}{2}}".into() });
         assert_eq!(read("so \\boxed{\\frac{1}{2"), Action::None);
         assert_eq!(read("boxed{7}"), Action::None);
         let both = "```json\n[{\"bbox_2d\":[1,2,3,4],\"label\":\"cup\"}]\n```\n\\boxed{7}";
-        assert_eq!(
-            read(both),
-            Action::Both {
-                boxes: vec![cup([1, 2, 3, 4])],
-                text: both.into()
-            }
-        );
+        assert_eq!(read(both), Action::Both { boxes: vec![cup([1, 2, 3, 4])], text: both.into() });
         let garbled = "```json\n[{\n```\n\\boxed{7}";
-        assert_eq!(
-            read(garbled),
-            Action::Answer {
-                text: garbled.into()
-            }
-        );
+        assert_eq!(read(garbled), Action::Answer { text: garbled.into() });
     }
 
     #[test]
     fn fractions_may_be_rounded() {
         let text = "```json\n[{\"bbox_2d\":[1.4,2.0,3.5,4],\"label\":\"cup\"}]\n```";
-        assert_eq!(
-            Action::read(
-                text,
-                &Reading {
-                    round: true,
-                    ..Reading::default()
-                }
-            )
-            .boxes(),
-            [cup([1, 2, 4, 4])]
-        );
+        assert_eq!(Action::read(text, &Reading { round: true, ..Reading::default() }).boxes(), [cup([1, 2, 4, 4])]);
     }
 
     #[test]
     fn corners_with_and_without_tokens() {
         let reading = Reading::of(Convention::Qwen2);
-        let text = "<|object_ref_start|>cup<|object_ref_end|><|box_start|>(1,2),(3,4)<|box_end|> or (5, 6), (7, 8) (not 9)";
-        let bare = BoxClaim {
-            bbox_2d: [5, 6, 7, 8],
-            label: None,
-            source: None,
-        };
-        assert_eq!(
-            Action::read(text, &reading),
-            Action::Look {
-                boxes: vec![cup([1, 2, 3, 4]), bare]
-            }
-        );
+        let text =
+            "<|object_ref_start|>cup<|object_ref_end|><|box_start|>(1,2),(3,4)<|box_end|> or (5, 6), (7, 8) (not 9)";
+        let bare = BoxClaim { bbox_2d: [5, 6, 7, 8], label: None, source: None };
+        assert_eq!(Action::read(text, &reading), Action::Look { boxes: vec![cup([1, 2, 3, 4]), bare] });
         assert_eq!(
             Action::read("<|box_start|>(1,2),(3<|box_end|>", &reading),
-            Action::Malformed {
-                flaw: Flaw::NotFour
-            }
+            Action::Malformed { flaw: Flaw::NotFour }
         );
-        assert_eq!(
-            Action::read("(3,4),(1,2)", &reading),
-            Action::Malformed {
-                flaw: Flaw::Reversed
-            }
-        );
+        assert_eq!(Action::read("(3,4),(1,2)", &reading), Action::Malformed { flaw: Flaw::Reversed });
         assert_eq!(Action::read("(a) or (b)", &reading), Action::None);
     }
 
     #[test]
     fn hostile_text_is_only_text() {
         // Deep nesting must not overflow the stack, and a cut inside a character must not panic.
-        let unfenced = Reading {
-            unfenced: true,
-            ..Reading::default()
-        };
-        assert_eq!(
-            Action::read(&format!("bbox_2d{}", "[".repeat(20_000)), &unfenced),
-            Action::None
-        );
-        assert_eq!(
-            flaw(&format!("```json{}```", "[".repeat(100_000))),
-            Flaw::BadJson
-        );
-        assert_eq!(
-            read("é```jsoné"),
-            Action::Malformed {
-                flaw: Flaw::Unclosed
-            }
-        );
+        let unfenced = Reading { unfenced: true, ..Reading::default() };
+        assert_eq!(Action::read(&format!("bbox_2d{}", "[".repeat(20_000)), &unfenced), Action::None);
+        assert_eq!(flaw(&format!("```json{}```", "[".repeat(100_000))), Flaw::BadJson);
+        assert_eq!(read("é```jsoné"), Action::Malformed { flaw: Flaw::Unclosed });
     }
 }

@@ -62,10 +62,9 @@ impl Convention {
     fn unit(self, view: Size) -> (f64, f64) {
         match self {
             Convention::Qwen25 => (1.0, 1.0),
-            Convention::Qwen2 | Convention::Qwen3 => (
-                f64::from(view.width) / RELATIVE,
-                f64::from(view.height) / RELATIVE,
-            ),
+            Convention::Qwen2 | Convention::Qwen3 => {
+                (f64::from(view.width) / RELATIVE, f64::from(view.height) / RELATIVE)
+            }
         }
     }
 
@@ -75,12 +74,7 @@ impl Convention {
         let (ux, uy) = self.unit(view);
         match self {
             Convention::Qwen25 => BBox { x1, y1, x2, y2 },
-            Convention::Qwen2 | Convention::Qwen3 => BBox {
-                x1: x1 * ux,
-                y1: y1 * uy,
-                x2: x2 * ux,
-                y2: y2 * uy,
-            },
+            Convention::Qwen2 | Convention::Qwen3 => BBox { x1: x1 * ux, y1: y1 * uy, x2: x2 * ux, y2: y2 * uy },
         }
     }
 
@@ -89,13 +83,7 @@ impl Convention {
         let (ux, uy) = self.unit(view);
         let inside = box_in_view.clamp(&view.bounds());
         // A view has no side of 0, so the units are not 0 either; if one were, the cast would give 0, not a panic.
-        [
-            inside.x1 / ux,
-            inside.y1 / uy,
-            inside.x2 / ux,
-            inside.y2 / uy,
-        ]
-        .map(|v| v.round() as i64)
+        [inside.x1 / ux, inside.y1 / uy, inside.x2 / ux, inside.y2 / uy].map(|v| v.round() as i64)
     }
 
     /// The words an assistant turn of this family names boxes with.
@@ -115,25 +103,19 @@ impl Convention {
                     let label = serde_json::Value::from(*label);
                     format!("{{\"bbox_2d\":[{x1},{y1},{x2},{y2}],\"label\":{label}}}")
                 } else {
-                    format!("<|object_ref_start|>{label}<|object_ref_end|><|box_start|>({x1},{y1}),({x2},{y2})<|box_end|>")
+                    format!(
+                        "<|object_ref_start|>{label}<|object_ref_end|><|box_start|>({x1},{y1}),({x2},{y2})<|box_end|>"
+                    )
                 }
             })
             .collect();
-        if self.is_json() {
-            format!("```json\n[{}]\n```", parts.join(","))
-        } else {
-            parts.join("")
-        }
+        if self.is_json() { format!("```json\n[{}]\n```", parts.join(",")) } else { parts.join("") }
     }
 
     /// A place as it stands inside a question: `[x1,y1,x2,y2]`, or `(x1,y1),(x2,y2)` for Qwen2-VL. Plain text, no control token.
     pub fn write_place(self, box_in_view: BBox, view: Size) -> String {
         let [x1, y1, x2, y2] = self.numbers(box_in_view, view);
-        if self.is_json() {
-            format!("[{x1},{y1},{x2},{y2}]")
-        } else {
-            format!("({x1},{y1}),({x2},{y2})")
-        }
+        if self.is_json() { format!("[{x1},{y1},{x2},{y2}]") } else { format!("({x1},{y1}),({x2},{y2})") }
     }
 }
 
@@ -145,27 +127,14 @@ mod tests {
     #[test]
     fn numbers_survive_the_way_there_and_back() {
         // Sides that thousandths do and do not divide, smaller and larger than 1000.
-        for view in [
-            Size::new(28, 1000),
-            Size::new(364, 504),
-            Size::new(1148, 868),
-            Size::new(2044, 28),
-        ] {
+        for view in [Size::new(28, 1000), Size::new(364, 504), Size::new(1148, 868), Size::new(2044, 28)] {
             for convention in [Convention::Qwen2, Convention::Qwen25, Convention::Qwen3] {
                 let (w, h) = match convention {
                     Convention::Qwen25 => (i64::from(view.width), i64::from(view.height)),
                     _ => (1000, 1000),
                 };
-                for n in [
-                    [0, 0, w, h],
-                    [1, 2, w / 3, h / 3],
-                    [w / 7, h / 2, w - 1, h - 1],
-                ] {
-                    assert_eq!(
-                        convention.numbers(convention.box_in_view(n, view), view),
-                        n,
-                        "{convention:?} {view}"
-                    );
+                for n in [[0, 0, w, h], [1, 2, w / 3, h / 3], [w / 7, h / 2, w - 1, h - 1]] {
+                    assert_eq!(convention.numbers(convention.box_in_view(n, view), view), n, "{convention:?} {view}");
                 }
             }
         }
@@ -180,15 +149,11 @@ mod tests {
     #[test]
     fn what_is_written_is_read() {
         let view = Size::new(504, 364);
-        let boxes = [
-            ("hot \"air\" balloon", BBox::new(100.0, 50.0, 250.0, 100.0)),
-            ("dog", BBox::new(0.0, 0.0, 504.0, 364.0)),
-        ];
+        let boxes =
+            [("hot \"air\" balloon", BBox::new(100.0, 50.0, 250.0, 100.0)), ("dog", BBox::new(0.0, 0.0, 504.0, 364.0))];
         for convention in [Convention::Qwen2, Convention::Qwen25, Convention::Qwen3] {
             let text = convention.write(&boxes, view);
-            let Action::Look { boxes: read } = Action::read(&text, &Reading::of(convention)) else {
-                panic!("{text}")
-            };
+            let Action::Look { boxes: read } = Action::read(&text, &Reading::of(convention)) else { panic!("{text}") };
             assert_eq!(read.len(), 2);
             for ((label, b), claim) in boxes.iter().zip(read) {
                 assert_eq!(claim.label.as_deref(), Some(*label));
@@ -199,12 +164,7 @@ mod tests {
 
     #[test]
     fn unknown_families_are_refused() {
-        assert!(
-            Convention::of("llava")
-                .unwrap_err()
-                .to_string()
-                .contains("llava")
-        );
+        assert!(Convention::of("llava").unwrap_err().to_string().contains("llava"));
         assert_eq!(Convention::of("qwen2_5_vl").unwrap(), Convention::Qwen25);
     }
 }

@@ -50,24 +50,15 @@ impl Part {
 
 impl Message {
     pub fn system(text: impl Into<String>) -> Message {
-        Message {
-            role: "system".into(),
-            content: Content::Text(text.into()),
-        }
+        Message { role: "system".into(), content: Content::Text(text.into()) }
     }
 
     pub fn user(parts: Vec<Part>) -> Message {
-        Message {
-            role: "user".into(),
-            content: Content::Parts(parts),
-        }
+        Message { role: "user".into(), content: Content::Parts(parts) }
     }
 
     pub fn assistant(text: impl Into<String>) -> Message {
-        Message {
-            role: "assistant".into(),
-            content: Content::Text(text.into()),
-        }
+        Message { role: "assistant".into(), content: Content::Text(text.into()) }
     }
 
     /// The pieces of the turn; plain text is one piece.
@@ -91,10 +82,7 @@ impl Message {
     pub fn images(&self) -> usize {
         match &self.content {
             Content::Text(_) => 0,
-            Content::Parts(parts) => parts
-                .iter()
-                .filter(|p| matches!(p, Part::Image { .. }))
-                .count(),
+            Content::Parts(parts) => parts.iter().filter(|p| matches!(p, Part::Image { .. })).count(),
         }
     }
 }

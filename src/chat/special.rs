@@ -33,11 +33,7 @@ impl Special {
         tokenizer_config: &Map<String, Json>,
         dir: &Path,
     ) -> Result<Special> {
-        let lookup = Lookup {
-            tokenizer,
-            config,
-            dir,
-        };
+        let lookup = Lookup { tokenizer, config, dir };
         Ok(Special {
             image_pad: lookup.required("image_token_id", "<|image_pad|>")?,
             vision_start: lookup.required("vision_start_token_id", "<|vision_start|>")?,
@@ -56,10 +52,9 @@ pub(super) fn read_object(path: &Path) -> Result<Option<Map<String, Json>>> {
     if !path.exists() {
         return Ok(None);
     }
-    let text =
-        std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
-    let object = serde_json::from_str(&text)
-        .with_context(|| format!("reading a JSON object from {}", path.display()))?;
+    let text = std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
+    let object =
+        serde_json::from_str(&text).with_context(|| format!("reading a JSON object from {}", path.display()))?;
     Ok(Some(object))
 }
 
@@ -99,35 +94,20 @@ impl Lookup<'_> {
     fn number(&self, key: &str, value: &Json) -> Result<u32> {
         let id = value.as_u64().and_then(|id| u32::try_from(id).ok());
         id.with_context(|| {
-            format!(
-                "looking up special tokens: {key} is {value}, expected a token id; in {}",
-                self.dir.display()
-            )
+            format!("looking up special tokens: {key} is {value}, expected a token id; in {}", self.dir.display())
         })
     }
 
     /// generation_config.json's `eos_token_id` (one or several), else the tokenizer's `eos_token`, else config.json's id.
-    fn stops(
-        &self,
-        generation: &Map<String, Json>,
-        tokenizer_config: &Map<String, Json>,
-    ) -> Result<Vec<u32>> {
+    fn stops(&self, generation: &Map<String, Json>, tokenizer_config: &Map<String, Json>) -> Result<Vec<u32>> {
         let list = |value: &Json| -> Result<Vec<u32>> {
             match value {
-                Json::Array(ids) => ids
-                    .iter()
-                    .map(|id| self.number("eos_token_id", id))
-                    .collect(),
+                Json::Array(ids) => ids.iter().map(|id| self.number("eos_token_id", id)).collect(),
                 one => Ok(vec![self.number("eos_token_id", one)?]),
             }
         };
-        let ids = |object: &Map<String, Json>| {
-            object
-                .get("eos_token_id")
-                .filter(|v| !v.is_null())
-                .map(list)
-                .transpose()
-        };
+        let ids =
+            |object: &Map<String, Json>| object.get("eos_token_id").filter(|v| !v.is_null()).map(list).transpose();
         if let Some(stops) = ids(generation)? {
             return Ok(stops);
         }

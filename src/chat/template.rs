@@ -37,32 +37,19 @@ impl Template {
         let mut environment = Environment::new();
         environment.set_trim_blocks(true);
         environment.set_lstrip_blocks(true);
-        environment
-            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_filter("tojson", python_json);
-        environment.add_function(
-            "raise_exception",
-            |message: String| -> Result<Value, Error> {
-                Err(Error::new(
-                    ErrorKind::InvalidOperation,
-                    format!("the template refuses these messages: {message}"),
-                ))
-            },
-        );
+        environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
+            Err(Error::new(ErrorKind::InvalidOperation, format!("the template refuses these messages: {message}")))
+        });
         environment.add_function("strftime_now", |format: String| -> Result<String, Error> {
-            let seconds = SystemTime::now()
-                .duration_since(UNIX_EPOCH)
-                .map_or(0, |d| d.as_secs());
-            date_text(&format, seconds)
-                .map_err(|e| Error::new(ErrorKind::InvalidOperation, e.to_string()))
+            let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+            date_text(&format, seconds).map_err(|e| Error::new(ErrorKind::InvalidOperation, e.to_string()))
         });
         environment
             .add_template_owned(NAME, source)
             .map_err(|e| anyhow!("compiling the chat template: {e}; from {origin}"))?;
-        Ok(Template {
-            environment,
-            constants,
-        })
+        Ok(Template { environment, constants })
     }
 
     /// `messages` as JSON objects in the shape transformers takes.
@@ -77,20 +64,12 @@ impl Template {
     ) -> Result<String> {
         let mut context = self.constants.clone();
         context.insert("messages".into(), Json::Array(messages));
-        context.insert(
-            "add_generation_prompt".into(),
-            Json::Bool(add_generation_prompt),
-        );
+        context.insert("add_generation_prompt".into(), Json::Bool(add_generation_prompt));
         context.insert("add_vision_id".into(), Json::Bool(add_vision_id));
         context.insert("tools".into(), Json::Null);
         context.insert("documents".into(), Json::Null);
-        let template = self
-            .environment
-            .get_template(NAME)
-            .context("rendering the chat template")?;
-        template
-            .render(Value::from_serialize(&context))
-            .map_err(|e| anyhow!("rendering the chat template: {e}"))
+        let template = self.environment.get_template(NAME).context("rendering the chat template")?;
+        template.render(Value::from_serialize(&context)).map_err(|e| anyhow!("rendering the chat template: {e}"))
     }
 }
 
@@ -103,16 +82,13 @@ fn find_source(dir: &Path, tokenizer_config: &Map<String, Json>) -> Result<(Stri
     }
     let json = dir.join("chat_template.json");
     let (value, origin) = if json.exists() {
-        let text = std::fs::read_to_string(&json)
-            .with_context(|| format!("reading the chat template {}", json.display()))?;
-        let file: Json = serde_json::from_str(&text)
-            .with_context(|| format!("reading the chat template {}", json.display()))?;
+        let text =
+            std::fs::read_to_string(&json).with_context(|| format!("reading the chat template {}", json.display()))?;
+        let file: Json =
+            serde_json::from_str(&text).with_context(|| format!("reading the chat template {}", json.display()))?;
         (file.get("chat_template").cloned(), json)
     } else {
-        (
-            tokenizer_config.get("chat_template").cloned(),
-            dir.join("tokenizer_config.json"),
-        )
+        (tokenizer_config.get("chat_template").cloned(), dir.join("tokenizer_config.json"))
     };
     let origin = origin.display().to_string();
     match value {
@@ -123,7 +99,12 @@ fn find_source(dir: &Path, tokenizer_config: &Map<String, Json>) -> Result<(Stri
             .find(|entry| entry.get("name").and_then(Json::as_str) == Some("default"))
             .and_then(|entry| entry.get("template")?.as_str().map(str::to_string))
             .map(|source| (source, origin.clone()))
-            .with_context(|| format!("reading the chat template: none of the {} templates is named \"default\" in {origin}", named.len())),
+            .with_context(|| {
+                format!(
+                    "reading the chat template: none of the {} templates is named \"default\" in {origin}",
+                    named.len()
+                )
+            }),
         Some(other) => bail!("reading the chat template: chat_template is {other}, expected a string, in {origin}"),
         None => bail!(
             "reading the chat template: found none, expected chat_template.jinja, chat_template.json or a chat_template key in {origin}"
@@ -144,8 +125,7 @@ pub(super) fn token_text(value: Option<&Json>) -> Option<String> {
 fn python_json(value: Value, options: minijinja::value::Kwargs) -> Result<Value, Error> {
     let indent: Option<usize> = options.get("indent")?;
     options.assert_all_used()?;
-    let json = serde_json::to_value(&value)
-        .map_err(|e| Error::new(ErrorKind::BadSerialization, e.to_string()))?;
+    let json = serde_json::to_value(&value).map_err(|e| Error::new(ErrorKind::BadSerialization, e.to_string()))?;
     let mut text = String::new();
     write_python_json(&json, indent, 0, &mut text);
     Ok(Value::from_safe_string(text))
@@ -202,15 +182,7 @@ fn date_text(format: &str, unix_seconds: u64) -> Result<String> {
         "November",
         "December",
     ];
-    const DAYS: [&str; 7] = [
-        "Thursday",
-        "Friday",
-        "Saturday",
-        "Sunday",
-        "Monday",
-        "Tuesday",
-        "Wednesday",
-    ];
+    const DAYS: [&str; 7] = ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];
     let (days, seconds) = (unix_seconds / 86_400, unix_seconds % 86_400);
     let leap = |y: u64| y.is_multiple_of(4) && (!y.is_multiple_of(100) || y.is_multiple_of(400));
     let (mut year, mut rest) = (1970, days);
@@ -218,20 +190,7 @@ fn date_text(format: &str, unix_seconds: u64) -> Result<String> {
         rest -= 365 + u64::from(leap(year));
         year += 1;
     }
-    let lengths = [
-        31,
-        28 + u64::from(leap(year)),
-        31,
-        30,
-        31,
-        30,
-        31,
-        31,
-        30,
-        31,
-        30,
-        31,
-    ];
+    let lengths = [31, 28 + u64::from(leap(year)), 31, 30, 31, 30, 31, 31, 30, 31, 30, 31];
     let mut month = 0;
     while rest >= lengths[month] {
         rest -= lengths[month];
@@ -258,10 +217,9 @@ fn date_text(format: &str, unix_seconds: u64) -> Result<String> {
             Some('M') => out.push_str(&format!("{:02}", seconds / 60 % 60)),
             Some('S') => out.push_str(&format!("{:02}", seconds % 60)),
             Some('%') => out.push('%'),
-            other => bail!(
-                "strftime_now: %{} is not supported in {format:?}",
-                other.map_or(String::new(), String::from)
-            ),
+            other => {
+                bail!("strftime_now: %{} is not supported in {format:?}", other.map_or(String::new(), String::from))
+            }
         }
     }
     Ok(out)
@@ -283,33 +241,18 @@ mod tests {
         let t = template(
             "{% for m in messages %}\n  {% if m.role == 'user' %}\n{{ m.content }}{{ eos_token }}\n  {% endif %}\n{% endfor %}\n",
         );
-        let messages = vec![
-            json!({"role": "user", "content": "a"}),
-            json!({"role": "user", "content": "b"}),
-        ];
+        let messages = vec![json!({"role": "user", "content": "a"}), json!({"role": "user", "content": "b"})];
         // What Jinja2 gives with trim_blocks and lstrip_blocks.
-        assert_eq!(
-            t.render(messages, false, false).unwrap(),
-            "a<end>\nb<end>\n"
-        );
+        assert_eq!(t.render(messages, false, false).unwrap(), "a<end>\nb<end>\n");
     }
 
     #[test]
     fn python_methods_and_json() {
-        let t =
-            template("{{ messages[0].content.split('x')[-1].strip() }}|{{ messages[0] | tojson }}");
-        let out = t
-            .render(
-                vec![json!({"role": "user", "content": "1x 2 <é>"})],
-                false,
-                false,
-            )
-            .unwrap();
+        let t = template("{{ messages[0].content.split('x')[-1].strip() }}|{{ messages[0] | tojson }}");
+        let out = t.render(vec![json!({"role": "user", "content": "1x 2 <é>"})], false, false).unwrap();
         assert_eq!(out, "2 <é>|{\"role\": \"user\", \"content\": \"1x 2 <é>\"}");
         let t = template("{{ messages[0] | tojson(indent=2) }}");
-        let out = t
-            .render(vec![json!({"a": [1, {}], "b": null})], false, false)
-            .unwrap();
+        let out = t.render(vec![json!({"a": [1, {}], "b": null})], false, false).unwrap();
         assert_eq!(out, "{\n  \"a\": [\n    1,\n    {}\n  ],\n  \"b\": null\n}");
     }
 
@@ -323,10 +266,7 @@ mod tests {
     #[test]
     fn dates() {
         // 2024-02-29 12:34:56 UTC was a Thursday: 1709210096.
-        assert_eq!(
-            date_text("%d %b %Y, %A %H:%M:%S %%", 1_709_210_096).unwrap(),
-            "29 Feb 2024, Thursday 12:34:56 %"
-        );
+        assert_eq!(date_text("%d %b %Y, %A %H:%M:%S %%", 1_709_210_096).unwrap(), "29 Feb 2024, Thursday 12:34:56 %");
         assert_eq!(date_text("%B %m %y", 0).unwrap(), "January 01 70");
         assert!(date_text("%Q", 0).is_err());
     }

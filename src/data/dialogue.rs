@@ -42,7 +42,8 @@ pub fn read_dialogues(path: &Path) -> Result<Vec<Dialogue>> {
         let mut images = Vec::new();
         for part in row.messages.iter().flat_map(Message::parts) {
             if let Part::Image { image } = part {
-                let image = image.with_context(|| format!("{}: an image without a path, expected \"image\": PATH", at()))?;
+                let image =
+                    image.with_context(|| format!("{}: an image without a path, expected \"image\": PATH", at()))?;
                 images.push(folder.join(image));
             }
         }

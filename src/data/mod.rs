@@ -110,21 +110,12 @@ pub fn read(path: &Path) -> Result<Vec<Sample>> {
     if report.problems.is_empty() {
         return Ok(samples);
     }
-    let shown: Vec<String> = report
-        .problems
-        .iter()
-        .take(SHOWN)
-        .map(Problem::to_string)
-        .collect();
+    let shown: Vec<String> = report.problems.iter().take(SHOWN).map(Problem::to_string).collect();
     let more = match report.problems.len().saturating_sub(SHOWN) {
         0 => String::new(),
         n => format!("; and {n} more (foveate data check lists them all)"),
     };
-    bail!(
-        "reading data: {}{more}: {}",
-        shown.join("; "),
-        path.display()
-    )
+    bail!("reading data: {}{more}: {}", shown.join("; "), path.display())
 }
 
 /// Reads every row and decodes every picture; lists all that is wrong.
@@ -136,8 +127,7 @@ pub fn check(path: &Path) -> Result<Report> {
 }
 
 fn examine(path: &Path, decode: bool) -> Result<(Vec<Sample>, Report)> {
-    let bytes =
-        std::fs::read(path).with_context(|| format!("reading the data file {}", path.display()))?;
+    let bytes = std::fs::read(path).with_context(|| format!("reading the data file {}", path.display()))?;
     let folder = path.parent().unwrap_or(Path::new(""));
     let mut problems = Vec::new();
     let mut parsed: Vec<(usize, Sample)> = Vec::new();
@@ -154,19 +144,12 @@ fn examine(path: &Path, decode: bool) -> Result<(Vec<Sample>, Report)> {
                     problems.push(Problem {
                         row: i + 1,
                         key: "id".into(),
-                        reason: format!(
-                            "{:?} was used in row {first} already, expected every id once",
-                            sample.id
-                        ),
+                        reason: format!("{:?} was used in row {first} already, expected every id once", sample.id),
                     });
                 }
                 parsed.push((i + 1, sample));
             }
-            Err((key, reason)) => problems.push(Problem {
-                row: i + 1,
-                key,
-                reason,
-            }),
+            Err((key, reason)) => problems.push(Problem { row: i + 1, key, reason }),
         }
     }
     if rows == 0 {
@@ -176,69 +159,36 @@ fn examine(path: &Path, decode: bool) -> Result<(Vec<Sample>, Report)> {
             reason: "there are no rows, expected one JSON object a line".into(),
         });
     }
-    let mut paths: Vec<&PathBuf> = parsed
-        .iter()
-        .flat_map(|(_, sample)| &sample.images)
-        .collect();
+    let mut paths: Vec<&PathBuf> = parsed.iter().flat_map(|(_, sample)| &sample.images).collect();
     paths.sort();
     paths.dedup();
-    let sizes: HashMap<&PathBuf, Result<Size, String>> = paths
-        .par_iter()
-        .map(|&path| {
-            (
-                path,
-                picture_size(path, decode).map_err(|e| format!("{e:#}")),
-            )
-        })
-        .collect();
+    let sizes: HashMap<&PathBuf, Result<Size, String>> =
+        paths.par_iter().map(|&path| (path, picture_size(path, decode).map_err(|e| format!("{e:#}")))).collect();
     for (row, sample) in &parsed {
         problems.extend(picture_problems(*row, sample, &sizes));
     }
     problems.sort_by_key(|p| p.row);
-    let report = Report {
-        path: path.to_owned(),
-        rows,
-        pictures: sizes.len(),
-        problems,
-    };
-    Ok((
-        parsed.into_iter().map(|(_, sample)| sample).collect(),
-        report,
-    ))
+    let report = Report { path: path.to_owned(), rows, pictures: sizes.len(), problems };
+    Ok((parsed.into_iter().map(|(_, sample)| sample).collect(), report))
 }
 
 /// Missing or damaged pictures of a row, and boxes outside them.
-fn picture_problems(
-    row: usize,
-    sample: &Sample,
-    sizes: &HashMap<&PathBuf, Result<Size, String>>,
-) -> Vec<Problem> {
+fn picture_problems(row: usize, sample: &Sample, sizes: &HashMap<&PathBuf, Result<Size, String>>) -> Vec<Problem> {
     let mut problems = Vec::new();
     for (k, path) in sample.images.iter().enumerate() {
         if let Some(Err(reason)) = sizes.get(path) {
-            problems.push(Problem {
-                row,
-                key: format!("images[{k}]"),
-                reason: reason.clone(),
-            });
+            problems.push(Problem { row, key: format!("images[{k}]"), reason: reason.clone() });
         }
     }
     for (k, target) in sample.targets.iter().enumerate() {
-        let Some(Ok(size)) = sample
-            .images
-            .get(target.image - 1)
-            .and_then(|path| sizes.get(path))
-        else {
+        let Some(Ok(size)) = sample.images.get(target.image - 1).and_then(|path| sizes.get(path)) else {
             continue;
         };
         if !size.bounds().contains(&target.bbox) {
             problems.push(Problem {
                 row,
                 key: format!("targets[{k}].bbox"),
-                reason: format!(
-                    "found {}, expected a box inside the picture, which is {size}",
-                    target.bbox
-                ),
+                reason: format!("found {}, expected a box inside the picture, which is {size}", target.bbox),
             });
         }
     }
@@ -279,11 +229,8 @@ pub fn write(path: &Path, samples: &[Sample]) -> Result<()> {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
-    let mut file = tempfile::Builder::new()
-        .prefix(".rows-")
-        .suffix(".tmp")
-        .tempfile_in(folder)
-        .with_context(writing)?;
+    let mut file =
+        tempfile::Builder::new().prefix(".rows-").suffix(".tmp").tempfile_in(folder).with_context(writing)?;
     {
         let mut out = std::io::BufWriter::new(file.as_file_mut());
         for sample in samples {
@@ -310,16 +257,8 @@ fn readable_by_all(file: &std::fs::File) -> std::io::Result<()> {
 fn to_json(sample: &Sample, folder: &Path) -> Value {
     let mut row = Map::new();
     row.insert("id".into(), json!(sample.id));
-    let relative = |path: &PathBuf| {
-        path.strip_prefix(folder)
-            .unwrap_or(path)
-            .to_string_lossy()
-            .into_owned()
-    };
-    row.insert(
-        "images".into(),
-        sample.images.iter().map(relative).collect(),
-    );
+    let relative = |path: &PathBuf| path.strip_prefix(folder).unwrap_or(path).to_string_lossy().into_owned();
+    row.insert("images".into(), sample.images.iter().map(relative).collect());
     row.insert("question".into(), json!(sample.question));
     if !sample.choices.is_empty() {
         row.insert("choices".into(), json!(sample.choices));
@@ -329,11 +268,7 @@ fn to_json(sample: &Sample, folder: &Path) -> Value {
         let target = |t: &Target| {
             // Whole numbers are written as such: they are what people compare with.
             let side = |v: f64| {
-                if v.fract() == 0.0 {
-                    json!(v as i64)
-                } else {
-                    json!(v)
-                }
+                if v.fract() == 0.0 { json!(v as i64) } else { json!(v) }
             };
             let mut target = json!({"image": t.image, "bbox": <[f64; 4]>::from(t.bbox).map(side)});
             if let Some(label) = &t.label {
@@ -341,10 +276,7 @@ fn to_json(sample: &Sample, folder: &Path) -> Value {
             }
             target
         };
-        row.insert(
-            "targets".into(),
-            sample.targets.iter().map(target).collect(),
-        );
+        row.insert("targets".into(), sample.targets.iter().map(target).collect());
     }
     for (key, value) in [("task", &sample.task), ("split", &sample.split)] {
         if let Some(value) = value {
@@ -361,9 +293,7 @@ mod tests {
 
     fn folder_with_picture() -> tempfile::TempDir {
         let folder = tempfile::tempdir().unwrap();
-        ::image::RgbImage::new(40, 30)
-            .save(folder.path().join("a.png"))
-            .unwrap();
+        ::image::RgbImage::new(40, 30).save(folder.path().join("a.png")).unwrap();
         folder
     }
 
@@ -377,21 +307,13 @@ mod tests {
             question: "What is \"it\"?\n".into(),
             choices: vec!["a cup".into(), "a hat".into()],
             answer: "A".into(),
-            targets: vec![Target {
-                image: 1,
-                bbox: BBox::new(1.0, 2.5, 40.0, 30.0),
-                label: None,
-            }],
+            targets: vec![Target { image: 1, bbox: BBox::new(1.0, 2.5, 40.0, 30.0), label: None }],
             task: Some("answer".into()),
             split: None,
             extra: Map::from_iter([("weight".to_owned(), json!(2))]),
         };
         write(&path, std::slice::from_ref(&sample)).unwrap();
-        assert!(
-            std::fs::read_to_string(&path)
-                .unwrap()
-                .contains(r#""images":["a.png"]"#)
-        );
+        assert!(std::fs::read_to_string(&path).unwrap().contains(r#""images":["a.png"]"#));
         assert_eq!(read(&path).unwrap(), [sample]);
     }
 
@@ -399,11 +321,7 @@ mod tests {
     fn every_bad_row_is_named_with_key_found_and_expected() {
         let folder = folder_with_picture();
         let path = folder.path().join("rows.jsonl");
-        std::fs::write(
-            folder.path().join("broken.png"),
-            b"\x89PNG\r\n\x1a\nnot really",
-        )
-        .unwrap();
+        std::fs::write(folder.path().join("broken.png"), b"\x89PNG\r\n\x1a\nnot really").unwrap();
         let rows = [
             r#"{"id":"good","images":["a.png"],"question":"?","answer":"7"}"#,
             r#"{"id":"b","images":["a.png"],"question":5,"answer":"7"}"#,
@@ -418,11 +336,7 @@ mod tests {
         std::fs::write(&path, rows.join("\n")).unwrap();
         let report = check(&path).unwrap();
         assert_eq!(report.rows, 8);
-        let found: Vec<(usize, &str)> = report
-            .problems
-            .iter()
-            .map(|p| (p.row, p.key.as_str()))
-            .collect();
+        let found: Vec<(usize, &str)> = report.problems.iter().map(|p| (p.row, p.key.as_str())).collect();
         assert_eq!(
             found,
             [
@@ -435,21 +349,10 @@ mod tests {
                 (9, "")
             ]
         );
-        assert_eq!(
-            report.problems[0].to_string(),
-            r#"row 2, key "question": found the number 5, expected a text"#
-        );
-        assert!(
-            report.problems[2].reason.contains("[0, 0, 41, 30]")
-                && report.problems[2].reason.contains("40x30")
-        );
+        assert_eq!(report.problems[0].to_string(), r#"row 2, key "question": found the number 5, expected a text"#);
+        assert!(report.problems[2].reason.contains("[0, 0, 41, 30]") && report.problems[2].reason.contains("40x30"));
         let error = read(&path).unwrap_err().to_string();
-        assert!(
-            error.contains("row 2")
-                && error.contains("and 4 more")
-                && error.ends_with("rows.jsonl"),
-            "{error}"
-        );
+        assert!(error.contains("row 2") && error.contains("and 4 more") && error.ends_with("rows.jsonl"), "{error}");
     }
 
     #[test]
@@ -457,17 +360,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("rows.jsonl");
         std::fs::write(&path, "\n\n").unwrap();
-        assert!(
-            read(&path)
-                .unwrap_err()
-                .to_string()
-                .contains("there are no rows")
-        );
-        assert!(
-            read(&folder.path().join("absent.jsonl"))
-                .unwrap_err()
-                .to_string()
-                .contains("absent.jsonl")
-        );
+        assert!(read(&path).unwrap_err().to_string().contains("there are no rows"));
+        assert!(read(&folder.path().join("absent.jsonl")).unwrap_err().to_string().contains("absent.jsonl"));
     }
 }

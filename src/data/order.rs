@@ -34,14 +34,7 @@ impl Order {
     /// # Errors
     /// No rows to order, or more than 2^32.
     pub fn new(rows: usize, seed: u64) -> Result<Order> {
-        Order {
-            seed,
-            epoch: 0,
-            position: 0,
-            rows,
-            permutation: Vec::new(),
-        }
-        .checked()
+        Order { seed, epoch: 0, position: 0, rows, permutation: Vec::new() }.checked()
     }
 
     /// A state that was saved, for a data set that has `rows` rows now.
@@ -58,10 +51,7 @@ impl Order {
     }
 
     fn checked(self) -> Result<Order> {
-        ensure!(
-            self.rows > 0,
-            "ordering the data: there are no rows, expected at least one"
-        );
+        ensure!(self.rows > 0, "ordering the data: there are no rows, expected at least one");
         ensure!(
             u32::try_from(self.rows).is_ok(),
             "ordering the data: {} rows are too many, expected fewer than 4294967296",
@@ -120,18 +110,10 @@ mod tests {
         }
         let saved = serde_json::to_string(&order).unwrap();
         let rest: Vec<usize> = (0..100).map(|_| order.next_row()).collect();
-        let mut again = serde_json::from_str::<Order>(&saved)
-            .unwrap()
-            .resume(50)
-            .unwrap();
+        let mut again = serde_json::from_str::<Order>(&saved).unwrap().resume(50).unwrap();
         assert_eq!((0..100).map(|_| again.next_row()).collect::<Vec<_>>(), rest);
         assert_ne!(first, rest[30..80]); // epoch 2 is not epoch 0 again
-        assert!(
-            serde_json::from_str::<Order>(&saved)
-                .unwrap()
-                .resume(51)
-                .is_err()
-        );
+        assert!(serde_json::from_str::<Order>(&saved).unwrap().resume(51).is_err());
         assert!(Order::new(0, 1).is_err());
     }
 }

@@ -94,11 +94,7 @@ type ViewKey = (Arc<Path>, [u64; 4], (u32, u32));
 
 fn key(placed: &Placed) -> ViewKey {
     let r = placed.view.region;
-    (
-        placed.path.clone(),
-        [r.x1, r.y1, r.x2, r.y2].map(f64::to_bits),
-        (placed.view.size.width, placed.view.size.height),
-    )
+    (placed.path.clone(), [r.x1, r.y1, r.x2, r.y2].map(f64::to_bits), (placed.view.size.width, placed.view.size.height))
 }
 
 /// A conversation whose keys and values are still in the cache.
@@ -470,7 +466,8 @@ impl Embedded {
 
     /// Swaps the trained weights with the kept first ones; called in pairs.
     fn swap_reference(&mut self) -> Result<()> {
-        let training = self.training.as_mut().context("no reference weights: the engine was opened for sampling only")?;
+        let training =
+            self.training.as_mut().context("no reference weights: the engine was opened for sampling only")?;
         let reference = training.reference.as_mut().context("the run keeps no reference weights")?;
         for (range, kept) in reference {
             self.model.weights.data[range.clone()].swap_with_slice(kept);
@@ -585,7 +582,15 @@ impl Trainer for Embedded {
             let training = self.training.as_mut().context("the engine was opened for sampling only")?;
             let tape = out.tape.context("the forward pass kept nothing for the backward pass")?;
             let entropies = (entropy_weights.len() == weights.len()).then_some(entropy_weights.as_slice());
-            self.model.backward(&batch.packed, tape, &weights, entropies, None, self.trainable, &mut training.gradients)?;
+            self.model.backward(
+                &batch.packed,
+                tape,
+                &weights,
+                entropies,
+                None,
+                self.trainable,
+                &mut training.gradients,
+            )?;
         }
         Ok(())
     }

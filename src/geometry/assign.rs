@@ -22,10 +22,7 @@
 pub fn assign(weights: &[Vec<f64>]) -> Vec<Option<usize>> {
     let rows = weights.len();
     let columns = weights.first().map_or(0, Vec::len);
-    assert!(
-        weights.iter().all(|row| row.len() == columns),
-        "assign: rows of different lengths"
-    );
+    assert!(weights.iter().all(|row| row.len() == columns), "assign: rows of different lengths");
     if columns == 0 {
         return vec![None; rows];
     }
@@ -35,9 +32,7 @@ pub fn assign(weights: &[Vec<f64>]) -> Vec<Option<usize>> {
         .flatten()
         .copied()
         .filter(|&w| allowed(w))
-        .fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), w| {
-            (l.min(w), h.max(w))
-        });
+        .fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), w| (l.min(w), h.max(w)));
     if low > high {
         return vec![None; rows];
     }
@@ -45,11 +40,7 @@ pub fn assign(weights: &[Vec<f64>]) -> Vec<Option<usize>> {
     let forbidden = high + (high - low + 1.0) * (rows.min(columns) + 1) as f64;
     let cost = |i: usize, j: usize| {
         let w = weights[i][j];
-        if allowed(w) {
-            high - w
-        } else {
-            forbidden - low
-        }
+        if allowed(w) { high - w } else { forbidden - low }
     };
     let mut chosen = vec![None; rows];
     if rows <= columns {
@@ -57,10 +48,7 @@ pub fn assign(weights: &[Vec<f64>]) -> Vec<Option<usize>> {
             chosen[row] = Some(column);
         }
     } else {
-        for (column, row) in cheapest(columns, rows, |j, i| cost(i, j))
-            .into_iter()
-            .enumerate()
-        {
+        for (column, row) in cheapest(columns, rows, |j, i| cost(i, j)).into_iter().enumerate() {
             chosen[row] = Some(column);
         }
     }
@@ -166,10 +154,7 @@ mod tests {
     fn assignment_at_its_edges() {
         assert_eq!(assign(&[]), Vec::<Option<usize>>::new());
         assert_eq!(assign(&[vec![], vec![]]), [None, None]);
-        assert_eq!(
-            assign(&[vec![0.2], vec![0.9], vec![0.5]]),
-            [None, Some(0), None]
-        );
+        assert_eq!(assign(&[vec![0.2], vec![0.9], vec![0.5]]), [None, Some(0), None]);
         // A forbidden pair stays unmade, even when that leaves a row alone.
         let no = f64::NEG_INFINITY;
         assert_eq!(assign(&[vec![0.9, no], vec![0.8, no]]), [Some(0), None]);

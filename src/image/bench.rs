@@ -17,16 +17,8 @@ pub fn bench_image(path: &Path, budget: Budget) -> Result<Value> {
     let original = picture.size();
     let whole = View::whole(0, original, budget)?;
     let (w, h) = (f64::from(whole.size.width), f64::from(whole.size.height));
-    let crop = whole.crop(
-        BBox::new(w / 4.0, h / 4.0, w * 0.75, h * 0.75),
-        original,
-        budget,
-    )?;
-    let processor = Processor {
-        budget,
-        patch: budget.factor / 2,
-        ..Processor::default()
-    };
+    let crop = whole.crop(BBox::new(w / 4.0, h / 4.0, w * 0.75, h * 0.75), original, budget)?;
+    let processor = Processor { budget, patch: budget.factor / 2, ..Processor::default() };
     let shown = show(&picture, &whole)?;
     let cut = patches(&shown, &processor)?;
     let times = [

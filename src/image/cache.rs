@@ -45,10 +45,7 @@ pub struct CacheStats {
 impl PictureCache {
     /// Keeps at most `bytes` of decoded pixels (3 bytes a pixel). 0 keeps nothing.
     pub fn new(bytes: u64) -> PictureCache {
-        PictureCache {
-            limit: bytes,
-            inner: Mutex::default(),
-        }
+        PictureCache { limit: bytes, inner: Mutex::default() }
     }
 
     /// The picture, decoded now or before.
@@ -92,21 +89,14 @@ impl PictureCache {
     pub fn stats(&self) -> CacheStats {
         let inner = lock(&self.inner);
         let pictures = inner.slots.values().filter(|s| s.bytes > 0).count();
-        CacheStats {
-            pictures,
-            bytes: inner.bytes,
-            ..inner.stats
-        }
+        CacheStats { pictures, bytes: inner.bytes, ..inner.stats }
     }
 }
 
 impl Inner {
     /// Forgets the slot, unless another has taken its place meanwhile.
     fn remove_if(&mut self, path: &Path, slot: &Arc<Mutex<Option<Arc<Picture>>>>) {
-        if self
-            .slots
-            .get(path)
-            .is_some_and(|s| Arc::ptr_eq(&s.picture, slot))
+        if self.slots.get(path).is_some_and(|s| Arc::ptr_eq(&s.picture, slot))
             && let Some(gone) = self.slots.remove(path)
         {
             self.bytes -= gone.bytes;
@@ -114,13 +104,7 @@ impl Inner {
     }
 
     /// Counts a picture just decoded and throws out old ones until it fits; one larger than everything is not kept itself.
-    fn keep(
-        &mut self,
-        path: &Path,
-        slot: &Arc<Mutex<Option<Arc<Picture>>>>,
-        bytes: u64,
-        limit: u64,
-    ) {
+    fn keep(&mut self, path: &Path, slot: &Arc<Mutex<Option<Arc<Picture>>>>, bytes: u64, limit: u64) {
         if bytes > limit {
             self.remove_if(path, slot);
             return;
@@ -176,16 +160,7 @@ mod tests {
         cache.get(&p[1]).unwrap();
         assert!(Arc::ptr_eq(&first, &cache.get(&p[0]).unwrap()));
         cache.get(&p[2]).unwrap(); // 900 bytes: picture 1 was used longest ago
-        assert_eq!(
-            cache.stats(),
-            CacheStats {
-                hits: 1,
-                misses: 3,
-                evicted: 1,
-                pictures: 2,
-                bytes: 600
-            }
-        );
+        assert_eq!(cache.stats(), CacheStats { hits: 1, misses: 3, evicted: 1, pictures: 2, bytes: 600 });
         assert!(Arc::ptr_eq(&first, &cache.get(&p[0]).unwrap()));
         cache.get(&p[1]).unwrap();
         assert_eq!(cache.stats().misses, 4);
@@ -198,13 +173,7 @@ mod tests {
         let cache = PictureCache::new(299);
         cache.get(&p[0]).unwrap();
         cache.get(&p[0]).unwrap();
-        assert_eq!(
-            cache.stats(),
-            CacheStats {
-                misses: 2,
-                ..CacheStats::default()
-            }
-        );
+        assert_eq!(cache.stats(), CacheStats { misses: 2, ..CacheStats::default() });
         let late = dir.path().join("late.png");
         assert!(cache.get(&late).is_err());
         save(&RgbImage::new(2, 2), &late).unwrap();

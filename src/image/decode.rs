@@ -33,10 +33,7 @@ impl Picture {
     }
 
     pub fn size(&self) -> Size {
-        Size {
-            width: self.rgb.width(),
-            height: self.rgb.height(),
-        }
+        Size { width: self.rgb.width(), height: self.rgb.height() }
     }
 
     /// Rows of `width` × 3 bytes.
@@ -53,12 +50,7 @@ impl Picture {
     pub fn cut(&self, region: &BBox) -> Option<RgbImage> {
         let r = region.round_outward().clamp(&self.size().bounds());
         (r.area() > 0.0).then(|| {
-            let (x, y, w, h) = (
-                r.x1 as u32,
-                r.y1 as u32,
-                r.width() as u32,
-                r.height() as u32,
-            );
+            let (x, y, w, h) = (r.x1 as u32, r.y1 as u32, r.width() as u32, r.height() as u32);
             ::image::imageops::crop_imm(&self.rgb, x, y, w, h).to_image()
         })
     }
@@ -75,8 +67,8 @@ impl std::fmt::Debug for Picture {
 /// # Errors
 /// One message with what was found, what to do, and the path.
 pub fn decode(path: &Path) -> Result<Picture> {
-    let found = fs::metadata(path)
-        .with_context(|| format!("opening a picture: is the path right? {}", path.display()))?;
+    let found =
+        fs::metadata(path).with_context(|| format!("opening a picture: is the path right? {}", path.display()))?;
     ensure!(
         found.is_file(),
         "opening a picture: this is a folder or a device, expected a PNG, JPEG or WebP file: {}",
@@ -164,20 +156,12 @@ fn to_rgb(image: DynamicImage) -> RgbImage {
         DynamicImage::ImageLumaA8(i) => i.pixels().flat_map(|p| grey(p[0])).collect(),
         DynamicImage::ImageLuma16(i) => i.pixels().flat_map(|p| grey(high(p[0]))).collect(),
         DynamicImage::ImageLumaA16(i) => i.pixels().flat_map(|p| grey(high(p[0]))).collect(),
-        DynamicImage::ImageRgb16(i) => i
-            .pixels()
-            .flat_map(|p| [high(p[0]), high(p[1]), high(p[2])])
-            .collect(),
-        DynamicImage::ImageRgba16(i) => i
-            .pixels()
-            .flat_map(|p| [high(p[0]), high(p[1]), high(p[2])])
-            .collect(),
+        DynamicImage::ImageRgb16(i) => i.pixels().flat_map(|p| [high(p[0]), high(p[1]), high(p[2])]).collect(),
+        DynamicImage::ImageRgba16(i) => i.pixels().flat_map(|p| [high(p[0]), high(p[1]), high(p[2])]).collect(),
         // Float modes do not come out of these three formats; the type is open, so say how anyway.
         other => return other.into_rgb8(),
     };
-    let Some(rgb) = RgbImage::from_raw(width, height, raw) else {
-        unreachable!("three bytes for each pixel")
-    };
+    let Some(rgb) = RgbImage::from_raw(width, height, raw) else { unreachable!("three bytes for each pixel") };
     rgb
 }
 
@@ -214,10 +198,7 @@ fn jpeg_is_complete(bytes: &[u8]) -> bool {
     let mut at = 2;
     loop {
         // To the next marker, over whatever lies between: coded data after a scan's header, stuffed FF 00 included.
-        let Some(found) = bytes
-            .get(at..)
-            .and_then(|rest| rest.iter().position(|&b| b == 0xff))
-        else {
+        let Some(found) = bytes.get(at..).and_then(|rest| rest.iter().position(|&b| b == 0xff)) else {
             return false;
         };
         at += found + 1;
@@ -230,9 +211,7 @@ fn jpeg_is_complete(bytes: &[u8]) -> bool {
             // Stuffing, restart markers and start of image carry no length.
             0x00 | 0x01 | 0xd0..=0xd8 => at += 1,
             _ => {
-                let Some(&[high, low]) =
-                    bytes.get(at + 1..at + 3).and_then(|b| b.first_chunk::<2>())
-                else {
+                let Some(&[high, low]) = bytes.get(at + 1..at + 3).and_then(|b| b.first_chunk::<2>()) else {
                     return false;
                 };
                 at += 1 + usize::from(u16::from_be_bytes([high, low])).max(2);
@@ -270,12 +249,7 @@ mod tests {
             let wanted = decode(&folder.join(format!("{name}.rgb.png"))).unwrap();
             let got = decode(&path).unwrap();
             assert_eq!(got.size(), wanted.size(), "{name}");
-            let worst = got
-                .rgb()
-                .iter()
-                .zip(wanted.rgb())
-                .map(|(&a, &b)| a.abs_diff(b))
-                .max();
+            let worst = got.rgb().iter().zip(wanted.rgb()).map(|(&a, &b)| a.abs_diff(b)).max();
             // JPEG leaves the rounding of its transforms to the decoder: a few levels after colour conversion. The rest is exact.
             let allowed = if name.ends_with(".jpg") { 3 } else { 0 };
             assert!(worst <= Some(allowed), "{name}: {worst:?}");
@@ -286,25 +260,16 @@ mod tests {
 
     #[test]
     fn sixteen_bits_keep_their_high_byte_and_alpha_is_dropped() {
-        let grey: ImageBuffer<Luma<u16>, _> =
-            ImageBuffer::from_raw(2, 1, vec![0x12ff_u16, 0xfe01]).unwrap();
+        let grey: ImageBuffer<Luma<u16>, _> = ImageBuffer::from_raw(2, 1, vec![0x12ff_u16, 0xfe01]).unwrap();
         let picture = decode_bytes(&bytes(grey, ImageFormat::Png), "grey").unwrap();
         assert_eq!(picture.rgb(), [0x12, 0x12, 0x12, 0xfe, 0xfe, 0xfe]);
-        let clear: ImageBuffer<Rgba<u8>, _> =
-            ImageBuffer::from_raw(1, 1, vec![9, 8, 7, 0]).unwrap();
-        assert_eq!(
-            decode_bytes(&bytes(clear, ImageFormat::Png), "clear")
-                .unwrap()
-                .rgb(),
-            [9, 8, 7]
-        );
+        let clear: ImageBuffer<Rgba<u8>, _> = ImageBuffer::from_raw(1, 1, vec![9, 8, 7, 0]).unwrap();
+        assert_eq!(decode_bytes(&bytes(clear, ImageFormat::Png), "clear").unwrap().rgb(), [9, 8, 7]);
     }
 
     #[test]
     fn every_cut_of_a_file_is_an_error_and_never_a_panic() {
-        let ramp = RgbImage::from_fn(24, 17, |x, y| {
-            ::image::Rgb([(x * 10) as u8, (y * 15) as u8, (x * y) as u8])
-        });
+        let ramp = RgbImage::from_fn(24, 17, |x, y| ::image::Rgb([(x * 10) as u8, (y * 15) as u8, (x * y) as u8]));
         for format in [ImageFormat::Png, ImageFormat::Jpeg, ImageFormat::WebP] {
             let whole = bytes(ramp.clone(), format);
             assert!(decode_bytes(&whole, "whole").is_ok());
@@ -312,10 +277,9 @@ mod tests {
                 match decode_bytes(&whole[..end], "the/file") {
                     Err(e) => assert!(e.to_string().ends_with("the/file"), "{e}"),
                     // Only what comes after the pixels may be missing: PNG's closing chunk, WebP's padding.
-                    Ok(picture) => assert!(
-                        end + 20 >= whole.len() && picture.rgb() == ramp.as_raw(),
-                        "{format:?} at {end}"
-                    ),
+                    Ok(picture) => {
+                        assert!(end + 20 >= whole.len() && picture.rgb() == ramp.as_raw(), "{format:?} at {end}")
+                    }
                 }
                 let mut damaged = whole.clone();
                 damaged[end] ^= 0x5a;
@@ -344,12 +308,7 @@ mod tests {
         assert!(error(&huge).contains("65535x65535"));
         let missing = decode(Path::new("no/such.png")).unwrap_err();
         assert!(format!("{missing:#}").contains("no/such.png"));
-        assert!(
-            decode(Path::new("."))
-                .unwrap_err()
-                .to_string()
-                .contains("folder")
-        );
+        assert!(decode(Path::new(".")).unwrap_err().to_string().contains("folder"));
     }
 
     #[test]

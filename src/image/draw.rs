@@ -23,12 +23,7 @@ pub fn draw_box(image: &mut RgbImage, bbox: &BBox, color: Color, thickness: u32)
     let outer = bbox.round_outward();
     let t = f64::from(thickness);
     let inner = BBox::new(outer.x1 + t, outer.y1 + t, outer.x2 - t, outer.y2 - t);
-    let bounds = BBox::new(
-        0.0,
-        0.0,
-        f64::from(image.width()),
-        f64::from(image.height()),
-    );
+    let bounds = BBox::new(0.0, 0.0, f64::from(image.width()), f64::from(image.height()));
     let Some(visible) = outer.intersection(&bounds) else {
         return;
     };
@@ -55,10 +50,7 @@ pub fn encode_png(image: &RgbImage) -> Result<Vec<u8>> {
 pub fn encode_jpeg(image: &RgbImage, quality: u8) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     image
-        .write_with_encoder(JpegEncoder::new_with_quality(
-            &mut bytes,
-            quality.clamp(1, 100),
-        ))
+        .write_with_encoder(JpegEncoder::new_with_quality(&mut bytes, quality.clamp(1, 100)))
         .with_context(|| format!("encoding a JPEG of {}x{}", image.width(), image.height()))?;
     Ok(bytes)
 }
@@ -68,28 +60,16 @@ pub fn encode_jpeg(image: &RgbImage, quality: u8) -> Result<Vec<u8>> {
 /// # Errors
 /// Another extension, a picture the format cannot hold, or a folder that cannot be written.
 pub fn save(image: &RgbImage, path: &Path) -> Result<()> {
-    let extension = path
-        .extension()
-        .and_then(|e| e.to_str())
-        .unwrap_or_default()
-        .to_ascii_lowercase();
+    let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default().to_ascii_lowercase();
     let bytes = match extension.as_str() {
         "png" => encode_png(image),
         "jpg" | "jpeg" => encode_jpeg(image, 90),
-        _ => bail!(
-            "saving a picture: the extension is {extension:?}, expected png, jpg or jpeg: {}",
-            path.display()
-        ),
+        _ => bail!("saving a picture: the extension is {extension:?}, expected png, jpg or jpeg: {}", path.display()),
     }
     .with_context(|| format!("saving a picture: {}", path.display()))?;
-    let dir = path
-        .parent()
-        .filter(|p| !p.as_os_str().is_empty())
-        .unwrap_or(Path::new("."));
+    let dir = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let write = || -> std::io::Result<()> {
-        let mut beside = tempfile::Builder::new()
-            .prefix(".saving-")
-            .tempfile_in(dir)?;
+        let mut beside = tempfile::Builder::new().prefix(".saving-").tempfile_in(dir)?;
         beside.write_all(&bytes)?;
         // Temporary files are private; a picture should be as readable as any file here.
         #[cfg(unix)]
@@ -102,12 +82,7 @@ pub fn save(image: &RgbImage, path: &Path) -> Result<()> {
         beside.persist(path).map_err(|e| e.error)?;
         Ok(())
     };
-    write().with_context(|| {
-        format!(
-            "saving a picture: is the folder there and writable? {}",
-            path.display()
-        )
-    })
+    write().with_context(|| format!("saving a picture: is the folder there and writable? {}", path.display()))
 }
 
 #[cfg(test)]
@@ -117,20 +92,14 @@ mod tests {
 
     /// Where red is, a row a line.
     fn map(image: &RgbImage) -> Vec<String> {
-        image
-            .rows()
-            .map(|row| row.map(|p| if p[0] == 255 { '#' } else { '.' }).collect())
-            .collect()
+        image.rows().map(|row| row.map(|p| if p[0] == 255 { '#' } else { '.' }).collect()).collect()
     }
 
     #[test]
     fn the_outline_lies_inside_the_box() {
         let mut image = RgbImage::new(7, 5);
         draw_box(&mut image, &BBox::new(1.0, 0.5, 5.9, 4.0), [255, 0, 0], 1);
-        assert_eq!(
-            map(&image),
-            [".#####.", ".#...#.", ".#...#.", ".#####.", "......."]
-        );
+        assert_eq!(map(&image), [".#####.", ".#...#.", ".#...#.", ".#####.", "......."]);
     }
 
     #[test]
@@ -139,20 +108,12 @@ mod tests {
         draw_box(&mut image, &BBox::new(-5.0, 1.0, 3.0, 9.0), [255, 0, 0], 1);
         assert_eq!(map(&image), ["....", "###.", "..#."]);
         let mut image = RgbImage::new(4, 3);
-        for nothing in [
-            [3.0, 1.0, 1.0, 2.0],
-            [f64::NAN, 0.0, 2.0, 2.0],
-            [50.0, 50.0, 60.0, 60.0],
-            [0.0, 0.0, f64::INFINITY, 1.0],
-        ] {
+        for nothing in
+            [[3.0, 1.0, 1.0, 2.0], [f64::NAN, 0.0, 2.0, 2.0], [50.0, 50.0, 60.0, 60.0], [0.0, 0.0, f64::INFINITY, 1.0]]
+        {
             draw_box(&mut image, &nothing.into(), [255, 0, 0], 2);
         }
-        draw_box(
-            &mut image,
-            &BBox::new(-1e18, -1e18, 1e18, 1e18),
-            [255, 0, 0],
-            2,
-        );
+        draw_box(&mut image, &BBox::new(-1e18, -1e18, 1e18, 1e18), [255, 0, 0], 2);
         assert_eq!(map(&image), ["....", "....", "...."]);
         draw_box(&mut image, &BBox::new(0.0, 0.0, 4.0, 3.0), [255, 0, 0], 9); // thicker than the box: filled
         assert_eq!(map(&image), ["####", "####", "####"]);
@@ -167,12 +128,7 @@ mod tests {
         save(&image, &png).unwrap(); // over the first
         assert!(decode(&png).unwrap().as_image() == &image);
         save(&image, &dir.path().join("a.JPG")).unwrap();
-        assert!(
-            save(&image, &dir.path().join("a.gif"))
-                .unwrap_err()
-                .to_string()
-                .contains("\"gif\"")
-        );
+        assert!(save(&image, &dir.path().join("a.gif")).unwrap_err().to_string().contains("\"gif\""));
         assert!(save(&image, &dir.path().join("no/folder.png")).is_err());
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
     }

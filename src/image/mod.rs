@@ -54,15 +54,8 @@ pub fn show(picture: &Picture, view: &View) -> Result<RgbImage> {
 /// A side of 0, here or there.
 pub fn resize(rgb: &RgbImage, size: Size, order: PassOrder) -> Result<RgbImage> {
     let (width, height) = (rgb.width() as usize, rgb.height() as usize);
-    ensure!(
-        width > 0 && height > 0,
-        "resizing a picture: it is {width}x{height}, expected at least 1x1"
-    );
-    resized(
-        resize::Region::whole(rgb.as_raw(), width, height),
-        size,
-        order,
-    )
+    ensure!(width > 0 && height > 0, "resizing a picture: it is {width}x{height}, expected at least 1x1");
+    resized(resize::Region::whole(rgb.as_raw(), width, height), size, order)
 }
 
 fn resized(region: resize::Region<'_>, size: Size, order: PassOrder) -> Result<RgbImage> {
@@ -70,9 +63,7 @@ fn resized(region: resize::Region<'_>, size: Size, order: PassOrder) -> Result<R
         size.area() > 0 && size.area() <= MAX_PIXELS,
         "resizing a picture: asked for {size} pixels, expected at least 1x1 and at most {MAX_PIXELS} in all"
     );
-    let Some(rgb) =
-        RgbImage::from_raw(size.width, size.height, resize::resize(region, size, order))
-    else {
+    let Some(rgb) = RgbImage::from_raw(size.width, size.height, resize::resize(region, size, order)) else {
         unreachable!("the resized rows have the size that was asked for")
     };
     Ok(rgb)
@@ -86,9 +77,7 @@ mod tests {
     use std::path::{Path, PathBuf};
 
     fn golden(folder: &str) -> PathBuf {
-        Path::new(env!("CARGO_MANIFEST_DIR"))
-            .join("tests/golden")
-            .join(folder)
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(folder)
     }
 
     fn open(path: &Path) -> RgbImage {
@@ -107,9 +96,7 @@ mod tests {
                 how if how.starts_with("to-") => PassOrder::Pillow13,
                 _ => PassOrder::RowsFirst,
             };
-            let source = folder
-                .join(name.split('.').next().unwrap())
-                .with_extension("png");
+            let source = folder.join(name.split('.').next().unwrap()).with_extension("png");
             cases.push((open(&source), order, open(&path)));
         }
         cases
@@ -123,12 +110,7 @@ mod tests {
             let size = Size::new(wanted.width(), wanted.height());
             let got = resize(&source, size, order).unwrap();
             // No tolerance: fixed-point arithmetic on both sides.
-            assert!(
-                got == wanted,
-                "{}x{} to {size}, {order:?}",
-                source.width(),
-                source.height()
-            );
+            assert!(got == wanted, "{}x{} to {size}, {order:?}", source.width(), source.height());
         }
     }
 
@@ -147,48 +129,20 @@ mod tests {
     fn a_view_is_cut_first_and_resized_then() {
         let picture = Picture::new(open(&golden("resize/picture.png")));
         let region = BBox::new(5.0, 3.0, 33.0, 29.0);
-        let view = View {
-            image: 0,
-            region,
-            size: Size::new(56, 56),
-        };
+        let view = View { image: 0, region, size: Size::new(56, 56) };
         let cut = picture.cut(&region).unwrap();
-        assert_eq!(
-            (cut.width(), cut.height(), cut.get_pixel(0, 0)),
-            (28, 26, picture.as_image().get_pixel(5, 3))
-        );
+        assert_eq!((cut.width(), cut.height(), cut.get_pixel(0, 0)), (28, 26, picture.as_image().get_pixel(5, 3)));
         // The neighbours outside the region must not bleed in: the same as resizing a copy of the region.
-        assert!(
-            show(&picture, &view).unwrap()
-                == resize(&cut, view.size, PassOrder::default()).unwrap()
-        );
-        let at_its_own_size = View {
-            size: Size::new(28, 26),
-            ..view
-        };
+        assert!(show(&picture, &view).unwrap() == resize(&cut, view.size, PassOrder::default()).unwrap());
+        let at_its_own_size = View { size: Size::new(28, 26), ..view };
         assert!(show(&picture, &at_its_own_size).unwrap() == cut);
     }
 
     #[test]
     fn a_view_of_another_picture_is_an_error() {
         let picture = Picture::new(RgbImage::new(10, 10));
-        let shown = |region, size| {
-            show(
-                &picture,
-                &View {
-                    image: 2,
-                    region,
-                    size,
-                },
-            )
-            .map(drop)
-        };
-        assert!(
-            shown(BBox::new(0.0, 0.0, 11.0, 10.0), Size::new(28, 28))
-                .unwrap_err()
-                .to_string()
-                .contains("image 2")
-        );
+        let shown = |region, size| show(&picture, &View { image: 2, region, size }).map(drop);
+        assert!(shown(BBox::new(0.0, 0.0, 11.0, 10.0), Size::new(28, 28)).unwrap_err().to_string().contains("image 2"));
         assert!(shown(BBox::new(0.0, 0.0, 9.5, 10.0), Size::new(28, 28)).is_err());
         assert!(shown(BBox::new(5.0, 5.0, 5.0, 9.0), Size::new(28, 28)).is_err());
         assert!(shown(BBox::new(0.0, 0.0, f64::NAN, 10.0), Size::new(28, 28)).is_err());
@@ -207,28 +161,15 @@ mod tests {
         assert_eq!(rows.grid.patches(), 16);
         // 255, 0 and 51 of 255, normalised by hand; half a unit of the last digit written.
         for (c, wanted) in [1.930_34, -1.752_10, -0.755_02].into_iter().enumerate() {
-            assert!(
-                (rows.data[c * 2 * 196] - wanted).abs() < 5e-5,
-                "channel {c}: {}",
-                rows.data[c * 2 * 196]
-            );
+            assert!((rows.data[c * 2 * 196] - wanted).abs() < 5e-5, "channel {c}: {}", rows.data[c * 2 * 196]);
         }
         let thin = decode_bytes(&encode_png(&RgbImage::new(1, 10_000)).unwrap(), "thin").unwrap();
-        assert!(
-            View::whole(0, thin.size(), processor.budget)
-                .unwrap_err()
-                .to_string()
-                .contains("aspect ratio")
-        );
+        assert!(View::whole(0, thin.size(), processor.budget).unwrap_err().to_string().contains("aspect ratio"));
     }
 
     #[test]
     fn the_benchmark_names_what_it_measured() {
-        let report = bench_image(
-            &golden("resize/picture.png"),
-            Budget::new(3136, 100_352, 28),
-        )
-        .unwrap();
+        let report = bench_image(&golden("resize/picture.png"), Budget::new(3136, 100_352, 28)).unwrap();
         assert_eq!(report["original"], serde_json::json!([41, 29]));
         assert_eq!(report["shown"], serde_json::json!([84, 56]));
         assert_eq!(report["tokens"], 6);

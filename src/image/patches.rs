@@ -72,17 +72,15 @@ impl Processor {
             }
             let text = fs::read_to_string(&path)
                 .with_context(|| format!("reading the picture settings: {}", path.display()))?;
-            let whole: Value = serde_json::from_str(&text).with_context(|| {
-                format!("reading the picture settings: not JSON: {}", path.display())
-            })?;
+            let whole: Value = serde_json::from_str(&text)
+                .with_context(|| format!("reading the picture settings: not JSON: {}", path.display()))?;
             let settings = match whole.get("image_processor") {
                 Some(nested) => nested,
                 // An old processor_config.json only speaks of the chat template.
                 None if file == FILES[0] => continue,
                 None => &whole,
             };
-            return Processor::from_json(settings)
-                .with_context(|| format!("in {}", path.display()));
+            return Processor::from_json(settings).with_context(|| format!("in {}", path.display()));
         }
         bail!(
             "reading the picture settings: found neither {} (with `image_processor`) nor {} in {}",
@@ -99,10 +97,7 @@ impl Processor {
     /// # Errors
     /// A key whose value asks for other arithmetic than this, or has the wrong type; the key is named.
     pub fn from_json(settings: &Value) -> Result<Processor> {
-        ensure!(
-            settings.is_object(),
-            "reading the picture settings: found {settings}, expected a JSON object"
-        );
+        ensure!(settings.is_object(), "reading the picture settings: found {settings}, expected a JSON object");
         let key = |name: &str| settings.get(name).filter(|v| !v.is_null());
         for name in ["image_processor_type", "feature_extractor_type"] {
             if let Some(kind) = key(name) {
@@ -130,35 +125,27 @@ impl Processor {
         if let Some(factor) = key("rescale_factor") {
             // Files write 1/255 to between 8 and 17 places.
             ensure!(
-                factor
-                    .as_f64()
-                    .is_some_and(|f| (f * 255.0 - 1.0).abs() < 1e-6),
+                factor.as_f64().is_some_and(|f| (f * 255.0 - 1.0).abs() < 1e-6),
                 "reading the picture settings: `rescale_factor` is {factor}, expected 1/255"
             );
         }
         let default = Processor::default();
-        let side = |name: &str, default: u32| {
-            match key(name) {
+        let side = |name: &str, default: u32| match key(name) {
             None => Ok(default),
             Some(value) => value
                 .as_u64()
                 .and_then(|v| u32::try_from(v).ok())
                 .filter(|&v| (1..=1024).contains(&v))
-                .with_context(|| format!("reading the picture settings: `{name}` is {value}, expected a whole number from 1 to 1024")),
-        }
+                .with_context(|| {
+                    format!("reading the picture settings: `{name}` is {value}, expected a whole number from 1 to 1024")
+                }),
         };
         let pixels = |names: [&str; 2], default: u64| {
             let size = key("size");
             let candidates = [
                 (names[0].to_owned(), key(names[0])),
-                (
-                    format!("size.{}", names[1]),
-                    size.and_then(|s| s.get(names[1])),
-                ),
-                (
-                    format!("size.{}", names[0]),
-                    size.and_then(|s| s.get(names[0])),
-                ),
+                (format!("size.{}", names[1]), size.and_then(|s| s.get(names[1]))),
+                (format!("size.{}", names[0]), size.and_then(|s| s.get(names[0]))),
             ];
             for (name, value) in candidates {
                 if let Some(value) = value.filter(|v| !v.is_null()) {
@@ -173,16 +160,9 @@ impl Processor {
             None => Ok(default),
             Some(value) => serde_json::from_value::<[f32; 3]>(value.clone())
                 .ok()
-                .with_context(|| {
-                    format!(
-                        "reading the picture settings: `{name}` is {value}, expected three numbers"
-                    )
-                }),
+                .with_context(|| format!("reading the picture settings: `{name}` is {value}, expected three numbers")),
         };
-        let (patch, merge) = (
-            side("patch_size", default.patch)?,
-            side("merge_size", default.merge)?,
-        );
+        let (patch, merge) = (side("patch_size", default.patch)?, side("merge_size", default.merge)?);
         let processor = Processor {
             budget: Budget::new(
                 pixels(["min_pixels", "shortest_edge"], default.budget.min_pixels)?,
@@ -195,11 +175,7 @@ impl Processor {
             mean: channels("image_mean", default.mean)?,
             std: channels("image_std", default.std)?,
         };
-        let Budget {
-            min_pixels,
-            max_pixels,
-            ..
-        } = processor.budget;
+        let Budget { min_pixels, max_pixels, .. } = processor.budget;
         ensure!(
             min_pixels <= max_pixels,
             "reading the picture settings: `min_pixels` is {min_pixels}, expected at most `max_pixels`, which is {max_pixels}"
@@ -215,8 +191,7 @@ impl Processor {
     /// The content of a `preprocessor_config.json`, with both generations of budget keys, as old and new readers expect.
     pub fn to_json(&self) -> Value {
         // Through the shortest decimal that is the same f32, or 0.48145466 would be written as 0.48145467042922974.
-        let decimals =
-            |values: [f32; 3]| values.map(|v| v.to_string().parse::<f64>().unwrap_or(f64::from(v)));
+        let decimals = |values: [f32; 3]| values.map(|v| v.to_string().parse::<f64>().unwrap_or(f64::from(v)));
         json!({
             "do_convert_rgb": true,
             "do_normalize": true,
@@ -285,32 +260,27 @@ pub fn patches(rgb: &RgbImage, processor: &Processor) -> Result<Patches> {
     let row_len = processor.patch_len();
     let band_len = grid.w as usize * merge * row_len;
     let mut data = vec![0.0; grid.patches() * row_len];
-    data.par_chunks_exact_mut(band_len)
-        .enumerate()
-        .for_each(|(band, out)| {
-            for (i, out) in out.chunks_exact_mut(row_len).enumerate() {
-                let (token, inside) = (i / (merge * merge), i % (merge * merge));
-                let top = (band * merge + inside / merge) * patch;
-                let left = (token * merge + inside % merge) * patch;
-                for y in 0..patch {
-                    let pixels =
-                        &source[(top + y) * stride + left * CHANNELS..][..patch * CHANNELS];
-                    for (c, values) in values.iter().enumerate() {
-                        let line = &mut out[c * frames + y * patch..][..patch];
-                        for (v, pixel) in line.iter_mut().zip(pixels.chunks_exact(CHANNELS)) {
-                            *v = values[usize::from(pixel[c])];
-                        }
+    data.par_chunks_exact_mut(band_len).enumerate().for_each(|(band, out)| {
+        for (i, out) in out.chunks_exact_mut(row_len).enumerate() {
+            let (token, inside) = (i / (merge * merge), i % (merge * merge));
+            let top = (band * merge + inside / merge) * patch;
+            let left = (token * merge + inside % merge) * patch;
+            for y in 0..patch {
+                let pixels = &source[(top + y) * stride + left * CHANNELS..][..patch * CHANNELS];
+                for (c, values) in values.iter().enumerate() {
+                    let line = &mut out[c * frames + y * patch..][..patch];
+                    for (v, pixel) in line.iter_mut().zip(pixels.chunks_exact(CHANNELS)) {
+                        *v = values[usize::from(pixel[c])];
                     }
                 }
-                // A still picture is the same in every frame.
-                for channel in out.chunks_exact_mut(frames) {
-                    let (first, later) = channel.split_at_mut(square);
-                    later
-                        .chunks_exact_mut(square)
-                        .for_each(|frame| frame.copy_from_slice(first));
-                }
             }
-        });
+            // A still picture is the same in every frame.
+            for channel in out.chunks_exact_mut(frames) {
+                let (first, later) = channel.split_at_mut(square);
+                later.chunks_exact_mut(square).for_each(|frame| frame.copy_from_slice(first));
+            }
+        }
+    });
     Ok(Patches { grid, data })
 }
 
@@ -331,14 +301,7 @@ mod tests {
 
     /// Small enough to write out: patches of 2x2 pixels, merged 2x2, two frames, values as they are (mean 0, std 1/255 undone below).
     fn small() -> Processor {
-        Processor {
-            budget: Budget::new(1, 1 << 20, 4),
-            patch: 2,
-            temporal: 2,
-            merge: 2,
-            mean: [0.0; 3],
-            std: [1.0; 3],
-        }
+        Processor { budget: Budget::new(1, 1 << 20, 4), patch: 2, temporal: 2, merge: 2, mean: [0.0; 3], std: [1.0; 3] }
     }
 
     #[test]
@@ -348,11 +311,8 @@ mod tests {
         let rows = patches(&rgb, &small()).unwrap();
         assert_eq!(rows.grid, Grid { t: 1, h: 2, w: 4 });
         let row_len = 3 * 2 * 4;
-        let red: Vec<Vec<f32>> = rows
-            .data
-            .chunks(row_len)
-            .map(|row| row[..4].iter().map(|v| (v * 255.0).round()).collect())
-            .collect();
+        let red: Vec<Vec<f32>> =
+            rows.data.chunks(row_len).map(|row| row[..4].iter().map(|v| (v * 255.0).round()).collect()).collect();
         assert_eq!(
             red,
             [
@@ -369,10 +329,7 @@ mod tests {
         for row in rows.data.chunks(row_len) {
             let (red, rest) = row.split_at(8);
             assert_eq!(red[..4], red[4..], "the second frame repeats the first");
-            assert!(
-                rest[..8].iter().all(|&v| v == 100.0 / 255.0)
-                    && rest[8..].iter().all(|&v| v == 200.0 / 255.0)
-            );
+            assert!(rest[..8].iter().all(|&v| v == 100.0 / 255.0) && rest[8..].iter().all(|&v| v == 200.0 / 255.0));
         }
     }
 
@@ -380,25 +337,17 @@ mod tests {
     fn values_are_normalised_as_transformers_does() {
         let values = normalised(&Processor::default());
         // (level/255 - mean)/std, from transformers' Pillow backend, in f32: 1e-6 is a few of its last bits at this size.
-        for (c, level, wanted) in [
-            (0, 0, -1.792_262_6),
-            (0, 255, 1.930_336_2),
-            (1, 128, 0.168_897_32),
-            (2, 7, -1.380_679_4),
-        ] {
+        for (c, level, wanted) in
+            [(0, 0, -1.792_262_6), (0, 255, 1.930_336_2), (1, 128, 0.168_897_32), (2, 7, -1.380_679_4)]
+        {
             let got: f32 = values[c][level];
-            assert!(
-                (got - wanted).abs() < 1e-6,
-                "channel {c} level {level}: {got}"
-            );
+            assert!((got - wanted).abs() < 1e-6, "channel {c} level {level}: {got}");
         }
     }
 
     #[test]
     fn sides_that_are_no_whole_tokens_are_refused() {
-        let error = patches(&RgbImage::new(28, 27), &Processor::default())
-            .map(drop)
-            .unwrap_err();
+        let error = patches(&RgbImage::new(28, 27), &Processor::default()).map(drop).unwrap_err();
         assert!(error.to_string().contains("28x27"));
         assert!(patches(&RgbImage::new(0, 0), &Processor::default()).is_err());
     }
@@ -406,57 +355,32 @@ mod tests {
     #[test]
     fn both_generations_of_settings_are_read_and_written() {
         let old = json!({"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "image_processor_type": "Qwen2VLImageProcessor"});
-        assert_eq!(
-            Processor::from_json(&old).unwrap().budget,
-            Budget::new(3136, 12_845_056, 28)
-        );
+        assert_eq!(Processor::from_json(&old).unwrap().budget, Budget::new(3136, 12_845_056, 28));
         let new = json!({
             "size": {"shortest_edge": 65536, "longest_edge": 16777216}, "patch_size": 16, "merge_size": 2, "resample": 3,
             "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "image_processor_type": "Qwen2VLImageProcessorFast"
         });
         let read = Processor::from_json(&new).unwrap();
-        assert_eq!(
-            (read.budget, read.mean),
-            (Budget::new(65_536, 16_777_216, 32), [0.5; 3])
-        );
-        assert_eq!(
-            Processor::from_json(&json!({})).unwrap(),
-            Processor::default()
-        );
+        assert_eq!((read.budget, read.mean), (Budget::new(65_536, 16_777_216, 32), [0.5; 3]));
+        assert_eq!(Processor::from_json(&json!({})).unwrap(), Processor::default());
         // When both generations stand there, the flat keys count, as in transformers.
-        let both =
-            json!({"min_pixels": 4000, "size": {"shortest_edge": 5000, "longest_edge": 6000}});
-        assert_eq!(
-            Processor::from_json(&both).unwrap().budget,
-            Budget::new(4000, 6000, 28)
-        );
+        let both = json!({"min_pixels": 4000, "size": {"shortest_edge": 5000, "longest_edge": 6000}});
+        assert_eq!(Processor::from_json(&both).unwrap().budget, Budget::new(4000, 6000, 28));
         for processor in [read, Processor::default()] {
-            assert_eq!(
-                Processor::from_json(&processor.to_json()).unwrap(),
-                processor
-            );
+            assert_eq!(Processor::from_json(&processor.to_json()).unwrap(), processor);
         }
-        assert_eq!(
-            Processor::default().to_json()["image_mean"].to_string(),
-            "[0.48145467,0.4578275,0.40821072]"
-        );
+        assert_eq!(Processor::default().to_json()["image_mean"].to_string(), "[0.48145467,0.4578275,0.40821072]");
     }
 
     #[test]
     fn settings_that_ask_for_something_else_name_the_key() {
         for (settings, key) in [
             (json!({"resample": 2}), "`resample` is 2"),
-            (
-                json!({"image_processor_type": "CLIPImageProcessor"}),
-                "`image_processor_type` is \"CLIPImageProcessor\"",
-            ),
+            (json!({"image_processor_type": "CLIPImageProcessor"}), "`image_processor_type` is \"CLIPImageProcessor\""),
             (json!({"do_normalize": false}), "`do_normalize`"),
             (json!({"rescale_factor": 1.0}), "`rescale_factor`"),
             (json!({"patch_size": 0}), "`patch_size` is 0"),
-            (
-                json!({"size": {"longest_edge": "big"}}),
-                "`size.longest_edge` is \"big\"",
-            ),
+            (json!({"size": {"longest_edge": "big"}}), "`size.longest_edge` is \"big\""),
             (json!({"image_std": [0, 1, 1]}), "`image_std`"),
             (json!({"image_mean": [0.5]}), "`image_mean`"),
             (json!({"min_pixels": 9_000_000}), "`min_pixels` is 9000000"),
@@ -470,38 +394,14 @@ mod tests {
     #[test]
     fn settings_are_found_in_either_file() {
         let dir = tempfile::tempdir().unwrap();
-        assert!(
-            Processor::load(dir.path())
-                .unwrap_err()
-                .to_string()
-                .contains("preprocessor_config.json")
-        );
-        fs::write(
-            dir.path().join("preprocessor_config.json"),
-            r#"{"max_pixels": 7000}"#,
-        )
-        .unwrap();
-        fs::write(
-            dir.path().join("processor_config.json"),
-            r#"{"processor_class": "Qwen2_5_VLProcessor"}"#,
-        )
-        .unwrap();
+        assert!(Processor::load(dir.path()).unwrap_err().to_string().contains("preprocessor_config.json"));
+        fs::write(dir.path().join("preprocessor_config.json"), r#"{"max_pixels": 7000}"#).unwrap();
+        fs::write(dir.path().join("processor_config.json"), r#"{"processor_class": "Qwen2_5_VLProcessor"}"#).unwrap();
         assert_eq!(Processor::load(dir.path()).unwrap().budget.max_pixels, 7000);
-        fs::write(
-            dir.path().join("processor_config.json"),
-            r#"{"image_processor": {"max_pixels": 8000}}"#,
-        )
-        .unwrap();
+        fs::write(dir.path().join("processor_config.json"), r#"{"image_processor": {"max_pixels": 8000}}"#).unwrap();
         assert_eq!(Processor::load(dir.path()).unwrap().budget.max_pixels, 8000);
-        fs::write(
-            dir.path().join("processor_config.json"),
-            r#"{"image_processor": {"resample": 0}}"#,
-        )
-        .unwrap();
+        fs::write(dir.path().join("processor_config.json"), r#"{"image_processor": {"resample": 0}}"#).unwrap();
         let error = format!("{:#}", Processor::load(dir.path()).unwrap_err());
-        assert!(
-            error.contains("`resample`") && error.contains("processor_config.json"),
-            "{error}"
-        );
+        assert!(error.contains("`resample`") && error.contains("processor_config.json"), "{error}");
     }
 }

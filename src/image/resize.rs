@@ -37,21 +37,11 @@ pub(super) struct Region<'a> {
 impl<'a> Region<'a> {
     /// All of a picture of `width` × `height` pixels.
     pub fn whole(data: &'a [u8], width: usize, height: usize) -> Region<'a> {
-        Region {
-            data,
-            stride: width * CHANNELS,
-            left: 0,
-            top: 0,
-            width,
-            height,
-        }
+        Region { data, stride: width * CHANNELS, left: 0, top: 0, width, height }
     }
 
     fn size(&self) -> Size {
-        Size {
-            width: self.width as u32,
-            height: self.height as u32,
-        }
+        Size { width: self.width as u32, height: self.height as u32 }
     }
 
     fn row(&self, y: usize) -> &'a [u8] {
@@ -113,19 +103,11 @@ impl Windows {
             starts.push(start);
             counts.push(count);
         }
-        Windows {
-            starts,
-            weights,
-            counts,
-            taps,
-        }
+        Windows { starts, weights, counts, taps }
     }
 
     fn of(&self, i: usize) -> (usize, &[i32]) {
-        (
-            self.starts[i],
-            &self.weights[i * self.taps..][..self.counts[i]],
-        )
+        (self.starts[i], &self.weights[i * self.taps..][..self.counts[i]])
     }
 }
 
@@ -138,18 +120,12 @@ fn row_pass(target: &mut [u8], source: &[u8], windows: &Windows) {
     for (x, pixel) in target.chunks_exact_mut(CHANNELS).enumerate() {
         let (start, weights) = windows.of(x);
         let mut sums = [HALF; CHANNELS];
-        for (&w, from) in weights
-            .iter()
-            .zip(source[start * CHANNELS..].chunks_exact(CHANNELS))
-        {
+        for (&w, from) in weights.iter().zip(source[start * CHANNELS..].chunks_exact(CHANNELS)) {
             for (sum, &v) in sums.iter_mut().zip(from) {
                 *sum += w * i32::from(v);
             }
         }
-        pixel
-            .iter_mut()
-            .zip(sums)
-            .for_each(|(p, sum)| *p = clip(sum));
+        pixel.iter_mut().zip(sums).for_each(|(p, sum)| *p = clip(sum));
     }
 }
 
@@ -159,9 +135,7 @@ fn row_pass(target: &mut [u8], source: &[u8], windows: &Windows) {
 /// source: `weights.len()` rows of `target.len()` bytes, `stride` apart.
 fn column_pass(target: &mut [u8], source: &[u8], stride: usize, weights: &[i32]) {
     for (x, out) in target.iter_mut().enumerate() {
-        let sum = weights.iter().enumerate().fold(HALF, |sum, (k, &w)| {
-            sum + w * i32::from(source[k * stride + x])
-        });
+        let sum = weights.iter().enumerate().fold(HALF, |sum, (k, &w)| sum + w * i32::from(source[k * stride + x]));
         *out = clip(sum);
     }
 }
@@ -214,19 +188,15 @@ fn resize_columns(region: Region<'_>, height: usize) -> Vec<u8> {
     let windows = Windows::new(region.height, height);
     let stride = region.width * CHANNELS;
     let mut out = vec![0; height * stride];
-    out.par_chunks_exact_mut(stride)
-        .with_min_len(4)
-        .enumerate()
-        .for_each(|(y, target)| {
-            let (start, weights) = windows.of(y);
-            let source =
-                &region.data[(region.top + start) * region.stride + region.left * CHANNELS..];
-            #[cfg(target_arch = "x86_64")]
-            if avx2::available() {
-                return avx2::column_pass(target, source, region.stride, weights);
-            }
-            column_pass(target, source, region.stride, weights);
-        });
+    out.par_chunks_exact_mut(stride).with_min_len(4).enumerate().for_each(|(y, target)| {
+        let (start, weights) = windows.of(y);
+        let source = &region.data[(region.top + start) * region.stride + region.left * CHANNELS..];
+        #[cfg(target_arch = "x86_64")]
+        if avx2::available() {
+            return avx2::column_pass(target, source, region.stride, weights);
+        }
+        column_pass(target, source, region.stride, weights);
+    });
     out
 }
 
@@ -254,10 +224,7 @@ mod tests {
     fn the_cubic_at_the_points_keys_names() {
         // Interpolating: 1 at 0 and 0 at every other whole number; -1/16 half way out, 9/16 half way in.
         assert_eq!([0.0, 1.0, 2.0, 3.0].map(cubic), [1.0, 0.0, 0.0, 0.0]);
-        assert_eq!(
-            [0.5, -0.5, 1.5, -1.5].map(cubic),
-            [0.5625, 0.5625, -0.0625, -0.0625]
-        );
+        assert_eq!([0.5, -0.5, 1.5, -1.5].map(cubic), [0.5625, 0.5625, -0.0625, -0.0625]);
     }
 
     #[test]
@@ -286,23 +253,9 @@ mod tests {
             return;
         }
         // A cheap fixed scramble: every level occurs, neighbours differ.
-        let data: Vec<u8> = (0..97u32 * 61 * 3)
-            .map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8)
-            .collect();
-        for (left, top, width, height) in [
-            (0, 0, 97, 61),
-            (3, 5, 90, 50),
-            (96, 0, 1, 61),
-            (90, 57, 7, 4),
-        ] {
-            let region = Region {
-                data: &data,
-                stride: 97 * 3,
-                left,
-                top,
-                width,
-                height,
-            };
+        let data: Vec<u8> = (0..97u32 * 61 * 3).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+        for (left, top, width, height) in [(0, 0, 97, 61), (3, 5, 90, 50), (96, 0, 1, 61), (90, 57, 7, 4)] {
+            let region = Region { data: &data, stride: 97 * 3, left, top, width, height };
             for target in [1, 2, 5, 28, 89, 200] {
                 let windows = Windows::new(width, target);
                 let fast = avx2::resize_rows(region, target, &windows);

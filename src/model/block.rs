@@ -27,11 +27,7 @@ pub struct Dims {
 
 impl Dims {
     pub fn attention(&self) -> attention::Dims {
-        attention::Dims {
-            heads: self.heads,
-            kv_heads: self.kv_heads,
-            k: self.k,
-        }
+        attention::Dims { heads: self.heads, kv_heads: self.kv_heads, k: self.k }
     }
 }
 
@@ -98,30 +94,14 @@ impl Affine {
         let t = x.len() / self.inputs;
         let mut y = vec![0.0; t * self.outputs];
         let bias = self.b.clone().map(|b| &weights[b]);
-        linear::forward(
-            &mut y,
-            x,
-            &weights[self.w.clone()],
-            bias,
-            t,
-            self.inputs,
-            self.outputs,
-        );
+        linear::forward(&mut y, x, &weights[self.w.clone()], bias, t, self.inputs, self.outputs);
         y
     }
 
     /// Writes (or adds, when `accumulate`) the gradient by the input.
     pub fn backward_input(&self, dx: &mut [f32], dy: &[f32], weights: &[f32], accumulate: bool) {
         let t = dy.len() / self.outputs;
-        linear::backward_input(
-            dx,
-            dy,
-            &weights[self.w.clone()],
-            t,
-            self.inputs,
-            self.outputs,
-            accumulate,
-        );
+        linear::backward_input(dx, dy, &weights[self.w.clone()], t, self.inputs, self.outputs, accumulate);
     }
 
     /// Adds the gradient by weight and bias to the arena `grads`.
@@ -234,13 +214,7 @@ fn put_back(dy: &[f32], rows: &[usize], width: usize, len: usize) -> Vec<f32> {
     dx
 }
 
-fn forward_all(
-    block: &Block,
-    dims: &Dims,
-    weights: &[f32],
-    x: Vec<f32>,
-    rows: Rows,
-) -> (Vec<f32>, Tape) {
+fn forward_all(block: &Block, dims: &Dims, weights: &[f32], x: Vec<f32>, rows: Rows) -> (Vec<f32>, Tape) {
     let t = x.len() / dims.hidden;
     let Qkv { q, k, v } = project(block, dims, weights, &x, rows.table);
     let mut o = vec![0.0; q.len()];
@@ -253,20 +227,7 @@ fn forward_all(
             finish(block, dims, weights, &x, &o)
         }
     };
-    (
-        y,
-        Tape {
-            x,
-            q,
-            k,
-            v,
-            o,
-            lse,
-            mid,
-            gate,
-            up,
-        },
-    )
+    (y, Tape { x, q, k, v, o, lse, mid, gate, up })
 }
 
 /// Runs a block over packed rows that attend within `spans`.
@@ -328,16 +289,7 @@ pub fn backward(
     let mut dn = n2;
     block.gate.backward_input(&mut dn, &dgate, weights, false);
     block.up.backward_input(&mut dn, &dup, weights, true);
-    normed_backward(
-        &mut dy,
-        grads.as_deref_mut(),
-        &block.norm2,
-        &dn,
-        &tape.mid,
-        weights,
-        &rstd2,
-        true,
-    );
+    normed_backward(&mut dy, grads.as_deref_mut(), &block.norm2, &dn, &tape.mid, weights, &rstd2, true);
     drop((h, dgate, dup));
 
     // Attention: mid = x + o(attention); dy is now the gradient by mid.
@@ -351,9 +303,7 @@ pub fn backward(
         }
         Some(wanted) => {
             if let Some(g) = grads.as_deref_mut() {
-                block
-                    .o
-                    .backward_weight(g, &dy, &pick(&tape.o, wanted, dims.hidden));
+                block.o.backward_weight(g, &dy, &pick(&tape.o, wanted, dims.hidden));
             }
             d_o = put_back(&d_o, wanted, dims.hidden, tape.o.len());
             dy = put_back(&dy, wanted, dims.hidden, tape.x.len());
@@ -387,15 +337,6 @@ pub fn backward(
     block.q.backward_input(&mut dn, &dq, weights, false);
     block.k.backward_input(&mut dn, &dk, weights, true);
     block.v.backward_input(&mut dn, &dv, weights, true);
-    normed_backward(
-        &mut dy,
-        grads,
-        &block.norm1,
-        &dn,
-        &tape.x,
-        weights,
-        &rstd1,
-        true,
-    );
+    normed_backward(&mut dy, grads, &block.norm1, &dn, &tape.x, weights, &rstd1, true);
     dy
 }

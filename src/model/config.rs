@@ -125,19 +125,14 @@ impl Section<'_> {
         let Some((key, value)) = self.present(keys) else {
             return Ok(default);
         };
-        value
-            .as_f64()
-            .filter(|x| *x > 0.0)
-            .with_context(|| format!("`{key}` is {value}; expected a number above 0"))
+        value.as_f64().filter(|x| *x > 0.0).with_context(|| format!("`{key}` is {value}; expected a number above 0"))
     }
 
     fn flag(&self, key: &str) -> Result<bool> {
         let Some((key, value)) = self.present(&[key]) else {
             return Ok(false);
         };
-        value
-            .as_bool()
-            .with_context(|| format!("`{key}` is {value}; expected true or false"))
+        value.as_bool().with_context(|| format!("`{key}` is {value}; expected true or false"))
     }
 
     fn sizes(&self, key: &str, default: &[usize]) -> Result<Vec<usize>> {
@@ -154,11 +149,7 @@ impl Section<'_> {
         let ids = self.ids(key)?;
         match ids.len() {
             0 | 1 => Ok(ids.first().copied()),
-            _ => bail!(
-                "`{}{key}` is a list of {}; expected one token id",
-                self.path,
-                ids.len()
-            ),
+            _ => bail!("`{}{key}` is a list of {}; expected one token id", self.path, ids.len()),
         }
     }
 
@@ -181,21 +172,13 @@ impl Section<'_> {
             return Ok(());
         };
         let same = |s: &Value| s == value || (s.is_number() && s.as_f64() == value.as_f64());
-        ensure!(
-            supported.iter().any(same),
-            "`{key}` is {value}; supported: {}",
-            list(supported)
-        );
+        ensure!(supported.iter().any(same), "`{key}` is {value}; supported: {}", list(supported));
         Ok(())
     }
 }
 
 fn list(values: &[Value]) -> String {
-    values
-        .iter()
-        .map(Value::to_string)
-        .collect::<Vec<_>>()
-        .join(" or ")
+    values.iter().map(Value::to_string).collect::<Vec<_>>().join(" or ")
 }
 
 impl Config {
@@ -203,23 +186,15 @@ impl Config {
     pub fn load(dir: &Path) -> Result<Config> {
         let path = dir.join("config.json");
         let text = std::fs::read_to_string(&path).with_context(|| {
-            format!(
-                "reading the model's config (a model folder has a config.json): {}",
-                path.display()
-            )
+            format!("reading the model's config (a model folder has a config.json): {}", path.display())
         })?;
-        let root =
-            serde_json::from_str(&text).with_context(|| format!("parsing {}", path.display()))?;
-        Config::from_json(&root)
-            .with_context(|| format!("reading the model's config: {}", path.display()))
+        let root = serde_json::from_str(&text).with_context(|| format!("parsing {}", path.display()))?;
+        Config::from_json(&root).with_context(|| format!("reading the model's config: {}", path.display()))
     }
 
     /// Takes either spelling.
     pub fn from_json(root: &Value) -> Result<Config> {
-        let top = Section {
-            path: "",
-            object: root,
-        };
+        let top = Section { path: "", object: root };
         ensure!(root.is_object(), "expected a JSON object, found {root}");
         match root.get("model_type").and_then(Value::as_str) {
             Some("qwen2_5_vl") => {}
@@ -229,22 +204,12 @@ impl Config {
             ),
         }
         let t = match root.get("text_config").filter(|v| v.is_object()) {
-            Some(object) => Section {
-                path: "text_config.",
-                object,
-            },
+            Some(object) => Section { path: "text_config.", object },
             None => top,
         };
         let empty = json!({});
-        let v = Section {
-            path: "vision_config.",
-            object: root.get("vision_config").unwrap_or(&empty),
-        };
-        let config = Config {
-            text: text(t, top)?,
-            vision: vision(v)?,
-            ids: ids(t, top)?,
-        };
+        let v = Section { path: "vision_config.", object: root.get("vision_config").unwrap_or(&empty) };
+        let config = Config { text: text(t, top)?, vision: vision(v)?, ids: ids(t, top)? };
         config.check()?;
         Ok(config)
     }
@@ -289,23 +254,14 @@ impl Config {
             v.merge * v.patch
         );
         for id in self.vision_ids() {
-            ensure!(
-                (id as usize) < t.vocab,
-                "token id {id} is outside the vocabulary of {} (`vocab_size`)",
-                t.vocab
-            );
+            ensure!((id as usize) < t.vocab, "token id {id} is outside the vocabulary of {} (`vocab_size`)", t.vocab);
         }
         Ok(())
     }
 
     /// Ids that stand for vision and must never be sampled.
     pub fn vision_ids(&self) -> [u32; 4] {
-        [
-            self.ids.image_pad,
-            self.ids.video_pad,
-            self.ids.vision_start,
-            self.ids.vision_end,
-        ]
+        [self.ids.image_pad, self.ids.video_pad, self.ids.vision_start, self.ids.vision_end]
     }
 
     /// The published spelling.
@@ -361,9 +317,7 @@ impl Config {
             "vision_config": vision,
         });
         if let Value::Object(map) = &mut root {
-            map.retain(|_, value| {
-                !value.is_null() && value.as_array().is_none_or(|a| !a.is_empty())
-            });
+            map.retain(|_, value| !value.is_null() && value.as_array().is_none_or(|a| !a.is_empty()));
         }
         root
     }
@@ -388,13 +342,8 @@ fn text(t: Section, top: Section) -> Result<TextConfig> {
     t.only("head_dim", &[json!(hidden / heads)])?;
 
     let empty = json!({});
-    let rope = t
-        .present(&["rope_parameters", "rope_scaling"])
-        .map_or(&empty, |(_, v)| v);
-    let rope = Section {
-        path: "rope_parameters.",
-        object: rope,
-    };
+    let rope = t.present(&["rope_parameters", "rope_scaling"]).map_or(&empty, |(_, v)| v);
+    let rope = Section { path: "rope_parameters.", object: rope };
     rope.only("rope_type", &[json!("default"), json!("mrope")])?;
     rope.only("type", &[json!("default"), json!("mrope")])?;
     let theta = match rope.present(&["rope_theta"]) {
@@ -402,11 +351,8 @@ fn text(t: Section, top: Section) -> Result<TextConfig> {
         None => t.number(&["rope_theta"], 1e6)?,
     };
     let sections = rope.sizes("mrope_section", &[16, 24, 24])?;
-    let sections = <[usize; 3]>::try_from(sections).map_err(|s| {
-        anyhow::anyhow!(
-            "`mrope_section` is {s:?}; expected three numbers, for time, height and width"
-        )
-    })?;
+    let sections = <[usize; 3]>::try_from(sections)
+        .map_err(|s| anyhow::anyhow!("`mrope_section` is {s:?}; expected three numbers, for time, height and width"))?;
     Ok(TextConfig {
         vocab: t.size(&["vocab_size"], 152_064)?,
         hidden,
@@ -429,10 +375,7 @@ fn text(t: Section, top: Section) -> Result<TextConfig> {
 fn vision(v: Section) -> Result<VisionConfig> {
     v.only("hidden_act", &[json!("silu")])?;
     if let Some((_, rope)) = v.present(&["rope_parameters"]) {
-        let rope = Section {
-            path: "vision_config.rope_parameters.",
-            object: rope,
-        };
+        let rope = Section { path: "vision_config.rope_parameters.", object: rope };
         rope.only("rope_type", &[json!("axial"), json!("default")])?;
         rope.only("rope_theta", &[json!(VisionConfig::THETA)])?;
     }
@@ -461,11 +404,7 @@ fn ids(t: Section, top: Section) -> Result<TokenIds> {
         vision_start: either("vision_start_token_id")?.unwrap_or(151_652),
         vision_end: either("vision_end_token_id")?.unwrap_or(151_653),
         bos: either("bos_token_id")?,
-        eos: if eos.is_empty() {
-            t.ids("eos_token_id")?
-        } else {
-            eos
-        },
+        eos: if eos.is_empty() { t.ids("eos_token_id")? } else { eos },
         pad: either("pad_token_id")?,
     })
 }
@@ -490,40 +429,26 @@ impl GenerationConfig {
         if !path.exists() {
             return Ok(GenerationConfig::default());
         }
-        let text = std::fs::read_to_string(&path)
-            .with_context(|| format!("reading {}", path.display()))?;
-        let root =
-            serde_json::from_str(&text).with_context(|| format!("parsing {}", path.display()))?;
+        let text = std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+        let root = serde_json::from_str(&text).with_context(|| format!("parsing {}", path.display()))?;
         GenerationConfig::from_json(&root).with_context(|| format!("reading {}", path.display()))
     }
 
     pub fn from_json(root: &Value) -> Result<GenerationConfig> {
-        let s = Section {
-            path: "",
-            object: root,
-        };
+        let s = Section { path: "", object: root };
         let number = |key: &str| {
             s.present(&[key])
-                .map(|(key, v)| {
-                    v.as_f64()
-                        .with_context(|| format!("`{key}` is {v}; expected a number"))
-                })
+                .map(|(key, v)| v.as_f64().with_context(|| format!("`{key}` is {v}; expected a number")))
                 .transpose()
         };
         Ok(GenerationConfig {
             bos: s.id("bos_token_id")?,
             eos: s.ids("eos_token_id")?,
             pad: s.id("pad_token_id")?,
-            do_sample: s
-                .present(&["do_sample"])
-                .map(|_| s.flag("do_sample"))
-                .transpose()?,
+            do_sample: s.present(&["do_sample"]).map(|_| s.flag("do_sample")).transpose()?,
             temperature: number("temperature")?,
             top_p: number("top_p")?,
-            top_k: s
-                .present(&["top_k"])
-                .and_then(|(_, v)| v.as_u64())
-                .map(|k| k as usize),
+            top_k: s.present(&["top_k"]).and_then(|(_, v)| v.as_u64()).map(|k| k as usize),
             repetition_penalty: number("repetition_penalty")?,
         })
     }
@@ -570,20 +495,10 @@ mod tests {
         let mut text = published();
         let map = text.as_object_mut().unwrap();
         let vision = map.remove("vision_config").unwrap();
-        for key in [
-            "rope_scaling",
-            "rope_theta",
-            "tie_word_embeddings",
-            "model_type",
-        ] {
+        for key in ["rope_scaling", "rope_theta", "tie_word_embeddings", "model_type"] {
             map.remove(key);
         }
-        for key in [
-            "image_token_id",
-            "video_token_id",
-            "vision_start_token_id",
-            "vision_end_token_id",
-        ] {
+        for key in ["image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"] {
             map.remove(key);
         }
         map.insert(
@@ -596,10 +511,7 @@ mod tests {
     #[test]
     fn both_spellings_are_one_config() {
         let a = Config::from_json(&published()).unwrap();
-        assert_eq!(
-            (a.text.layers, a.text.kv_heads, a.text.sections),
-            (36, 2, [16, 24, 24])
-        );
+        assert_eq!((a.text.layers, a.text.kv_heads, a.text.sections), (36, 2, [16, 24, 24]));
         assert_eq!(a.ids.eos, vec![151645]);
         assert_eq!(a, Config::from_json(&nested()).unwrap());
         assert_eq!(a, Config::from_json(&a.to_json("float32")).unwrap());
@@ -612,42 +524,19 @@ mod tests {
             root[key] = value;
             Config::from_json(&root).unwrap_err().to_string()
         };
-        assert_eq!(
-            with("model_type", json!("qwen3_vl")),
-            "`model_type` is \"qwen3_vl\"; supported: \"qwen2_5_vl\""
-        );
-        assert_eq!(
-            with("use_sliding_window", json!(true)),
-            "`use_sliding_window` is true; supported: false"
-        );
-        assert_eq!(
-            with("hidden_act", json!("gelu")),
-            "`hidden_act` is \"gelu\"; supported: \"silu\""
-        );
+        assert_eq!(with("model_type", json!("qwen3_vl")), "`model_type` is \"qwen3_vl\"; supported: \"qwen2_5_vl\"");
+        assert_eq!(with("use_sliding_window", json!(true)), "`use_sliding_window` is true; supported: false");
+        assert_eq!(with("hidden_act", json!("gelu")), "`hidden_act` is \"gelu\"; supported: \"silu\"");
         let yarn = with("rope_scaling", json!({"type": "yarn", "factor": 4.0}));
-        assert_eq!(
-            yarn,
-            "`rope_parameters.type` is \"yarn\"; supported: \"default\" or \"mrope\""
-        );
+        assert_eq!(yarn, "`rope_parameters.type` is \"yarn\"; supported: \"default\" or \"mrope\"");
         assert!(with("hidden_size", json!("wide")).contains("`hidden_size` is \"wide\""));
     }
 
     #[test]
     fn generation_config_takes_one_id_or_many() {
-        let g = GenerationConfig::from_json(
-            &json!({"eos_token_id": [151645, 151643], "temperature": 1e-6}),
-        )
-        .unwrap();
-        assert_eq!(
-            (g.eos.as_slice(), g.temperature),
-            (&[151645u32, 151643][..], Some(1e-6))
-        );
+        let g = GenerationConfig::from_json(&json!({"eos_token_id": [151645, 151643], "temperature": 1e-6})).unwrap();
+        assert_eq!((g.eos.as_slice(), g.temperature), (&[151645u32, 151643][..], Some(1e-6)));
         assert_eq!(GenerationConfig::from_json(&g.to_json()).unwrap(), g);
-        assert_eq!(
-            GenerationConfig::from_json(&json!({"eos_token_id": 2}))
-                .unwrap()
-                .eos,
-            vec![2]
-        );
+        assert_eq!(GenerationConfig::from_json(&json!({"eos_token_id": 2})).unwrap().eos, vec![2]);
     }
 }

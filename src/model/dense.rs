@@ -156,7 +156,15 @@ impl DenseHead {
             logprob::backward(&mut dsaid, dtable, &gradient, None, &out, &said, table, &targets, 1.0, &[], d, v);
             let mut dx = vec![0.0; n * d];
             linear::backward_input(&mut dx, &dsaid, map, n, d, d, false);
-            linear::backward_weight(&mut self.grads[question * d * d..(question + 1) * d * d], None, &dsaid, &x, n, d, d);
+            linear::backward_weight(
+                &mut self.grads[question * d * d..(question + 1) * d * d],
+                None,
+                &dsaid,
+                &x,
+                n,
+                d,
+                d,
+            );
             for (&r, row) in rows.iter().zip(dx.chunks_exact(d)) {
                 dfeatures[r * d..(r + 1) * d].iter_mut().zip(row).for_each(|(a, b)| *a += b);
             }
@@ -166,7 +174,8 @@ impl DenseHead {
 
     /// Writes the head beside a checkpoint, so that pretraining can go on.
     pub fn save(&self, dir: &Path) -> Result<()> {
-        let bytes = serde_json::to_vec(&(&self.params, &self.m, &self.v, self.step)).context("writing the dense head")?;
+        let bytes =
+            serde_json::to_vec(&(&self.params, &self.m, &self.v, self.step)).context("writing the dense head")?;
         write_atomic(dir.join(FILE), &bytes)
     }
 

@@ -56,35 +56,17 @@ impl Cache {
     /// Room for `rows` tokens over all sequences; see `Memory::cache_bytes_per_row` for what a row costs.
     pub fn new(config: &Config, rows: usize) -> Cache {
         let width = config.text.kv_heads * config.text.head_dim();
-        let arena = || {
-            (0..config.text.layers)
-                .map(|_| vec![0.0; rows * width])
-                .collect()
-        };
-        Cache {
-            k: arena(),
-            v: arena(),
-            capacity: rows,
-            used: 0,
-            width,
-            sequences: Vec::new(),
-        }
+        let arena = || (0..config.text.layers).map(|_| vec![0.0; rows * width]).collect();
+        Cache { k: arena(), v: arena(), capacity: rows, used: 0, width, sequences: Vec::new() }
     }
 
     /// A sequence with room for `reserve` tokens of its own, after all tokens that `shared` holds now.
-    pub fn add_sequence(
-        &mut self,
-        shared: Option<SequenceId>,
-        reserve: usize,
-    ) -> Result<SequenceId> {
+    pub fn add_sequence(&mut self, shared: Option<SequenceId>, reserve: usize) -> Result<SequenceId> {
         let shared = match shared {
             None => 0..0,
             Some(id) => {
                 let prefix = &self.sequences[id.0];
-                ensure!(
-                    prefix.shared.is_empty(),
-                    "a shared prompt cannot itself share another sequence's rows"
-                );
+                ensure!(prefix.shared.is_empty(), "a shared prompt cannot itself share another sequence's rows");
                 prefix.start..prefix.start + prefix.len
             }
         };
@@ -94,12 +76,7 @@ impl Cache {
             self.capacity - self.used,
             self.capacity
         );
-        self.sequences.push(Sequence {
-            shared,
-            start: self.used,
-            len: 0,
-            reserved: reserve,
-        });
+        self.sequences.push(Sequence { shared, start: self.used, len: 0, reserved: reserve });
         self.used += reserve;
         Ok(SequenceId(self.sequences.len() - 1))
     }
@@ -146,20 +123,10 @@ impl Vlm {
         for e in extensions {
             let n = e.ids.len();
             let s = &cache.sequences[e.sequence.0];
-            ensure!(
-                !std::mem::replace(&mut taken[e.sequence.0], true),
-                "a sequence stands twice among the extensions"
-            );
+            ensure!(!std::mem::replace(&mut taken[e.sequence.0], true), "a sequence stands twice among the extensions");
             ensure!(n > 0, "an extension without tokens");
-            ensure!(
-                n <= s.reserved - s.len,
-                "{n} tokens for a sequence with room for {}",
-                s.reserved - s.len
-            );
-            ensure!(
-                e.positions.iter().all(|p| p.len() == n),
-                "positions for another number of tokens than {n}"
-            );
+            ensure!(n <= s.reserved - s.len, "{n} tokens for a sequence with room for {}", s.reserved - s.len);
+            ensure!(e.positions.iter().all(|p| p.len() == n), "positions for another number of tokens than {n}");
             ensure!(
                 e.ids.iter().all(|id| (*id as usize) < config.vocab),
                 "a token id is outside the vocabulary of {}",
@@ -167,9 +134,7 @@ impl Vlm {
             );
             if !e.features.is_empty() {
                 let pads = ids.len();
-                let pads = (0..n)
-                    .filter(|i| e.ids[*i] == self.config.ids.image_pad)
-                    .map(|i| pads + i);
+                let pads = (0..n).filter(|i| e.ids[*i] == self.config.ids.image_pad).map(|i| pads + i);
                 runs.extend(pads.map(|first_row| FeatureRun { first_row, rows: 1 }));
             }
             features.extend_from_slice(e.features);
@@ -185,9 +150,7 @@ impl Vlm {
                 causal: true,
             });
             ids.extend_from_slice(e.ids);
-            axes.iter_mut()
-                .zip(e.positions)
-                .for_each(|(axis, p)| axis.extend_from_slice(p));
+            axes.iter_mut().zip(e.positions).for_each(|(axis, p)| axis.extend_from_slice(p));
         }
         if extensions.is_empty() {
             return Ok(Vec::new());
@@ -210,22 +173,11 @@ impl Vlm {
                 let last: Vec<usize> = spans.iter().map(|s| s.queries.end - 1).collect();
                 q = block::pick(&q, &last, d);
                 x = block::pick(&x, &last, d);
-                spans
-                    .iter_mut()
-                    .enumerate()
-                    .for_each(|(i, s)| s.queries = i..i + 1);
+                spans.iter_mut().enumerate().for_each(|(i, s)| s.queries = i..i + 1);
             }
             let mut o = vec![0.0; q.len()];
             let mut lse = vec![0.0; q.len() / dims.k];
-            attention::forward(
-                &mut o,
-                &mut lse,
-                &q,
-                &cache.k[l],
-                &cache.v[l],
-                &spans,
-                dims.attention(),
-            );
+            attention::forward(&mut o, &mut lse, &q, &cache.k[l], &cache.v[l], &spans, dims.attention());
             x = block::finish(layer, &dims, weights, &x, &o).y;
         }
         for e in extensions {

@@ -35,12 +35,7 @@ pub struct Trainable {
 }
 
 impl Trainable {
-    pub const ALL: Trainable = Trainable {
-        vision: true,
-        merger: true,
-        embeddings: true,
-        text: true,
-    };
+    pub const ALL: Trainable = Trainable { vision: true, merger: true, embeddings: true, text: true };
 
     pub fn has(&self, group: Group) -> bool {
         match group {
@@ -126,31 +121,14 @@ impl Builder {
     fn tensor(&mut self, name: String, shape: &[usize], group: Group) -> Range<usize> {
         let range = self.len..self.len + shape.iter().product::<usize>();
         self.len = range.end;
-        self.entries.push(Entry {
-            name,
-            shape: shape.to_vec(),
-            range: range.clone(),
-            group,
-        });
+        self.entries.push(Entry { name, shape: shape.to_vec(), range: range.clone(), group });
         range
     }
 
-    fn affine(
-        &mut self,
-        name: &str,
-        outputs: usize,
-        inputs: usize,
-        bias: bool,
-        group: Group,
-    ) -> Affine {
+    fn affine(&mut self, name: &str, outputs: usize, inputs: usize, bias: bool, group: Group) -> Affine {
         let w = self.tensor(format!("{name}.weight"), &[outputs, inputs], group);
         let b = bias.then(|| self.tensor(format!("{name}.bias"), &[outputs], group));
-        Affine {
-            w,
-            b,
-            inputs,
-            outputs,
-        }
+        Affine { w, b, inputs, outputs }
     }
 }
 
@@ -159,10 +137,7 @@ fn rows(fused: &Affine, from: usize, outputs: usize) -> Affine {
     let w = fused.w.start + from * fused.inputs;
     Affine {
         w: w..w + outputs * fused.inputs,
-        b: fused
-            .b
-            .as_ref()
-            .map(|b| b.start + from..b.start + from + outputs),
+        b: fused.b.as_ref().map(|b| b.start + from..b.start + from + outputs),
         inputs: fused.inputs,
         outputs,
     }
@@ -172,17 +147,10 @@ impl Layout {
     /// Lays out a model: embeddings, decoder layers, final norm, head when untied, vision tower, merger.
     pub fn new(config: &Config) -> Arc<Layout> {
         let (text, vision) = (&config.text, &config.vision);
-        let mut b = Builder {
-            entries: Vec::new(),
-            len: 0,
-        };
+        let mut b = Builder { entries: Vec::new(), len: 0 };
         let g = Group::Text;
         let d = text.hidden;
-        let embed = b.tensor(
-            "model.embed_tokens.weight".into(),
-            &[text.vocab, d],
-            Group::Embeddings,
-        );
+        let embed = b.tensor("model.embed_tokens.weight".into(), &[text.vocab, d], Group::Embeddings);
         let kv = text.kv_heads * text.head_dim();
         let layers = (0..text.layers)
             .map(|i| {
@@ -209,13 +177,7 @@ impl Layout {
 
         let g = Group::Vision;
         let c = vision.hidden;
-        let patch_shape = [
-            c,
-            vision.in_channels,
-            vision.temporal_patch,
-            vision.patch,
-            vision.patch,
-        ];
+        let patch_shape = [c, vision.in_channels, vision.temporal_patch, vision.patch, vision.patch];
         let patch = Affine {
             w: b.tensor("visual.patch_embed.proj.weight".into(), &patch_shape, g),
             b: None,
@@ -247,19 +209,8 @@ impl Layout {
         let merger_in = b.affine("visual.merger.mlp.0", wide, wide, true, g);
         let merger_out = b.affine("visual.merger.mlp.2", vision.out_hidden, wide, true, g);
         Arc::new(Layout {
-            vision: VisionIndex {
-                patch,
-                blocks,
-                merger_norm,
-                merger_in,
-                merger_out,
-            },
-            text: TextIndex {
-                embed,
-                layers,
-                norm,
-                head,
-            },
+            vision: VisionIndex { patch, blocks, merger_norm, merger_in, merger_out },
+            text: TextIndex { embed, layers, norm, head },
             entries: b.entries,
             len: b.len,
         })
@@ -272,11 +223,7 @@ impl Layout {
 
     /// Number of parameters in a group.
     pub fn count(&self, group: Group) -> usize {
-        self.entries
-            .iter()
-            .filter(|e| e.group == group)
-            .map(|e| e.range.len())
-            .sum()
+        self.entries.iter().filter(|e| e.group == group).map(|e| e.range.len()).sum()
     }
 }
 
@@ -294,10 +241,7 @@ pub type Gradients = Arena;
 
 impl Arena {
     pub fn zeros(layout: &Arc<Layout>) -> Arena {
-        Arena {
-            layout: layout.clone(),
-            data: vec![0.0; layout.len],
-        }
+        Arena { layout: layout.clone(), data: vec![0.0; layout.len] }
     }
 
     /// The values of one named tensor.
@@ -335,9 +279,6 @@ mod tests {
         assert_eq!(end, layout.len);
         let qkv = layout.find("visual.blocks.1.attn.qkv.weight").unwrap();
         let block = &layout.vision.blocks[1];
-        assert_eq!(
-            (block.q.w.start, block.v.w.end),
-            (qkv.range.start, qkv.range.end)
-        );
+        assert_eq!((block.q.w.start, block.v.w.end), (qkv.range.start, qkv.range.end));
     }
 }

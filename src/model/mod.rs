@@ -82,82 +82,38 @@ pub struct Packed {
 
 impl Packed {
     /// A single sequence with ordinary causal attention and no targets.
-    pub fn single(
-        ids: &[u32],
-        grids: &[Grid],
-        patches: Vec<f32>,
-        config: &Config,
-    ) -> Result<Packed> {
+    pub fn single(ids: &[u32], grids: &[Grid], patches: Vec<f32>, config: &Config) -> Result<Packed> {
         let p = positions(ids, grids, config)?;
         let mut images = Vec::with_capacity(grids.len());
         let mut row = 0;
         for grid in grids {
-            row += ids[row..]
-                .iter()
-                .position(|id| *id == config.ids.image_pad)
-                .unwrap_or(0);
-            images.push(PackedImage {
-                first_row: row,
-                grid: *grid,
-                features: None,
-            });
+            row += ids[row..].iter().position(|id| *id == config.ids.image_pad).unwrap_or(0);
+            images.push(PackedImage { first_row: row, grid: *grid, features: None });
             row += grid.tokens(config.vision.merge as u32);
         }
         let all = 0..ids.len();
-        let spans = vec![Span {
-            queries: all.clone(),
-            shared: 0..0,
-            own: all,
-            causal: true,
-        }];
-        Ok(Packed {
-            ids: ids.to_vec(),
-            positions: p.axes,
-            spans,
-            images,
-            patches,
-            targets: Vec::new(),
-        })
+        let spans = vec![Span { queries: all.clone(), shared: 0..0, own: all, causal: true }];
+        Ok(Packed { ids: ids.to_vec(), positions: p.axes, spans, images, patches, targets: Vec::new() })
     }
 
     /// Log-probs wanted for every token but the first, each predicted by the row before it.
     pub fn every_next_token(mut self) -> Packed {
-        self.targets = (1..self.ids.len())
-            .map(|t| Target {
-                row: t - 1,
-                token: self.ids[t],
-            })
-            .collect();
+        self.targets = (1..self.ids.len()).map(|t| Target { row: t - 1, token: self.ids[t] }).collect();
         self
     }
 
     fn check(&self, config: &Config) -> Result<()> {
         let t = self.ids.len();
         for (axis, p) in ["time", "height", "width"].iter().zip(&self.positions) {
-            ensure!(
-                p.len() == t,
-                "{} {axis} positions for {t} packed rows",
-                p.len()
-            );
+            ensure!(p.len() == t, "{} {axis} positions for {t} packed rows", p.len());
         }
-        if let Some((row, id)) = self
-            .ids
-            .iter()
-            .enumerate()
-            .find(|(_, id)| **id as usize >= config.text.vocab)
-        {
-            anyhow::bail!(
-                "token id {id} in row {row} is outside the vocabulary of {}",
-                config.text.vocab
-            );
+        if let Some((row, id)) = self.ids.iter().enumerate().find(|(_, id)| **id as usize >= config.text.vocab) {
+            anyhow::bail!("token id {id} in row {row} is outside the vocabulary of {}", config.text.vocab);
         }
         let mut next = 0;
         for span in &self.spans {
             let inside = span.queries.end <= t && span.own.end <= t && span.shared.end <= t;
-            ensure!(
-                inside && span.queries.start == next,
-                "span {span:?} does not follow row {next} of {t}"
-            );
+            ensure!(inside && span.queries.start == next, "span {span:?} does not follow row {next} of {t}");
             next = span.queries.end;
         }
         ensure!(next == t, "the spans cover {next} of {t} packed rows");
@@ -170,9 +126,7 @@ impl Packed {
             ensure!(
                 rows.start >= next
                     && rows.end <= t
-                    && self.ids[rows.clone()]
-                        .iter()
-                        .all(|id| *id == config.ids.image_pad),
+                    && self.ids[rows.clone()].iter().all(|id| *id == config.ids.image_pad),
                 "image {i} of {tokens} tokens does not stand on placeholder rows {rows:?}"
             );
             next = rows.end;
@@ -187,15 +141,8 @@ impl Packed {
                 None => patches += tokens * (merge * merge) as usize,
             }
         }
-        let placeholders = self
-            .ids
-            .iter()
-            .filter(|id| **id == config.ids.image_pad)
-            .count();
-        ensure!(
-            placeholders == pads,
-            "{placeholders} image placeholders in the packed rows, {pads} tokens of images"
-        );
+        let placeholders = self.ids.iter().filter(|id| **id == config.ids.image_pad).count();
+        ensure!(placeholders == pads, "{placeholders} image placeholders in the packed rows, {pads} tokens of images");
         let values = config.vision.patch_values();
         ensure!(
             self.patches.len() == patches * values,
@@ -229,19 +176,12 @@ impl Packed {
     }
 
     fn runs(&self, merge: u32) -> Vec<FeatureRun> {
-        let run = |i: &PackedImage| FeatureRun {
-            first_row: i.first_row,
-            rows: i.grid.tokens(merge),
-        };
+        let run = |i: &PackedImage| FeatureRun { first_row: i.first_row, rows: i.grid.tokens(merge) };
         self.images.iter().map(run).collect()
     }
 
     fn unseen(&self) -> Vec<Grid> {
-        self.images
-            .iter()
-            .filter(|i| i.features.is_none())
-            .map(|i| i.grid)
-            .collect()
+        self.images.iter().filter(|i| i.features.is_none()).map(|i| i.grid).collect()
     }
 }
 
@@ -256,10 +196,7 @@ pub struct Head<'a> {
 
 impl Head<'_> {
     /// The model's own distribution.
-    pub const PLAIN: Head<'static> = Head {
-        temperature: 1.0,
-        banned: &[],
-    };
+    pub const PLAIN: Head<'static> = Head { temperature: 1.0, banned: &[] };
 }
 
 /// Result of [`Vlm::evaluate`], in the order of the targets.
@@ -323,35 +260,16 @@ impl Vlm {
             positions::check_grid(grid, merge, i)?;
             tokens += grid.tokens(merge);
         }
-        let (rows, values) = (
-            tokens * (merge * merge) as usize,
-            self.config.vision.patch_values(),
-        );
-        ensure!(
-            patches.len() == rows * values,
-            "{} patch values; expected {rows} patches × {values}",
-            patches.len()
-        );
+        let (rows, values) = (tokens * (merge * merge) as usize, self.config.vision.patch_values());
+        ensure!(patches.len() == rows * values, "{} patch values; expected {rows} patches × {values}", patches.len());
         Ok(self.encode_checked(patches, grids, Keep::Nothing).0)
     }
 
-    fn encode_checked(
-        &self,
-        patches: &[f32],
-        grids: &[Grid],
-        keep: Keep,
-    ) -> (Vec<f32>, Option<VisionTape>) {
+    fn encode_checked(&self, patches: &[f32], grids: &[Grid], keep: Keep) -> (Vec<f32>, Option<VisionTape>) {
         if grids.is_empty() {
             return (Vec::new(), None);
         }
-        vision::forward(
-            &self.config.vision,
-            &self.weights.layout.vision,
-            &self.weights.data,
-            patches,
-            grids,
-            keep,
-        )
+        vision::forward(&self.config.vision, &self.weights.layout.vision, &self.weights.data, patches, grids, keep)
     }
 
     /// Hidden states after the final norm, `[T, D]`.
@@ -414,13 +332,7 @@ impl Vlm {
 
     /// Log-probs and entropies of the targets. `train` says which gradients [`Vlm::backward`] will be asked for: a
     /// frozen vision tower keeps nothing.
-    pub fn evaluate(
-        &self,
-        packed: &Packed,
-        head: Head,
-        keep: Keep,
-        train: Trainable,
-    ) -> Result<Evaluation> {
+    pub fn evaluate(&self, packed: &Packed, head: Head, keep: Keep, train: Trainable) -> Result<Evaluation> {
         packed.check(&self.config)?;
         check_head(head)?;
         let vision = if train.tower() { keep } else { Keep::Nothing };
@@ -430,15 +342,8 @@ impl Vlm {
         let rows = block::pick(&hidden, &places, d);
         drop(hidden);
         let tokens = target_tokens(packed);
-        let out = logprob::forward(
-            &rows,
-            self.head(),
-            &tokens,
-            head.temperature,
-            head.banned,
-            d,
-            self.config.text.vocab,
-        );
+        let out =
+            logprob::forward(&rows, self.head(), &tokens, head.temperature, head.banned, d, self.config.text.vocab);
         let (logprobs, entropies) = (out.logprob.clone(), out.entropy.clone());
         let tape = text.map(|text| Tape {
             vision,
@@ -449,11 +354,7 @@ impl Vlm {
             banned: head.banned.to_vec(),
             features,
         });
-        Ok(Evaluation {
-            logprobs,
-            entropies,
-            tape,
-        })
+        Ok(Evaluation { logprobs, entropies, tape })
     }
 
     /// Adds to `grads` the gradient of `Σ weights[i]·logprob[i] + Σ entropy_weights[i]·entropy[i]` by every trained
@@ -473,18 +374,11 @@ impl Vlm {
         grads: &mut Gradients,
     ) -> Result<()> {
         let n = packed.targets.len();
-        ensure!(
-            weights.len() == n,
-            "{} weights for {n} targets",
-            weights.len()
-        );
+        ensure!(weights.len() == n, "{} weights for {n} targets", weights.len());
         if let Some(e) = entropy_weights {
             ensure!(e.len() == n, "{} entropy weights for {n} targets", e.len());
         }
-        ensure!(
-            grads.layout.len == self.weights.layout.len,
-            "gradients of another model's layout"
-        );
+        ensure!(grads.layout.len == self.weights.layout.len, "gradients of another model's layout");
         let given = packed.images.iter().any(|i| i.features.is_some());
         ensure!(
             !(train.tower() && given),
@@ -542,7 +436,12 @@ impl Vlm {
         );
         drop(dhidden);
         if let Some(extra) = on_features {
-            ensure!(extra.len() == dfeatures.len(), "{} values on the features, expected {}", extra.len(), dfeatures.len());
+            ensure!(
+                extra.len() == dfeatures.len(),
+                "{} values on the features, expected {}",
+                extra.len(),
+                dfeatures.len()
+            );
             dfeatures.iter_mut().zip(extra).for_each(|(d, e)| *d += e);
         }
         if let Some(tape) = vision {

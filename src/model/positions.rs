@@ -36,12 +36,7 @@ pub fn positions(ids: &[u32], grids: &[Grid], config: &Config) -> Result<Positio
 /// # Example
 /// Four tokens of text, vision-start, a merged grid of 2 × 3, vision-end, one token of text, from 0:
 /// time `0 1 2 3 4 5 5 5 5 5 5 8 9`, height `0 1 2 3 4 5 5 5 6 6 6 8 9`, width `0 1 2 3 4 5 6 7 5 6 7 8 9`, next 10.
-pub fn positions_from(
-    start: i32,
-    ids: &[u32],
-    grids: &[Grid],
-    config: &Config,
-) -> Result<Positions> {
+pub fn positions_from(start: i32, ids: &[u32], grids: &[Grid], config: &Config) -> Result<Positions> {
     let merge = config.vision.merge as u32;
     let mut axes = [(); 3].map(|_| Vec::with_capacity(ids.len()));
     let mut next = start;
@@ -60,18 +55,11 @@ pub fn positions_from(
             continue;
         }
         let Some((image, grid)) = grids.next() else {
-            bail!(
-                "token {row} is an image placeholder (id {}) but no image is left for it",
-                ids[row]
-            );
+            bail!("token {row} is an image placeholder (id {}) but no image is left for it", ids[row]);
         };
         check_grid(grid, merge, image)?;
         let tokens = grid.tokens(merge);
-        let pads = ids[row..]
-            .iter()
-            .take(tokens)
-            .take_while(|id| **id == config.ids.image_pad)
-            .count();
+        let pads = ids[row..].iter().take(tokens).take_while(|id| **id == config.ids.image_pad).count();
         ensure!(
             pads == tokens,
             "image {image} has {tokens} tokens (grid {}x{}x{}, merge {merge}) but {pads} placeholders stand at token {row}",
@@ -90,22 +78,14 @@ pub fn positions_from(
         row += tokens;
     }
     let left = grids.count();
-    ensure!(
-        left == 0,
-        "{left} of the images have no placeholder tokens (id {})",
-        config.ids.image_pad
-    );
+    ensure!(left == 0, "{left} of the images have no placeholder tokens (id {})", config.ids.image_pad);
     Ok(Positions { axes, next })
 }
 
 /// A grid this model can take: one frame, sides that are multiples of the merge.
 pub fn check_grid(grid: &Grid, merge: u32, image: usize) -> Result<()> {
     ensure!(
-        grid.t == 1
-            && grid.h > 0
-            && grid.w > 0
-            && grid.h.is_multiple_of(merge)
-            && grid.w.is_multiple_of(merge),
+        grid.t == 1 && grid.h > 0 && grid.w > 0 && grid.h.is_multiple_of(merge) && grid.w.is_multiple_of(merge),
         "image {image} has a grid of {}x{}x{} patches (frames, rows, columns); expected 1 frame and sides that are multiples of {merge}",
         grid.t,
         grid.h,
@@ -149,10 +129,7 @@ mod tests {
         let a = positions(&ids[..5], &[], &config).unwrap();
         let b = positions_from(a.next, &ids[5..], &[Grid { t: 1, h: 4, w: 6 }], &config).unwrap();
         for axis in 0..3 {
-            assert_eq!(
-                [&a.axes[axis][..], &b.axes[axis][..]].concat(),
-                p.axes[axis]
-            );
+            assert_eq!([&a.axes[axis][..], &b.axes[axis][..]].concat(), p.axes[axis]);
         }
     }
 
@@ -160,14 +137,11 @@ mod tests {
     fn placeholders_and_grids_must_agree() {
         let config = presets::nano(100);
         let grid = Grid { t: 1, h: 4, w: 6 };
-        let err =
-            |ids: &[u32], grids: &[Grid]| positions(ids, grids, &config).unwrap_err().to_string();
+        let err = |ids: &[u32], grids: &[Grid]| positions(ids, grids, &config).unwrap_err().to_string();
         assert!(err(&ids(&config, &[2, 5]), &[grid]).contains("has 6 tokens"));
         assert!(err(&ids(&config, &[2, 7]), &[grid]).contains("no image is left"));
         assert!(err(&ids(&config, &[2]), &[grid]).contains("have no placeholder"));
-        assert!(
-            err(&ids(&config, &[2, 6]), &[Grid { t: 1, h: 3, w: 6 }]).contains("grid of 1x3x6")
-        );
+        assert!(err(&ids(&config, &[2, 6]), &[Grid { t: 1, h: 3, w: 6 }]).contains("grid of 1x3x6"));
         assert!(err(&[config.ids.video_pad], &[]).contains("video"));
     }
 }

@@ -31,14 +31,8 @@ pub fn qwen_ids() -> TokenIds {
 /// The configuration of a name. `vocab` and `ids` come from the tokenizer; the published sizes keep their own.
 pub fn preset(name: &str, vocab: usize, ids: &TokenIds) -> Result<Config> {
     Ok(match name {
-        "nano" => Config {
-            ids: ids.clone(),
-            ..nano(vocab)
-        },
-        "mini" => Config {
-            ids: ids.clone(),
-            ..mini(vocab)
-        },
+        "nano" => Config { ids: ids.clone(), ..nano(vocab) },
+        "mini" => Config { ids: ids.clone(), ..mini(vocab) },
         "qwen2.5-vl-3b" => qwen25_vl_3b(),
         "qwen2.5-vl-7b" => qwen25_vl_7b(),
         other => bail!("unknown preset `{other}`; there are {}", NAMES.join(", ")),
@@ -206,14 +200,8 @@ pub fn initialise(config: Config, seed: u64) -> Vlm {
             values.fill(1.0);
             continue;
         }
-        let residual = ["o_proj.weight", "attn.proj.weight", "down_proj.weight"]
-            .iter()
-            .any(|end| name.ends_with(end));
-        let depth = if entry.group == Group::Text {
-            config.text.layers
-        } else {
-            config.vision.depth
-        };
+        let residual = ["o_proj.weight", "attn.proj.weight", "down_proj.weight"].iter().any(|end| name.ends_with(end));
+        let depth = if entry.group == Group::Text { config.text.layers } else { config.vision.depth };
         let inputs: usize = entry.shape[1..].iter().product();
         let std = match entry.group {
             Group::Embeddings => 0.02,
@@ -261,14 +249,9 @@ pub struct Memory {
 pub fn memory(config: &Config, train: Trainable) -> Memory {
     let layout = Layout::new(config);
     let groups = [Group::Vision, Group::Merger, Group::Embeddings, Group::Text];
-    let trained = groups
-        .into_iter()
-        .filter(|g| train.has(*g))
-        .map(|g| layout.count(g))
-        .sum();
-    let per_row = |hidden: usize, kv: usize, heads: usize, mlp: usize| {
-        4 * (4 * hidden + 2 * kv + heads + 2 * mlp) as u64
-    };
+    let trained = groups.into_iter().filter(|g| train.has(*g)).map(|g| layout.count(g)).sum();
+    let per_row =
+        |hidden: usize, kv: usize, heads: usize, mlp: usize| 4 * (4 * hidden + 2 * kv + heads + 2 * mlp) as u64;
     let (t, v) = (&config.text, &config.vision);
     let kv = t.kv_heads * t.head_dim();
     Memory {
@@ -277,8 +260,7 @@ pub fn memory(config: &Config, train: Trainable) -> Memory {
         weights_bytes: 4 * layout.len as u64,
         training_bytes: 12 * layout.len as u64,
         tape_bytes_per_row: t.layers as u64 * per_row(t.hidden, kv, t.heads, t.mlp),
-        recompute_bytes_per_row: 4 * (t.layers * t.hidden) as u64
-            + per_row(t.hidden, kv, t.heads, t.mlp),
+        recompute_bytes_per_row: 4 * (t.layers * t.hidden) as u64 + per_row(t.hidden, kv, t.heads, t.mlp),
         tape_bytes_per_patch: v.depth as u64 * per_row(v.hidden, v.hidden, v.heads, v.mlp),
         cache_bytes_per_row: 8 * (t.layers * kv) as u64,
     }
@@ -291,17 +273,9 @@ mod tests {
     #[test]
     fn every_preset_is_consistent() {
         for name in NAMES {
-            preset(name, 2000, &last_ids(2000))
-                .unwrap()
-                .check()
-                .unwrap();
+            preset(name, 2000, &last_ids(2000)).unwrap().check().unwrap();
         }
-        assert!(
-            preset("huge", 1, &qwen_ids())
-                .unwrap_err()
-                .to_string()
-                .contains("nano, mini")
-        );
+        assert!(preset("huge", 1, &qwen_ids()).unwrap_err().to_string().contains("nano, mini"));
         let millions = Layout::new(&mini(2000)).len / 1_000_000;
         assert!((50..70).contains(&millions), "mini has {millions} million");
     }
@@ -311,24 +285,9 @@ mod tests {
     #[test]
     fn scales() {
         let m = initialise(nano(300), 7);
-        assert!(
-            m.weights
-                .get("model.layers.2.input_layernorm.weight")
-                .unwrap()
-                .iter()
-                .all(|x| *x == 1.0)
-        );
-        assert!(
-            m.weights
-                .get("model.layers.2.self_attn.q_proj.bias")
-                .unwrap()
-                .iter()
-                .all(|x| *x == 0.0)
-        );
-        let gate = m
-            .weights
-            .get("model.layers.2.mlp.gate_proj.weight")
-            .unwrap();
+        assert!(m.weights.get("model.layers.2.input_layernorm.weight").unwrap().iter().all(|x| *x == 1.0));
+        assert!(m.weights.get("model.layers.2.self_attn.q_proj.bias").unwrap().iter().all(|x| *x == 0.0));
+        let gate = m.weights.get("model.layers.2.mlp.gate_proj.weight").unwrap();
         let std = (gate.iter().map(|x| (x * x) as f64).sum::<f64>() / gate.len() as f64).sqrt();
         assert!((std * 128f64.sqrt() - 1.0).abs() < 0.01, "{std}");
         assert_eq!(m.weights.data, initialise(nano(300), 7).weights.data);

@@ -49,10 +49,7 @@ const WIDE: Grid = Grid { t: 1, h: 4, w: 6 }; // 6 tokens: a whole window and a 
 const TALL: Grid = Grid { t: 1, h: 6, w: 2 }; // 3 tokens
 
 fn patches(config: &Config, grid: Grid, seed: u64) -> Vec<f32> {
-    noise(
-        (grid.h * grid.w) as usize * config.vision.patch_values(),
-        seed,
-    )
+    noise((grid.h * grid.w) as usize * config.vision.patch_values(), seed)
 }
 
 fn image(config: &Config, tokens: usize) -> Vec<u32> {
@@ -64,18 +61,9 @@ fn image(config: &Config, tokens: usize) -> Vec<u32> {
 
 /// Two images in one conversation.
 fn conversation(config: &Config) -> Packed {
-    let ids = [
-        &[3, 4, 5][..],
-        &image(config, 6),
-        &[6, 7, 8],
-        &image(config, 3),
-        &[9, 10],
-    ]
-    .concat();
+    let ids = [&[3, 4, 5][..], &image(config, 6), &[6, 7, 8], &image(config, 3), &[9, 10]].concat();
     let both = [patches(config, WIDE, 1), patches(config, TALL, 2)].concat();
-    Packed::single(&ids, &[WIDE, TALL], both, config)
-        .unwrap()
-        .every_next_token()
+    Packed::single(&ids, &[WIDE, TALL], both, config).unwrap().every_next_token()
 }
 
 fn head(config: &Config) -> (f32, Vec<u32>) {
@@ -97,38 +85,19 @@ fn sampled(mut packed: Packed, banned: &[u32]) -> Packed {
 fn gradient_of_everything_agrees_with_differences() {
     let model = tiny();
     let (temperature, banned) = head(&model.config);
-    let head = Head {
-        temperature,
-        banned: &banned,
-    };
+    let head = Head { temperature, banned: &banned };
     let packed = sampled(conversation(&model.config), &banned);
     let n = packed.targets.len();
     let (weights, entropy_weights) = (noise(n, 5), noise(n, 6));
     let value = |m: &Vlm| {
-        let e = m
-            .evaluate(&packed, head, Keep::Nothing, Trainable::ALL)
-            .unwrap();
-        let sum = |a: &[f32], b: &[f32]| {
-            a.iter()
-                .zip(b)
-                .map(|(a, b)| *a as f64 * *b as f64)
-                .sum::<f64>()
-        };
+        let e = m.evaluate(&packed, head, Keep::Nothing, Trainable::ALL).unwrap();
+        let sum = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| *a as f64 * *b as f64).sum::<f64>();
         sum(&e.logprobs, &weights) + sum(&e.entropies, &entropy_weights)
     };
-    let e = model
-        .evaluate(&packed, head, Keep::Everything, Trainable::ALL)
-        .unwrap();
+    let e = model.evaluate(&packed, head, Keep::Everything, Trainable::ALL).unwrap();
     let mut grads = Gradients::zeros(&model.weights.layout);
     model
-        .backward(
-            &packed,
-            e.tape.unwrap(),
-            &weights,
-            Some(&entropy_weights), None,
-            Trainable::ALL,
-            &mut grads,
-        )
+        .backward(&packed, e.tape.unwrap(), &weights, Some(&entropy_weights), None, Trainable::ALL, &mut grads)
         .unwrap();
 
     let step = 2e-2f32;
@@ -138,25 +107,14 @@ fn gradient_of_everything_agrees_with_differences() {
         direction.iter_mut().for_each(|x| *x /= length);
         let moved = |by: f32| {
             let mut m = model.clone();
-            m.weights.data[entry.range.clone()]
-                .iter_mut()
-                .zip(&direction)
-                .for_each(|(w, d)| *w += by * d);
+            m.weights.data[entry.range.clone()].iter_mut().zip(&direction).for_each(|(w, d)| *w += by * d);
             value(&m)
         };
         let differences = (moved(step) - moved(-step)) / (2.0 * step as f64);
         let gradient = &grads.data[entry.range.clone()];
-        let ours: f64 = gradient
-            .iter()
-            .zip(&direction)
-            .map(|(g, d)| *g as f64 * *d as f64)
-            .sum();
+        let ours: f64 = gradient.iter().zip(&direction).map(|(g, d)| *g as f64 * *d as f64).sum();
         let off = (ours - differences).abs();
-        assert!(
-            off < 4e-3 + 0.02 * differences.abs(),
-            "{}: {ours} against {differences}",
-            entry.name
-        );
+        assert!(off < 4e-3 + 0.02 * differences.abs(), "{}: {ours} against {differences}", entry.name);
     }
 }
 
@@ -166,21 +124,9 @@ fn computing_layers_again_changes_no_bit() {
     let packed = conversation(&model.config);
     let weights = noise(packed.targets.len(), 5);
     let gradient = |keep| {
-        let e = model
-            .evaluate(&packed, Head::PLAIN, keep, Trainable::ALL)
-            .unwrap();
+        let e = model.evaluate(&packed, Head::PLAIN, keep, Trainable::ALL).unwrap();
         let mut grads = Gradients::zeros(&model.weights.layout);
-        model
-            .backward(
-                &packed,
-                e.tape.unwrap(),
-                &weights,
-                None,
-                None,
-                Trainable::ALL,
-                &mut grads,
-            )
-            .unwrap();
+        model.backward(&packed, e.tape.unwrap(), &weights, None, None, Trainable::ALL, &mut grads).unwrap();
         (e.logprobs, grads.data)
     };
     let (a, b) = (gradient(Keep::Everything), gradient(Keep::Inputs));
@@ -195,13 +141,9 @@ fn frozen_groups_get_nothing_and_change_nothing() {
     let packed = conversation(&model.config);
     let weights = noise(packed.targets.len(), 5);
     let gradient = |train: Trainable| {
-        let e = model
-            .evaluate(&packed, Head::PLAIN, Keep::Everything, train)
-            .unwrap();
+        let e = model.evaluate(&packed, Head::PLAIN, Keep::Everything, train).unwrap();
         let mut grads = Gradients::zeros(&model.weights.layout);
-        model
-            .backward(&packed, e.tape.unwrap(), &weights, None, None, train, &mut grads)
-            .unwrap();
+        model.backward(&packed, e.tape.unwrap(), &weights, None, None, train, &mut grads).unwrap();
         grads
     };
     let all = gradient(Trainable::ALL);
@@ -214,10 +156,7 @@ fn frozen_groups_get_nothing_and_change_nothing() {
         };
         let some = gradient(train);
         for entry in &model.weights.layout.entries {
-            let (some, all) = (
-                &some.data[entry.range.clone()],
-                &all.data[entry.range.clone()],
-            );
+            let (some, all) = (&some.data[entry.range.clone()], &all.data[entry.range.clone()]);
             if entry.group == group {
                 assert_eq!(some, all, "{}", entry.name);
             } else {
@@ -230,16 +169,9 @@ fn frozen_groups_get_nothing_and_change_nothing() {
 #[test]
 fn two_images_together_are_each_alone() {
     let model = tiny();
-    let (a, b) = (
-        patches(&model.config, WIDE, 1),
-        patches(&model.config, TALL, 2),
-    );
+    let (a, b) = (patches(&model.config, WIDE, 1), patches(&model.config, TALL, 2));
     let together = model.encode(&[&a[..], &b].concat(), &[WIDE, TALL]).unwrap();
-    let alone = [
-        model.encode(&a, &[WIDE]).unwrap(),
-        model.encode(&b, &[TALL]).unwrap(),
-    ]
-    .concat();
+    let alone = [model.encode(&a, &[WIDE]).unwrap(), model.encode(&b, &[TALL]).unwrap()].concat();
     assert_eq!(together, alone);
 
     // Ready features in place of patches are the same, too.
@@ -247,10 +179,7 @@ fn two_images_together_are_each_alone() {
     let mut ready = packed.clone();
     ready.images[0].features = Some(Arc::new(together[..6 * 32].to_vec()));
     ready.patches = b;
-    assert_eq!(
-        model.hidden(&ready).unwrap(),
-        model.hidden(&packed).unwrap()
-    );
+    assert_eq!(model.hidden(&ready).unwrap(), model.hidden(&packed).unwrap());
 }
 
 /// A prompt with an image shared by two members, one of them with a second image in a second turn: packed once with a
@@ -261,14 +190,8 @@ fn sampling_with_the_cache_is_the_packed_pass() {
     let config = &model.config;
     let d = config.text.hidden;
     let prompt = [&[3, 4, 5][..], &image(config, 6), &[6]].concat();
-    let turns: [(&[u32], Vec<u32>, &[u32]); 2] = [
-        (
-            &[11, 12, 13],
-            [&[2][..], &image(config, 3), &[7, 8]].concat(),
-            &[14, 15],
-        ),
-        (&[16, 17], vec![], &[]),
-    ];
+    let turns: [(&[u32], Vec<u32>, &[u32]); 2] =
+        [(&[11, 12, 13], [&[2][..], &image(config, 3), &[7, 8]].concat(), &[14, 15]), (&[16, 17], vec![], &[])];
     let seen = [patches(config, WIDE, 1), patches(config, TALL, 2)];
     let start = positions(&prompt, &[WIDE], config).unwrap();
 
@@ -280,18 +203,9 @@ fn sampling_with_the_cache_is_the_packed_pass() {
         let grids: &[Grid] = if middle.is_empty() { &[] } else { &[TALL] };
         let at = positions_from(start.next, &own, grids, config).unwrap();
         let rows = packed.ids.len()..packed.ids.len() + own.len();
-        packed.spans.push(Span {
-            queries: rows.clone(),
-            shared: 0..n,
-            own: rows.clone(),
-            causal: true,
-        });
+        packed.spans.push(Span { queries: rows.clone(), shared: 0..n, own: rows.clone(), causal: true });
         if let Some(pad) = own.iter().position(|id| *id == config.ids.image_pad) {
-            packed.images.push(PackedImage {
-                first_row: rows.start + pad,
-                grid: TALL,
-                features: None,
-            });
+            packed.images.push(PackedImage { first_row: rows.start + pad, grid: TALL, features: None });
         }
         packed.ids.extend(&own);
         for axis in 0..3 {
@@ -305,18 +219,10 @@ fn sampling_with_the_cache_is_the_packed_pass() {
     let mut cache = Cache::new(config, n + 20);
     let root = cache.add_sequence(None, n).unwrap();
     let features = model.encode(&seen[0], &[WIDE]).unwrap();
-    let e = Extension {
-        sequence: root,
-        ids: &prompt,
-        positions: start.as_slices(),
-        features: &features,
-    };
+    let e = Extension { sequence: root, ids: &prompt, positions: start.as_slices(), features: &features };
     let h = model.extend(&mut cache, &[e]).unwrap();
     assert_eq!(h, row(n - 1));
-    let members = [
-        cache.add_sequence(Some(root), 13).unwrap(),
-        cache.add_sequence(Some(root), 2).unwrap(),
-    ];
+    let members = [cache.add_sequence(Some(root), 13).unwrap(), cache.add_sequence(Some(root), 2).unwrap()];
     let b = n + turns[0].0.len() + turns[0].1.len() + turns[0].2.len();
     for step in 0..3 {
         let position = [start.next + step as i32];
@@ -326,12 +232,7 @@ fn sampling_with_the_cache_is_the_packed_pass() {
         }
         let e: Vec<Extension> = e
             .iter()
-            .map(|(s, ids)| Extension {
-                sequence: *s,
-                ids,
-                positions: [&position; 3],
-                features: &[],
-            })
+            .map(|(s, ids)| Extension { sequence: *s, ids, positions: [&position; 3], features: &[] })
             .collect();
         let h = model.extend(&mut cache, &e).unwrap();
         assert_eq!(&h[..d], row(n + step));
@@ -341,47 +242,20 @@ fn sampling_with_the_cache_is_the_packed_pass() {
     }
     let at = positions_from(start.next + 3, &turns[0].1, &[TALL], config).unwrap();
     let features = model.encode(&seen[1], &[TALL]).unwrap();
-    let e = Extension {
-        sequence: members[0],
-        ids: &turns[0].1,
-        positions: at.as_slices(),
-        features: &features,
-    };
+    let e = Extension { sequence: members[0], ids: &turns[0].1, positions: at.as_slices(), features: &features };
     let h = model.extend(&mut cache, &[e]).unwrap();
     assert_eq!(h, row(n + 3 + turns[0].1.len() - 1));
     for step in 0..2 {
         let position = [at.next + step as i32];
         let ids = &turns[0].2[step..=step];
-        let e = Extension {
-            sequence: members[0],
-            ids,
-            positions: [&position; 3],
-            features: &[],
-        };
+        let e = Extension { sequence: members[0], ids, positions: [&position; 3], features: &[] };
         let h = model.extend(&mut cache, &[e]).unwrap();
         assert_eq!(h, row(n + 3 + turns[0].1.len() + step));
     }
     assert_eq!((cache.len(members[0]), cache.room(members[0])), (b, 0));
-    let e = Extension {
-        sequence: members[1],
-        ids: &[1],
-        positions: [&[0]; 3],
-        features: &[],
-    };
-    assert!(
-        model
-            .extend(&mut cache, &[e])
-            .unwrap_err()
-            .to_string()
-            .contains("room for 0")
-    );
-    assert!(
-        cache
-            .add_sequence(None, 100)
-            .unwrap_err()
-            .to_string()
-            .contains("rows left")
-    );
+    let e = Extension { sequence: members[1], ids: &[1], positions: [&[0]; 3], features: &[] };
+    assert!(model.extend(&mut cache, &[e]).unwrap_err().to_string().contains("room for 0"));
+    assert!(cache.add_sequence(None, 100).unwrap_err().to_string().contains("rows left"));
 }
 
 /// The log-prob at the head is log-softmax of the logits without the banned ids, computed here in f64.
@@ -393,30 +267,14 @@ fn logprobs_are_those_of_the_logits() {
     let hidden = model.hidden(&packed).unwrap();
     let logits = model.logits(&hidden);
     let v = model.config.text.vocab;
-    let e = model
-        .evaluate(
-            &packed,
-            Head {
-                temperature,
-                banned: &banned,
-            },
-            Keep::Nothing,
-            Trainable::ALL,
-        )
-        .unwrap();
+    let e = model.evaluate(&packed, Head { temperature, banned: &banned }, Keep::Nothing, Trainable::ALL).unwrap();
     for (target, found) in packed.targets.iter().zip(&e.logprobs) {
         let row = &logits[target.row * v..(target.row + 1) * v];
         let z = |i: usize| row[i] as f64 / temperature as f64;
-        let sum: f64 = (0..v)
-            .filter(|i| !banned.contains(&(*i as u32)))
-            .map(|i| z(i).exp())
-            .sum();
+        let sum: f64 = (0..v).filter(|i| !banned.contains(&(*i as u32))).map(|i| z(i).exp()).sum();
         let expected = z(target.token as usize) - sum.ln();
         // f32 rounding of a number of order 10.
-        assert!(
-            (expected - *found as f64).abs() < 1e-5,
-            "{expected} {found}"
-        );
+        assert!((expected - *found as f64).abs() < 1e-5, "{expected} {found}");
     }
 }
 
@@ -449,20 +307,8 @@ fn a_shared_prompt_is_a_repeated_prompt() {
     let n = prompt.len();
     let weights = noise(5, 5);
     let run = |packed: &Packed, weights: &[f32], grads: &mut Gradients| {
-        let e = model
-            .evaluate(packed, Head::PLAIN, Keep::Everything, Trainable::ALL)
-            .unwrap();
-        model
-            .backward(
-                packed,
-                e.tape.unwrap(),
-                weights,
-                None,
-                None,
-                Trainable::ALL,
-                grads,
-            )
-            .unwrap();
+        let e = model.evaluate(packed, Head::PLAIN, Keep::Everything, Trainable::ALL).unwrap();
+        model.backward(packed, e.tape.unwrap(), weights, None, None, Trainable::ALL, grads).unwrap();
         e.logprobs
     };
 
@@ -473,40 +319,19 @@ fn a_shared_prompt_is_a_repeated_prompt() {
     for member in members {
         let first = shared.ids.len();
         let rows = first..first + member.len();
-        shared.spans.push(Span {
-            queries: rows.clone(),
-            shared: 0..n,
-            own: rows,
-            causal: true,
-        });
+        shared.spans.push(Span { queries: rows.clone(), shared: 0..n, own: rows, causal: true });
         shared.ids.extend(member);
         for axis in &mut shared.positions {
             axis.extend((0..member.len() as i32).map(|i| next + i));
         }
         let row = |i: usize| if i == 0 { n - 1 } else { first + i - 1 };
-        shared
-            .targets
-            .extend(member.iter().enumerate().map(|(i, t)| Target {
-                row: row(i),
-                token: *t,
-            }));
+        shared.targets.extend(member.iter().enumerate().map(|(i, t)| Target { row: row(i), token: *t }));
 
         let whole = [&prompt[..], member].concat();
         let mut alone = Packed::single(&whole, &[WIDE], seen.clone(), config).unwrap();
-        alone.targets = member
-            .iter()
-            .enumerate()
-            .map(|(i, t)| Target {
-                row: n - 1 + i,
-                token: *t,
-            })
-            .collect();
+        alone.targets = member.iter().enumerate().map(|(i, t)| Target { row: n - 1 + i, token: *t }).collect();
         let from = plain.len();
-        plain.extend(run(
-            &alone,
-            &weights[from..from + member.len()],
-            &mut plain_grads,
-        ));
+        plain.extend(run(&alone, &weights[from..from + member.len()], &mut plain_grads));
     }
     let mut shared_grads = Gradients::zeros(&model.weights.layout);
     let found = run(&shared, &weights, &mut shared_grads);
@@ -516,15 +341,8 @@ fn a_shared_prompt_is_a_repeated_prompt() {
     let largest = plain_grads.data.iter().fold(0f32, |m, g| m.max(g.abs()));
     for entry in &model.weights.layout.entries {
         let range = entry.range.clone();
-        for (a, b) in shared_grads.data[range.clone()]
-            .iter()
-            .zip(&plain_grads.data[range])
-        {
-            assert!(
-                (a - b).abs() < 1e-5 * largest,
-                "{}: {a} {b} of {largest}",
-                entry.name
-            );
+        for (a, b) in shared_grads.data[range.clone()].iter().zip(&plain_grads.data[range]) {
+            assert!((a - b).abs() < 1e-5 * largest, "{}: {a} {b} of {largest}", entry.name);
         }
     }
 }
@@ -536,18 +354,8 @@ fn trace_writes_what_it_computed() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("trace.safetensors");
     let ids = [&[3][..], &image(&model.config, 6)].concat();
-    let greedy = trace::Greedy {
-        tokens: 3,
-        stop: &[],
-    };
-    let t = trace::trace(
-        &model,
-        &ids,
-        &[WIDE],
-        patches(&model.config, WIDE, 1),
-        Some(greedy),
-    )
-    .unwrap();
+    let greedy = trace::Greedy { tokens: 3, stop: &[] };
+    let t = trace::trace(&model, &ids, &[WIDE], patches(&model.config, WIDE, 1), Some(greedy)).unwrap();
     t.write(&path).unwrap();
     let bytes = std::fs::read(&path).unwrap();
     let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
@@ -556,9 +364,7 @@ fn trace_writes_what_it_computed() {
     assert_eq!(file.tensor("greedy_ids").unwrap().shape(), [3]);
     // The first greedy token is the largest of the last row of logits.
     let last = &t.logits[t.logits.len() - 60..];
-    let best = (0..60)
-        .max_by(|a, b| last[*a].total_cmp(&last[*b]))
-        .unwrap();
+    let best = (0..60).max_by(|a, b| last[*a].total_cmp(&last[*b])).unwrap();
     assert_eq!(t.greedy_ids.as_ref().unwrap()[0] as usize, best);
     assert_eq!(t.logprobs[0], 0.0);
 

@@ -92,21 +92,13 @@ pub fn forward(
     let mut x = inputs(index, weights, ids, features, runs, dims.hidden);
     let mut layers = Vec::new();
     for (i, layer) in index.layers.iter().enumerate() {
-        let rows = Rows {
-            table: &table,
-            spans,
-            wanted: wanted.filter(|_| i + 1 == index.layers.len()),
-        };
+        let rows = Rows { table: &table, spans, wanted: wanted.filter(|_| i + 1 == index.layers.len()) };
         let (y, kept) = block::forward(layer, &dims, weights, x, rows, keep);
         layers.extend(kept);
         x = y;
     }
     let (hidden, _) = block::normed(&x, &weights[index.norm.clone()], dims.eps);
-    let tape = (keep != Keep::Nothing).then_some(TextTape {
-        table,
-        layers,
-        last: x,
-    });
+    let tape = (keep != Keep::Nothing).then_some(TextTape { table, layers, last: x });
     (hidden, tape)
 }
 
@@ -130,33 +122,16 @@ pub fn backward(
 ) -> Vec<f32> {
     let dims = config.dims();
     let d = dims.hidden;
-    let TextTape {
-        table,
-        mut layers,
-        last,
-    } = tape;
+    let TextTape { table, mut layers, last } = tape;
     let (_, rstd) = block::normed(&last, &weights[index.norm.clone()], dims.eps);
     let mut dx = vec![0.0; last.len()];
     let norm = train.text.then_some(&mut *grads);
-    block::normed_backward(
-        &mut dx,
-        norm,
-        &index.norm,
-        dhidden,
-        &last,
-        weights,
-        &rstd,
-        false,
-    );
+    block::normed_backward(&mut dx, norm, &index.norm, dhidden, &last, weights, &rstd, false);
     drop(last);
     for (i, layer) in index.layers.iter().enumerate().rev() {
         let Some(kept) = layers.pop() else { break };
         let trained = train.text.then_some(&mut *grads);
-        let rows = Rows {
-            table: &table,
-            spans,
-            wanted: wanted.filter(|_| i + 1 == index.layers.len()),
-        };
+        let rows = Rows { table: &table, spans, wanted: wanted.filter(|_| i + 1 == index.layers.len()) };
         dx = block::backward(layer, &dims, weights, dx, kept, rows, trained);
     }
     let mut dfeatures = Vec::new();

@@ -65,9 +65,7 @@ pub fn trace(
     let logits = model.logits(&hidden);
     let scored = model.evaluate(&packed, Head::PLAIN, Keep::Nothing, Trainable::ALL)?;
     let image_features = model.encode(&packed.patches, grids)?;
-    let greedy_ids = greedy
-        .map(|g| decode(model, ids, &placed, &image_features, g))
-        .transpose()?;
+    let greedy_ids = greedy.map(|g| decode(model, ids, &placed, &image_features, g)).transpose()?;
     Ok(Trace {
         input_ids: ids.to_vec(),
         position_ids: placed.axes,
@@ -75,11 +73,7 @@ pub fn trace(
         image_grid_thw: grids.to_vec(),
         image_features,
         logits,
-        logprobs: if ids.is_empty() {
-            Vec::new()
-        } else {
-            [&[0.0], &scored.logprobs[..]].concat()
-        },
+        logprobs: if ids.is_empty() { Vec::new() } else { [&[0.0], &scored.logprobs[..]].concat() },
         greedy_ids,
         patch_values: config.vision.patch_values(),
         hidden: config.text.hidden,
@@ -96,12 +90,7 @@ fn decode(
 ) -> Result<Vec<u32>> {
     let mut cache = Cache::new(&model.config, ids.len() + greedy.tokens);
     let sequence = cache.add_sequence(None, ids.len() + greedy.tokens)?;
-    let prompt = Extension {
-        sequence,
-        ids,
-        positions: placed.as_slices(),
-        features,
-    };
+    let prompt = Extension { sequence, ids, positions: placed.as_slices(), features };
     let mut hidden = model.extend(&mut cache, &[prompt])?;
     let mut new = Vec::new();
     while new.len() < greedy.tokens {
@@ -111,12 +100,7 @@ fn decode(
         if greedy.stop.contains(&token) || new.len() == greedy.tokens {
             break;
         }
-        let step = Extension {
-            sequence,
-            ids: &[token],
-            positions: [&position; 3],
-            features: &[],
-        };
+        let step = Extension { sequence, ids: &[token], positions: [&position; 3], features: &[] };
         hidden = model.extend(&mut cache, &[step])?;
     }
     Ok(new)
@@ -163,61 +147,28 @@ impl Trace {
     /// Writes the tensors as one safetensors file.
     pub fn write(&self, path: &Path) -> Result<()> {
         let t = self.input_ids.len();
-        let whole = |shape: &[usize], values: Vec<i64>| Tensor {
-            shape: shape.to_vec(),
-            values: Values::I64(values),
-        };
-        let real = |width: usize, values| Tensor {
-            shape: rows(values, width),
-            values: Values::F32(values),
-        };
+        let whole = |shape: &[usize], values: Vec<i64>| Tensor { shape: shape.to_vec(), values: Values::I64(values) };
+        let real = |width: usize, values| Tensor { shape: rows(values, width), values: Values::F32(values) };
         let mut tensors = vec![
-            (
-                "input_ids",
-                whole(&[t], self.input_ids.iter().map(|x| *x as i64).collect()),
-            ),
-            (
-                "position_ids",
-                whole(
-                    &[3, t],
-                    self.position_ids
-                        .iter()
-                        .flatten()
-                        .map(|x| *x as i64)
-                        .collect(),
-                ),
-            ),
+            ("input_ids", whole(&[t], self.input_ids.iter().map(|x| *x as i64).collect())),
+            ("position_ids", whole(&[3, t], self.position_ids.iter().flatten().map(|x| *x as i64).collect())),
             ("pixel_values", real(self.patch_values, &self.pixel_values)),
             (
                 "image_grid_thw",
                 whole(
                     &[self.image_grid_thw.len(), 3],
-                    self.image_grid_thw
-                        .iter()
-                        .flat_map(|g| [g.t, g.h, g.w])
-                        .map(i64::from)
-                        .collect(),
+                    self.image_grid_thw.iter().flat_map(|g| [g.t, g.h, g.w]).map(i64::from).collect(),
                 ),
             ),
             ("image_features", real(self.hidden, &self.image_features)),
             ("logits", real(self.vocab, &self.logits)),
-            (
-                "logprobs",
-                Tensor {
-                    shape: vec![t],
-                    values: Values::F32(&self.logprobs),
-                },
-            ),
+            ("logprobs", Tensor { shape: vec![t], values: Values::F32(&self.logprobs) }),
         ];
         if let Some(ids) = &self.greedy_ids {
-            tensors.push((
-                "greedy_ids",
-                whole(&[ids.len()], ids.iter().map(|x| *x as i64).collect()),
-            ));
+            tensors.push(("greedy_ids", whole(&[ids.len()], ids.iter().map(|x| *x as i64).collect())));
         }
         in_place(path, |beside| {
-            safetensors::serialize_to_file(tensors, None, beside)
-                .map_err(|e| anyhow::anyhow!("{e:?}"))
+            safetensors::serialize_to_file(tensors, None, beside).map_err(|e| anyhow::anyhow!("{e:?}"))
         })
     }
 }

@@ -29,12 +29,7 @@ pub struct Windows {
 }
 
 fn whole(rows: std::ops::Range<usize>) -> Span {
-    Span {
-        queries: rows.clone(),
-        shared: 0..0,
-        own: rows,
-        causal: false,
-    }
+    Span { queries: rows.clone(), shared: 0..0, own: rows, causal: false }
 }
 
 /// Sorts merged tokens by window: images, frames, windows in reading order, tokens within a window in reading order.
@@ -47,10 +42,7 @@ pub fn windows(grids: &[Grid], config: &VisionConfig) -> Windows {
     let (mut windows, mut frames) = (Vec::new(), Vec::new());
     let mut base = 0;
     for grid in grids {
-        let (h, w) = (
-            grid.h as usize / config.merge,
-            grid.w as usize / config.merge,
-        );
+        let (h, w) = (grid.h as usize / config.merge, grid.w as usize / config.merge);
         for _ in 0..grid.t {
             for top in (0..h).step_by(side) {
                 for left in (0..w).step_by(side) {
@@ -65,11 +57,7 @@ pub fn windows(grids: &[Grid], config: &VisionConfig) -> Windows {
             base += h * w;
         }
     }
-    Windows {
-        order,
-        windows,
-        frames,
-    }
+    Windows { order, windows, frames }
 }
 
 /// Row and column of every patch, in sorted order. The four patches of a merged token stay neighbours.
@@ -145,34 +133,15 @@ pub fn forward(
     let dims = config.dims();
     let unit = config.merge * config.merge;
     let windows = windows(grids, config);
-    let table = rope::vision2d(
-        &coordinates(grids, &windows.order, config.merge),
-        dims.k,
-        VisionConfig::THETA,
-    );
+    let table = rope::vision2d(&coordinates(grids, &windows.order, config.merge), dims.k, VisionConfig::THETA);
 
     let embedded = index.patch.forward(weights, patches);
     let mut x = sorted(&embedded, &windows.order, unit * dims.hidden);
     drop(embedded);
     let mut blocks = Vec::new();
     for (i, b) in index.blocks.iter().enumerate() {
-        let spans = if config.full_blocks.contains(&i) {
-            &windows.frames
-        } else {
-            &windows.windows
-        };
-        let (y, kept) = block::forward(
-            b,
-            &dims,
-            weights,
-            x,
-            Rows {
-                table: &table,
-                spans,
-                wanted: None,
-            },
-            keep,
-        );
+        let spans = if config.full_blocks.contains(&i) { &windows.frames } else { &windows.windows };
+        let (y, kept) = block::forward(b, &dims, weights, x, Rows { table: &table, spans, wanted: None }, keep);
         blocks.extend(kept);
         x = y;
     }
@@ -182,13 +151,7 @@ pub fn forward(
     mlp::gelu_forward(&mut active, &merged);
     let features = index.merger_out.forward(weights, &active);
     let features = unsorted(&features, &windows.order, config.out_hidden);
-    let tape = (keep != Keep::Nothing).then_some(VisionTape {
-        windows,
-        table,
-        blocks,
-        last: x,
-        merged,
-    });
+    let tape = (keep != Keep::Nothing).then_some(VisionTape { windows, table, blocks, last: x, merged });
     (features, tape)
 }
 
@@ -212,13 +175,7 @@ pub fn backward(
     }
     let dims = config.dims();
     let unit = config.merge * config.merge;
-    let VisionTape {
-        windows,
-        table,
-        mut blocks,
-        last,
-        merged,
-    } = tape;
+    let VisionTape { windows, table, mut blocks, last, merged } = tape;
 
     let dy = sorted(dfeatures, &windows.order, config.out_hidden);
     let (normed, rstd) = block::normed(&last, &weights[index.merger_norm.clone()], dims.eps);
@@ -228,46 +185,25 @@ pub fn backward(
         index.merger_out.backward_weight(grads, &dy, &active);
     }
     let dactive = &mut active;
-    index
-        .merger_out
-        .backward_input(dactive, &dy, weights, false);
+    index.merger_out.backward_input(dactive, &dy, weights, false);
     let mut dmerged = vec![0.0; merged.len()];
     mlp::gelu_backward(&mut dmerged, dactive, &merged);
     if train.merger {
         index.merger_in.backward_weight(grads, &dmerged, &normed);
     }
     let mut dnormed = normed;
-    index
-        .merger_in
-        .backward_input(&mut dnormed, &dmerged, weights, false);
+    index.merger_in.backward_input(&mut dnormed, &dmerged, weights, false);
     let mut dx = vec![0.0; last.len()];
     let merger = train.merger.then_some(&mut *grads);
-    block::normed_backward(
-        &mut dx,
-        merger,
-        &index.merger_norm,
-        &dnormed,
-        &last,
-        weights,
-        &rstd,
-        false,
-    );
+    block::normed_backward(&mut dx, merger, &index.merger_norm, &dnormed, &last, weights, &rstd, false);
     drop((dnormed, dmerged, active, last));
     if !train.vision {
         return;
     }
     for (i, b) in index.blocks.iter().enumerate().rev() {
         let Some(kept) = blocks.pop() else { return };
-        let spans = if config.full_blocks.contains(&i) {
-            &windows.frames
-        } else {
-            &windows.windows
-        };
-        let rows = Rows {
-            table: &table,
-            spans,
-            wanted: None,
-        };
+        let spans = if config.full_blocks.contains(&i) { &windows.frames } else { &windows.windows };
+        let rows = Rows { table: &table, spans, wanted: None };
         dx = block::backward(b, &dims, weights, dx, kept, rows, Some(grads));
     }
     let dembedded = unsorted(&dx, &windows.order, unit * dims.hidden);
@@ -280,10 +216,7 @@ mod tests {
     use super::*;
 
     fn small_windows() -> VisionConfig {
-        VisionConfig {
-            window: 56,
-            ..presets::nano(100).vision
-        } // two merged tokens a side
+        VisionConfig { window: 56, ..presets::nano(100).vision } // two merged tokens a side
     }
 
     /// 3 x 3 tokens, windows of 2 x 2: the right and lower windows are cut off.
@@ -299,10 +232,7 @@ mod tests {
     /// 2 x 4 tokens divide exactly: two full windows, no empty ones; then a second image, numbered on.
     #[test]
     fn windows_that_divide_and_a_second_image() {
-        let w = windows(
-            &[Grid { t: 1, h: 4, w: 8 }, Grid { t: 1, h: 2, w: 2 }],
-            &small_windows(),
-        );
+        let w = windows(&[Grid { t: 1, h: 4, w: 8 }, Grid { t: 1, h: 2, w: 2 }], &small_windows());
         assert_eq!(w.order, [0, 1, 4, 5, 2, 3, 6, 7, 8]);
         let ends: Vec<usize> = w.windows.iter().map(|s| s.own.end).collect();
         assert_eq!(ends, [16, 32, 36]);
@@ -312,18 +242,6 @@ mod tests {
     #[test]
     fn patches_of_a_token_are_neighbours() {
         let c = coordinates(&[Grid { t: 1, h: 2, w: 4 }], &[1, 0], 2);
-        assert_eq!(
-            c,
-            [
-                (0, 2),
-                (0, 3),
-                (1, 2),
-                (1, 3),
-                (0, 0),
-                (0, 1),
-                (1, 0),
-                (1, 1)
-            ]
-        );
+        assert_eq!(c, [(0, 2), (0, 3), (1, 2), (1, 3), (0, 0), (0, 1), (1, 0), (1, 1)]);
     }
 }

@@ -101,26 +101,19 @@ fn weight_files(dir: &Path) -> Result<Vec<PathBuf>> {
         "no weights in the model folder: expected {SINGLE} or {INDEX} (pickled .bin files are not read; save the model as safetensors): {}",
         dir.display()
     );
-    let text =
-        fs::read_to_string(&index).with_context(|| format!("reading {}", index.display()))?;
-    let root: Value =
-        serde_json::from_str(&text).with_context(|| format!("parsing {}", index.display()))?;
+    let text = fs::read_to_string(&index).with_context(|| format!("reading {}", index.display()))?;
+    let root: Value = serde_json::from_str(&text).with_context(|| format!("parsing {}", index.display()))?;
     let map = root
         .get("weight_map")
         .and_then(Value::as_object)
         .with_context(|| format!("the index has no `weight_map`: {}", index.display()))?;
     let mut files = Vec::new();
     for value in map.values() {
-        let name = value.as_str().with_context(|| {
-            format!(
-                "`weight_map` holds {value}; expected a file name: {}",
-                index.display()
-            )
-        })?;
+        let name = value
+            .as_str()
+            .with_context(|| format!("`weight_map` holds {value}; expected a file name: {}", index.display()))?;
         ensure!(
-            Path::new(name)
-                .components()
-                .all(|c| matches!(c, std::path::Component::Normal(_))),
+            Path::new(name).components().all(|c| matches!(c, std::path::Component::Normal(_))),
             "`weight_map` names {name:?}, which lies outside the folder: {}",
             index.display()
         );
@@ -135,11 +128,7 @@ fn weight_files(dir: &Path) -> Result<Vec<PathBuf>> {
 /// Reads the parameters of a layout from a model folder.
 pub fn load_weights(dir: &Path, layout: &Arc<Layout>) -> Result<Weights> {
     let mut weights = Arena::zeros(layout);
-    let by_name: HashMap<&str, &Entry> = layout
-        .entries
-        .iter()
-        .map(|e| (e.name.as_str(), e))
-        .collect();
+    let by_name: HashMap<&str, &Entry> = layout.entries.iter().map(|e| (e.name.as_str(), e)).collect();
     let tied = !by_name.contains_key("lm_head.weight");
     let mut seen: HashMap<String, PathBuf> = HashMap::new();
     let mut faults = Vec::new();
@@ -149,13 +138,10 @@ pub fn load_weights(dir: &Path, layout: &Arc<Layout>) -> Result<Weights> {
         let file = File::open(&path).with_context(|| format!("opening weights: {shown}"))?;
         // SAFETY: the map is only read, and only while `file` lives; a file changed by another process meanwhile would
         // give wrong numbers, as it would with ordinary reads.
-        let map =
-            unsafe { Mmap::map(&file) }.with_context(|| format!("mapping weights: {shown}"))?;
+        let map = unsafe { Mmap::map(&file) }.with_context(|| format!("mapping weights: {shown}"))?;
         let tensors = SafeTensors::deserialize(&map)
             .map_err(|e| anyhow::anyhow!("{e:?}"))
-            .with_context(|| {
-                format!("reading the safetensors header (is the file complete?): {shown}")
-            })?;
+            .with_context(|| format!("reading the safetensors header (is the file complete?): {shown}"))?;
         let mut loads = Vec::new();
         for (stored, view) in tensors.iter() {
             let name = published_name(stored).into_owned();
@@ -163,10 +149,7 @@ pub fn load_weights(dir: &Path, layout: &Arc<Layout>) -> Result<Weights> {
                 continue;
             }
             if let Some(first) = seen.insert(name.clone(), path.clone()) {
-                faults.push(format!(
-                    "{stored} stands twice, in {} and {shown}; keep one",
-                    first.display()
-                ));
+                faults.push(format!("{stored} stands twice, in {} and {shown}; keep one", first.display()));
                 continue;
             }
             if name == "lm_head.weight" && tied {
@@ -174,7 +157,9 @@ pub fn load_weights(dir: &Path, layout: &Arc<Layout>) -> Result<Weights> {
                 continue;
             }
             let Some(entry) = by_name.get(name.as_str()) else {
-                faults.push(format!("{stored} in {shown} is not part of this model; config.json may belong to another model"));
+                faults.push(format!(
+                    "{stored} in {shown} is not part of this model; config.json may belong to another model"
+                ));
                 continue;
             };
             if view.shape() != entry.shape {
@@ -189,16 +174,12 @@ pub fn load_weights(dir: &Path, layout: &Arc<Layout>) -> Result<Weights> {
         }
         for (stored, view, range) in loads {
             let data = view.data();
-            fill(&mut weights.data[range], view.dtype(), data)
-                .with_context(|| format!("reading {stored}: {shown}"))?;
+            fill(&mut weights.data[range], view.dtype(), data).with_context(|| format!("reading {stored}: {shown}"))?;
         }
     }
     for entry in &layout.entries {
         if !seen.contains_key(&entry.name) {
-            faults.push(format!(
-                "{} of shape {:?} is missing",
-                entry.name, entry.shape
-            ));
+            faults.push(format!("{} of shape {:?} is missing", entry.name, entry.shape));
         }
     }
     if let Some((path, head)) = head_copy
@@ -234,30 +215,21 @@ fn decode(name: &str, dtype: Stored, bytes: &[u8]) -> Result<Vec<f32>> {
 fn fill(out: &mut [f32], dtype: Stored, bytes: &[u8]) -> Result<()> {
     const CHUNK: usize = 1 << 16;
     match dtype {
-        Stored::F32 => out
-            .par_chunks_mut(CHUNK)
-            .zip(bytes.par_chunks(4 * CHUNK))
-            .for_each(|(out, bytes)| {
-                for (x, b) in out.iter_mut().zip(bytes.chunks_exact(4)) {
-                    *x = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
-                }
-            }),
-        Stored::BF16 => out
-            .par_chunks_mut(CHUNK)
-            .zip(bytes.par_chunks(2 * CHUNK))
-            .for_each(|(out, bytes)| {
-                for (x, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
-                    *x = bf16::from_le_bytes([b[0], b[1]]).to_f32();
-                }
-            }),
-        Stored::F16 => out
-            .par_chunks_mut(CHUNK)
-            .zip(bytes.par_chunks(2 * CHUNK))
-            .for_each(|(out, bytes)| {
-                for (x, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
-                    *x = f16::from_le_bytes([b[0], b[1]]).to_f32();
-                }
-            }),
+        Stored::F32 => out.par_chunks_mut(CHUNK).zip(bytes.par_chunks(4 * CHUNK)).for_each(|(out, bytes)| {
+            for (x, b) in out.iter_mut().zip(bytes.chunks_exact(4)) {
+                *x = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+            }
+        }),
+        Stored::BF16 => out.par_chunks_mut(CHUNK).zip(bytes.par_chunks(2 * CHUNK)).for_each(|(out, bytes)| {
+            for (x, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
+                *x = bf16::from_le_bytes([b[0], b[1]]).to_f32();
+            }
+        }),
+        Stored::F16 => out.par_chunks_mut(CHUNK).zip(bytes.par_chunks(2 * CHUNK)).for_each(|(out, bytes)| {
+            for (x, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
+                *x = f16::from_le_bytes([b[0], b[1]]).to_f32();
+            }
+        }),
         other => bail!(
             "the tensor is stored as {other:?}; supported: F32, BF16, F16 (quantised checkpoints cannot be trained)"
         ),
@@ -287,14 +259,8 @@ impl View for Outgoing<'_> {
     fn data(&self) -> Cow<'_, [u8]> {
         let mut bytes = Vec::with_capacity(self.data_len());
         match self.dtype {
-            Dtype::F32 => self
-                .values
-                .iter()
-                .for_each(|x| bytes.extend_from_slice(&x.to_le_bytes())),
-            Dtype::Bf16 => self
-                .values
-                .iter()
-                .for_each(|x| bytes.extend_from_slice(&bf16::from_f32(*x).to_le_bytes())),
+            Dtype::F32 => self.values.iter().for_each(|x| bytes.extend_from_slice(&x.to_le_bytes())),
+            Dtype::Bf16 => self.values.iter().for_each(|x| bytes.extend_from_slice(&bf16::from_f32(*x).to_le_bytes())),
         }
         Cow::Owned(bytes)
     }
@@ -306,10 +272,7 @@ impl View for Outgoing<'_> {
 
 /// Writes a file beside its place, syncs it and renames it into place.
 pub(super) fn in_place(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-    let name = path
-        .file_name()
-        .map(|n| n.to_string_lossy().into_owned())
-        .unwrap_or_default();
+    let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
     let beside = path.with_file_name(format!(".{name}.{}.tmp", std::process::id()));
     let done: Result<()> = (|| {
         write(&beside)?;
@@ -328,15 +291,8 @@ pub fn save_model(model: &Vlm, dir: &Path, dtype: Dtype, source: Option<&Path>) 
     save_sharded(model, dir, dtype, source, SHARD_BYTES)
 }
 
-fn save_sharded(
-    model: &Vlm,
-    dir: &Path,
-    dtype: Dtype,
-    source: Option<&Path>,
-    shard_bytes: u64,
-) -> Result<()> {
-    fs::create_dir_all(dir)
-        .with_context(|| format!("creating the model folder {}", dir.display()))?;
+fn save_sharded(model: &Vlm, dir: &Path, dtype: Dtype, source: Option<&Path>, shard_bytes: u64) -> Result<()> {
+    fs::create_dir_all(dir).with_context(|| format!("creating the model folder {}", dir.display()))?;
     let entries = &model.weights.layout.entries;
     let mut shards: Vec<Vec<&Entry>> = vec![Vec::new()];
     let mut filled = 0;
@@ -355,26 +311,15 @@ fn save_sharded(
     let mut map = BTreeMap::new();
     let mut written = Vec::new();
     for (i, shard) in shards.iter().enumerate() {
-        let name = if count == 1 {
-            SINGLE.to_string()
-        } else {
-            format!("model-{:05}-of-{count:05}.safetensors", i + 1)
-        };
+        let name =
+            if count == 1 { SINGLE.to_string() } else { format!("model-{:05}-of-{count:05}.safetensors", i + 1) };
         in_place(&dir.join(&name), |path| {
             let views = shard.iter().map(|e| {
                 let values = &model.weights.data[e.range.clone()];
-                (
-                    e.name.as_str(),
-                    Outgoing {
-                        shape: &e.shape,
-                        values,
-                        dtype,
-                    },
-                )
+                (e.name.as_str(), Outgoing { shape: &e.shape, values, dtype })
             });
             let about = HashMap::from([("format".to_string(), "pt".to_string())]);
-            safetensors::serialize_to_file(views, Some(about), path)
-                .map_err(|e| anyhow::anyhow!("{e:?}"))
+            safetensors::serialize_to_file(views, Some(about), path).map_err(|e| anyhow::anyhow!("{e:?}"))
         })?;
         map.extend(shard.iter().map(|e| (e.name.clone(), name.clone())));
         written.push(name);
@@ -385,10 +330,7 @@ fn save_sharded(
         write_json(&dir.join(INDEX), &index)?;
         written.push(INDEX.to_string());
     }
-    write_json(
-        &dir.join("config.json"),
-        &model.config.to_json(dtype.name()),
-    )?;
+    write_json(&dir.join("config.json"), &model.config.to_json(dtype.name()))?;
     if let Some(source) = source {
         copy_companions(source, dir)?;
     }
@@ -396,22 +338,14 @@ fn save_sharded(
 }
 
 pub(super) fn write_json(path: &Path, value: &Value) -> Result<()> {
-    in_place(path, |beside| {
-        Ok(fs::write(
-            beside,
-            serde_json::to_string_pretty(value)? + "\n",
-        )?)
-    })
+    in_place(path, |beside| Ok(fs::write(beside, serde_json::to_string_pretty(value)? + "\n")?))
 }
 
 /// Copies tokenizer, template and processor files unchanged.
 pub fn copy_companions(source: &Path, dir: &Path) -> Result<()> {
     for name in COMPANIONS {
         let (from, to) = (source.join(name), dir.join(name));
-        let same = fs::canonicalize(&from)
-            .ok()
-            .zip(fs::canonicalize(&to).ok())
-            .is_some_and(|(a, b)| a == b);
+        let same = fs::canonicalize(&from).ok().zip(fs::canonicalize(&to).ok()).is_some_and(|(a, b)| a == b);
         if from.exists() && !same {
             in_place(&to, |beside| Ok(fs::copy(&from, beside).map(|_| ())?))?;
         }
@@ -426,8 +360,7 @@ fn remove_other_weights(dir: &Path, written: &[String]) -> Result<()> {
         let name = file.file_name().to_string_lossy().into_owned();
         let shard = name.starts_with("model-") && name.ends_with(".safetensors");
         if (shard || name == SINGLE || name == INDEX) && !written.contains(&name) {
-            fs::remove_file(file.path())
-                .with_context(|| format!("removing old weights {}", file.path().display()))?;
+            fs::remove_file(file.path()).with_context(|| format!("removing old weights {}", file.path().display()))?;
         }
     }
     Ok(())
@@ -450,13 +383,7 @@ mod tests {
         model.save(dir.path(), Dtype::F32, None).unwrap();
         let back = Vlm::load(dir.path()).unwrap();
         assert_eq!(back.config, model.config);
-        assert!(
-            back.weights
-                .data
-                .iter()
-                .zip(&model.weights.data)
-                .all(|(a, b)| a.to_bits() == b.to_bits())
-        );
+        assert!(back.weights.data.iter().zip(&model.weights.data).all(|(a, b)| a.to_bits() == b.to_bits()));
 
         model.save(dir.path(), Dtype::Bf16, None).unwrap();
         let back = Vlm::load(dir.path()).unwrap();
@@ -467,27 +394,14 @@ mod tests {
 
     #[test]
     fn shards_are_read_and_replaced() {
-        let (model, dir, source) = (
-            tiny(),
-            tempfile::tempdir().unwrap(),
-            tempfile::tempdir().unwrap(),
-        );
+        let (model, dir, source) = (tiny(), tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         fs::write(source.path().join("tokenizer.json"), "{}").unwrap();
         save_sharded(&model, dir.path(), Dtype::F32, Some(source.path()), 400_000).unwrap();
         assert!(!dir.path().join(SINGLE).exists() && dir.path().join(INDEX).exists());
-        assert_eq!(
-            Vlm::load(dir.path()).unwrap().weights.data,
-            model.weights.data
-        );
-        assert_eq!(
-            fs::read_to_string(dir.path().join("tokenizer.json")).unwrap(),
-            "{}"
-        );
+        assert_eq!(Vlm::load(dir.path()).unwrap().weights.data, model.weights.data);
+        assert_eq!(fs::read_to_string(dir.path().join("tokenizer.json")).unwrap(), "{}");
         model.save(dir.path(), Dtype::F32, None).unwrap();
-        let names: Vec<_> = fs::read_dir(dir.path())
-            .unwrap()
-            .map(|f| f.unwrap().file_name())
-            .collect();
+        let names: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|f| f.unwrap().file_name()).collect();
         assert_eq!(names.len(), 3, "{names:?}");
     }
 
@@ -497,25 +411,11 @@ mod tests {
         let entries = &model.weights.layout.entries;
         let mut tensors = entries
             .iter()
-            .map(|e| {
-                (
-                    e.name.clone(),
-                    e.shape.clone(),
-                    model.weights.data[e.range.clone()].to_vec(),
-                )
-            })
+            .map(|e| (e.name.clone(), e.shape.clone(), model.weights.data[e.range.clone()].to_vec()))
             .collect();
         change(&mut tensors);
-        let views = tensors.iter().map(|(n, shape, values)| {
-            (
-                n.as_str(),
-                Outgoing {
-                    shape,
-                    values,
-                    dtype: Dtype::F32,
-                },
-            )
-        });
+        let views =
+            tensors.iter().map(|(n, shape, values)| (n.as_str(), Outgoing { shape, values, dtype: Dtype::F32 }));
         safetensors::serialize_to_file(views, None, &dir.path().join(SINGLE)).unwrap();
         match Vlm::load(dir.path()) {
             Ok(back) => {
@@ -544,10 +444,7 @@ mod tests {
         let error = saved_with(|tensors| {
             tensors.retain(|(name, ..)| name != "model.norm.weight");
             tensors.push(("model.layers.7.extra".into(), vec![1], vec![0.0]));
-            let (_, shape, _) = tensors
-                .iter_mut()
-                .find(|t| t.0.ends_with("0.mlp.up_proj.weight"))
-                .unwrap();
+            let (_, shape, _) = tensors.iter_mut().find(|t| t.0.ends_with("0.mlp.up_proj.weight")).unwrap();
             shape.reverse();
         });
         for part in [
@@ -578,9 +475,7 @@ mod tests {
         let path = dir.path().join(SINGLE);
         let bytes = fs::read(&path).unwrap();
         fs::write(&path, &bytes[..bytes.len() / 2]).unwrap();
-        assert!(
-            format!("{:#}", Vlm::load(dir.path()).unwrap_err()).contains("is the file complete")
-        );
+        assert!(format!("{:#}", Vlm::load(dir.path()).unwrap_err()).contains("is the file complete"));
         fs::remove_file(&path).unwrap();
         assert!(format!("{:#}", Vlm::load(dir.path()).unwrap_err()).contains("no weights"));
     }

@@ -29,14 +29,7 @@ pub struct Outcome<'a> {
 impl Outcome<'_> {
     /// An unmasked outcome without log-probs.
     pub fn new(group: u64, reward: f64, tokens: usize) -> Self {
-        Outcome {
-            group,
-            reward,
-            tokens,
-            masked: false,
-            old: None,
-            reference: None,
-        }
+        Outcome { group, reward, tokens, masked: false, old: None, reference: None }
     }
 }
 
@@ -69,15 +62,11 @@ impl Advantages {
     /// Metrics under the names users of verl and TRL know.
     pub fn report(&self) -> Vec<(&'static str, f64)> {
         let (mean, std) = mean_std(&self.trajectory);
-        let fold =
-            |f: fn(f64, f64) -> f64| self.trajectory.iter().copied().reduce(f).unwrap_or(0.0);
+        let fold = |f: fn(f64, f64) -> f64| self.trajectory.iter().copied().reduce(f).unwrap_or(0.0);
         vec![
             ("reward/mean", self.reward_mean),
             ("reward_std", self.reward_std),
-            (
-                "frac_reward_zero_std",
-                self.zero_spread_groups as f64 / self.groups.max(1) as f64,
-            ),
+            ("frac_reward_zero_std", self.zero_spread_groups as f64 / self.groups.max(1) as f64),
             ("reward_kl_penalty", self.reward_kl),
             ("advantage/mean", mean),
             ("advantage/std", std),
@@ -120,18 +109,11 @@ impl Objective {
             mean_std(&rewards).1 <= self.min_spread
         };
         let dropped: Vec<u64> = match self.drop_equal_groups {
-            true => members
-                .iter()
-                .filter(|(_, rows)| flat(rows))
-                .map(|(group, _)| *group)
-                .collect(),
+            true => members.iter().filter(|(_, rows)| flat(rows)).map(|(group, _)| *group).collect(),
             false => Vec::new(),
         };
         Kept {
-            keep: outcomes
-                .iter()
-                .map(|o| dropped.binary_search(&o.group).is_err())
-                .collect(),
+            keep: outcomes.iter().map(|o| dropped.binary_search(&o.group).is_err()).collect(),
             groups: members.len(),
             dropped_groups: dropped.len(),
         }
@@ -163,11 +145,7 @@ impl Objective {
             false => None,
         };
         let total_penalty = |i: usize| penalties.as_ref().map_or(0.0, |p| p[i].iter().sum::<f64>());
-        let shaped: Vec<f64> = outcomes
-            .iter()
-            .enumerate()
-            .map(|(i, o)| o.reward - total_penalty(i))
-            .collect();
+        let shaped: Vec<f64> = outcomes.iter().enumerate().map(|(i, o)| o.reward - total_penalty(i)).collect();
 
         let mut trajectory = vec![0.0; outcomes.len()];
         let mut token = None;
@@ -205,11 +183,7 @@ impl Objective {
                         _ => {
                             let rows = members.get(&o.group).map_or(&[][..], Vec::as_slice);
                             let group: Vec<f64> = rows.iter().map(|&j| shaped[j]).collect();
-                            let centred = if rows.len() < 2 {
-                                0.0
-                            } else {
-                                shaped[i] - mean_std(&group).0
-                            };
+                            let centred = if rows.len() < 2 { 0.0 } else { shaped[i] - mean_std(&group).0 };
                             vec![centred; o.tokens]
                         }
                     })
@@ -222,19 +196,11 @@ impl Objective {
                     .collect();
                 let (mean, std) = mean_std(&counted);
                 // verl's whitening adds 1e-8 to the variance.
-                let scale = if std == 0.0 {
-                    0.0
-                } else {
-                    (std * std + 1e-8).sqrt().recip()
-                };
+                let scale = if std == 0.0 { 0.0 } else { (std * std + 1e-8).sqrt().recip() };
                 let whitened: Vec<Vec<f64>> = outcomes
                     .iter()
                     .zip(returns)
-                    .map(|(o, row)| {
-                        row.iter()
-                            .map(|r| if o.masked { 0.0 } else { (r - mean) * scale })
-                            .collect()
-                    })
+                    .map(|(o, row)| row.iter().map(|r| if o.masked { 0.0 } else { (r - mean) * scale }).collect())
                     .collect();
                 for (a, row) in trajectory.iter_mut().zip(&whitened) {
                     *a = row.iter().sum::<f64>() / row.len().max(1) as f64;
@@ -243,21 +209,14 @@ impl Objective {
                 match per_token {
                     true => token = Some(whitened),
                     // All tokens of a row are equal: take the value itself, not a mean of copies of it.
-                    false => {
-                        trajectory = whitened
-                            .iter()
-                            .map(|row| row.first().copied().unwrap_or(0.0))
-                            .collect()
-                    }
+                    false => trajectory = whitened.iter().map(|row| row.first().copied().unwrap_or(0.0)).collect(),
                 }
             }
         }
 
         let raw: Vec<f64> = outcomes.iter().map(|o| o.reward).collect();
-        let spreads: Vec<f64> = members
-            .values()
-            .map(|rows| mean_std(&rows.iter().map(|&i| raw[i]).collect::<Vec<_>>()).1)
-            .collect();
+        let spreads: Vec<f64> =
+            members.values().map(|rows| mean_std(&rows.iter().map(|&i| raw[i]).collect::<Vec<_>>()).1).collect();
         let n = outcomes.len().max(1) as f64;
         Ok(Advantages {
             trajectory,
@@ -293,9 +252,7 @@ impl Objective {
         match self.advantage {
             AdvantageKind::GroupStd => (r - mean) / (std + self.adv_eps),
             AdvantageKind::Rloo => r - (mean * n - r) / (n - 1.0),
-            AdvantageKind::GroupMean
-            | AdvantageKind::BatchNorm
-            | AdvantageKind::BatchNormAfterGroupMean => r - mean,
+            AdvantageKind::GroupMean | AdvantageKind::BatchNorm | AdvantageKind::BatchNormAfterGroupMean => r - mean,
         }
     }
 
@@ -312,9 +269,7 @@ impl Objective {
                 reference.len(),
                 o.tokens
             );
-            let kl = |(a, b): (&f32, &f32)| {
-                self.kl_coef * kl_estimate(self.kl, f64::from(*a), f64::from(*b)).0
-            };
+            let kl = |(a, b): (&f32, &f32)| self.kl_coef * kl_estimate(self.kl, f64::from(*a), f64::from(*b)).0;
             Ok(old.iter().zip(reference).map(kl).collect())
         };
         outcomes.iter().enumerate().map(row).collect()
@@ -330,11 +285,7 @@ mod tests {
     }
 
     fn advantages(preset: &str, outcomes: &[Outcome]) -> Vec<f64> {
-        Objective::preset(preset)
-            .unwrap()
-            .advantages(outcomes)
-            .unwrap()
-            .trajectory
+        Objective::preset(preset).unwrap().advantages(outcomes).unwrap().trajectory
     }
 
     fn close(found: &[f64], expected: &[f64]) {
@@ -348,14 +299,8 @@ mod tests {
     #[test]
     fn hand_values_of_one_group() {
         let group = outcomes(&[1.0, 0.0, 0.0, 1.0]);
-        close(
-            &advantages("mgpo", &group),
-            &[0.8660, -0.8660, -0.8660, 0.8660],
-        );
-        close(
-            &advantages("rloo", &group),
-            &[0.6667, -0.6667, -0.6667, 0.6667],
-        );
+        close(&advantages("mgpo", &group), &[0.8660, -0.8660, -0.8660, 0.8660]);
+        close(&advantages("rloo", &group), &[0.6667, -0.6667, -0.6667, 0.6667]);
         close(&advantages("dr_grpo", &group), &[0.5, -0.5, -0.5, 0.5]);
     }
 
@@ -372,34 +317,16 @@ mod tests {
             assert!(a.report().contains(&("frac_reward_zero_std", 0.5)));
         }
         let kept = Objective::preset("dapo").unwrap().keep_groups(&batch);
-        assert_eq!(
-            kept,
-            Kept {
-                keep: vec![false, false, false, true, true],
-                groups: 2,
-                dropped_groups: 1
-            }
-        );
-        assert!(
-            Objective::default()
-                .keep_groups(&batch)
-                .keep
-                .iter()
-                .all(|k| *k)
-        );
+        assert_eq!(kept, Kept { keep: vec![false, false, false, true, true], groups: 2, dropped_groups: 1 });
+        assert!(Objective::default().keep_groups(&batch).keep.iter().all(|k| *k));
     }
 
     #[test]
     fn variance_gate_drops_small_spreads() {
         // Sample std of (0.5, 0.54) is 0.0283, of (0, 1) 0.7071.
-        let batch: Vec<Outcome> = [(1, 0.5), (1, 0.54), (2, 0.0), (2, 1.0)]
-            .map(|(g, r)| Outcome::new(g, r, 1))
-            .to_vec();
-        let gate = Objective {
-            drop_equal_groups: true,
-            min_spread: 0.05,
-            ..Objective::default()
-        };
+        let batch: Vec<Outcome> =
+            [(1, 0.5), (1, 0.54), (2, 0.0), (2, 1.0)].map(|(g, r)| Outcome::new(g, r, 1)).to_vec();
+        let gate = Objective { drop_equal_groups: true, min_spread: 0.05, ..Objective::default() };
         assert_eq!(gate.keep_groups(&batch).keep, [false, false, true, true]);
     }
 
@@ -408,10 +335,7 @@ mod tests {
         let mut group = outcomes(&[1.0, 0.0, 0.0]);
         group[2].masked = true;
         close(&advantages("dr_grpo", &group), &[0.6667, -0.3333, 0.0]);
-        let o = Objective {
-            masked_in_baseline: false,
-            ..Objective::preset("dr_grpo").unwrap()
-        };
+        let o = Objective { masked_in_baseline: false, ..Objective::preset("dr_grpo").unwrap() };
         close(&o.advantages(&group).unwrap().trajectory, &[0.5, -0.5, 0.0]);
     }
 
@@ -419,10 +343,7 @@ mod tests {
     #[test]
     fn batch_normalisation_counts_tokens() {
         let batch = [Outcome::new(1, 1.0, 1), Outcome::new(2, 0.0, 3)];
-        let o = Objective {
-            kl_coef: 0.0,
-            ..Objective::preset("reinforce++").unwrap()
-        };
+        let o = Objective { kl_coef: 0.0, ..Objective::preset("reinforce++").unwrap() };
         close(&o.advantages(&batch).unwrap().trajectory, &[1.5, -0.5]);
     }
 
@@ -430,10 +351,7 @@ mod tests {
     #[test]
     fn group_mean_comes_off_before_batch_normalisation() {
         let batch = [(1, 1.0), (1, 0.0), (2, 3.0), (2, 2.0)].map(|(g, r)| Outcome::new(g, r, 1));
-        close(
-            &advantages("reinforce++_baseline", &batch),
-            &[0.8660, -0.8660, 0.8660, -0.8660],
-        );
+        close(&advantages("reinforce++_baseline", &batch), &[0.8660, -0.8660, 0.8660, -0.8660]);
     }
 
     #[test]
@@ -441,51 +359,26 @@ mod tests {
         // Coefficient 0.1, k1 of 1 nat for each token: returns 1 - 0.2, 1 - 0.1 | 0, 0 → mean 0.425.
         let (old, reference, same) = ([-1.0f32, -1.0], [-2.0f32, -2.0], [-1.0f32, -1.0]);
         let batch = [
-            Outcome {
-                old: Some(&old),
-                reference: Some(&reference),
-                ..Outcome::new(1, 1.0, 2)
-            },
-            Outcome {
-                old: Some(&old),
-                reference: Some(&same),
-                ..Outcome::new(2, 0.0, 2)
-            },
+            Outcome { old: Some(&old), reference: Some(&reference), ..Outcome::new(1, 1.0, 2) },
+            Outcome { old: Some(&old), reference: Some(&same), ..Outcome::new(2, 0.0, 2) },
         ];
-        let o = Objective {
-            kl_coef: 0.1,
-            ..Objective::preset("reinforce++").unwrap()
-        };
+        let o = Objective { kl_coef: 0.1, ..Objective::preset("reinforce++").unwrap() };
         let a = o.advantages(&batch).unwrap();
         let token = a.token.as_ref().unwrap();
         // Sample std of (0.8, 0.9, 0, 0): variance (0.1406 + 0.2256 + 2 * 0.1806) / 3 = 0.2425, std 0.49244.
         close(&token[0], &[0.7615, 0.9646]);
         close(&token[1], &[-0.8630, -0.8630]);
         assert!((a.reward_kl - 0.1).abs() < 1e-12);
-        assert!(
-            o.advantages(&outcomes(&[1.0, 0.0]))
-                .unwrap_err()
-                .to_string()
-                .contains("lacks")
-        );
+        assert!(o.advantages(&outcomes(&[1.0, 0.0])).unwrap_err().to_string().contains("lacks"));
         // Group-relative kinds take the whole penalty off the reward: 1 - 0.2 against 0.
-        let rloo = Objective {
-            kl_coef: 0.1,
-            ..Objective::preset("rloo").unwrap()
-        };
+        let rloo = Objective { kl_coef: 0.1, ..Objective::preset("rloo").unwrap() };
         let batch = batch.map(|o| Outcome { group: 1, ..o });
         close(&rloo.advantages(&batch).unwrap().trajectory, &[0.8, -0.8]);
     }
 
     #[test]
     fn a_reward_that_is_no_number_is_refused() {
-        let message = Objective::default()
-            .advantages(&outcomes(&[1.0, f64::NAN]))
-            .unwrap_err()
-            .to_string();
-        assert!(
-            message.contains("trajectory 1") && message.contains("NaN"),
-            "{message}"
-        );
+        let message = Objective::default().advantages(&outcomes(&[1.0, f64::NAN])).unwrap_err().to_string();
+        assert!(message.contains("trajectory 1") && message.contains("NaN"), "{message}");
     }
 }

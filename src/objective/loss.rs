@@ -8,9 +8,7 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, ensure};
 
-use super::{
-    Aggregation, Correction, KlPlace, Objective, RatioLevel, Surrogate, Tally, kl_estimate,
-};
+use super::{Aggregation, Correction, KlPlace, Objective, RatioLevel, Surrogate, Tally, kl_estimate};
 
 /// Log-ratios are clamped to this before `exp`, as in verl.
 const LOG_RATIO_LIMIT: f64 = 20.0;
@@ -111,12 +109,8 @@ impl Objective {
             tally: Tally::default(),
         };
         for (i, sequence) in sequences.iter().enumerate() {
-            self.add(sequence, totals, &mut out).with_context(|| {
-                format!(
-                    "evaluating the objective on sequence {i} (group {})",
-                    sequence.group
-                )
-            })?;
+            self.add(sequence, totals, &mut out)
+                .with_context(|| format!("evaluating the objective on sequence {i} (group {})", sequence.group))?;
         }
         out.loss = out.tally.pg_loss + out.tally.kl_loss + out.tally.entropy_loss;
         Ok(out)
@@ -141,12 +135,7 @@ impl Objective {
             Advantage::PerToken(a) => a[t],
         };
 
-        let raw: Vec<f64> = s
-            .new
-            .iter()
-            .zip(s.old)
-            .map(|(a, b)| f64::from(*a) - f64::from(*b))
-            .collect();
+        let raw: Vec<f64> = s.new.iter().zip(s.old).map(|(a, b)| f64::from(*a) - f64::from(*b)).collect();
         let mean_log_ratio = raw.iter().sum::<f64>() / n as f64;
         let mut gradient = vec![0.0f64; n];
         let mut spread = 0.0; // of a sequence ratio: what all tokens share
@@ -180,10 +169,7 @@ impl Objective {
         gradient.iter_mut().for_each(|g| *g += spread);
 
         let in_loss = self.kl_coef != 0.0 && self.kl_in == KlPlace::Loss;
-        ensure!(
-            !in_loss || s.reference.is_some(),
-            "a KL in the loss needs reference log-probs, and there are none"
-        );
+        ensure!(!in_loss || s.reference.is_some(), "a KL in the loss needs reference log-probs, and there are none");
         if let Some(reference) = s.reference {
             for (t, r) in reference.iter().enumerate() {
                 let (value, slope) = kl_estimate(self.kl, f64::from(s.new[t]), f64::from(*r));
@@ -201,8 +187,7 @@ impl Objective {
             tally.entropy_sum += sum;
             tally.entropy_loss -= self.entropy_coef * weight * sum;
         }
-        out.gradient
-            .push(gradient.iter().map(|g| *g as f32).collect());
+        out.gradient.push(gradient.iter().map(|g| *g as f32).collect());
         if let Some(weights) = &mut out.entropy_weight {
             weights.push(vec![(-self.entropy_coef * weight) as f32; n]);
         }
@@ -215,23 +200,11 @@ impl Objective {
         let clamped = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT);
         let ratio = clamped.exp();
         match self.surrogate {
-            Surrogate::Reinforce => Policy {
-                value: -a * logprob,
-                slope: -a,
-                bound: Bound::None,
-            },
+            Surrogate::Reinforce => Policy { value: -a * logprob, slope: -a, bound: Bound::None },
             Surrogate::Cispo => {
                 let held = ratio.min(self.ratio_cap);
-                let bound = if ratio > self.ratio_cap {
-                    Bound::High
-                } else {
-                    Bound::None
-                };
-                Policy {
-                    value: -held * a * logprob,
-                    slope: -held * a,
-                    bound,
-                }
+                let bound = if ratio > self.ratio_cap { Bound::High } else { Bound::None };
+                Policy { value: -held * a * logprob, slope: -held * a, bound }
             }
             Surrogate::Clip => {
                 let free = -a * ratio;
@@ -240,35 +213,25 @@ impl Objective {
                     && a < 0.0
                     && free.max(limited) > -a * c
                 {
-                    return Policy {
-                        value: -a * c,
-                        slope: 0.0,
-                        bound: Bound::Dual,
-                    };
+                    return Policy { value: -a * c, slope: 0.0, bound: Bound::Dual };
                 }
                 if limited > free {
                     let bound = if ratio > 1.0 { Bound::High } else { Bound::Low };
-                    return Policy {
-                        value: limited,
-                        slope: 0.0,
-                        bound,
-                    };
+                    return Policy { value: limited, slope: 0.0, bound };
                 }
                 let slope = if clamped == log_ratio { free } else { 0.0 };
-                Policy {
-                    value: free,
-                    slope,
-                    bound: Bound::None,
-                }
+                Policy { value: free, slope, bound: Bound::None }
             }
         }
     }
 
     /// The share of the loss that one token of `s` has.
     fn token_weight(&self, s: &Sequence, totals: &Totals) -> Result<f64> {
-        let (members, group_tokens) = totals.groups.get(&s.group).copied().context(
-            "its group is not in the totals of the step; count all sequences of the step first",
-        )?;
+        let (members, group_tokens) = totals
+            .groups
+            .get(&s.group)
+            .copied()
+            .context("its group is not in the totals of the step; count all sequences of the step first")?;
         let (b, n) = (totals.sequences as f64, s.new.len() as f64);
         let groups = totals.groups.len() as f64;
         Ok(match self.aggregation {
@@ -291,12 +254,7 @@ impl Objective {
         let Some(sampler) = s.sampler else {
             return Ok(None);
         };
-        let log: Vec<f64> = s
-            .old
-            .iter()
-            .zip(sampler)
-            .map(|(a, b)| f64::from(*a) - f64::from(*b))
-            .collect();
+        let log: Vec<f64> = s.old.iter().zip(sampler).map(|(a, b)| f64::from(*a) - f64::from(*b)).collect();
         let exp = |x: f64| x.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp();
         for x in &log {
             let clamped = x.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT);
@@ -316,17 +274,10 @@ impl Objective {
             Correction::Off => vec![1.0; n],
             Correction::TruncateToken => log.iter().map(|x| truncate(exp(*x))).collect(),
             Correction::TruncateSequence => (0..n).map(|_| truncate(whole)).collect(),
-            Correction::MaskToken => log
-                .iter()
-                .map(|x| exp(*x))
-                .map(|w| if inside(w) { w } else { 0.0 })
-                .collect(),
+            Correction::MaskToken => log.iter().map(|x| exp(*x)).map(|w| if inside(w) { w } else { 0.0 }).collect(),
             Correction::MaskSequence => vec![if inside(whole) { whole } else { 0.0 }; n],
         };
-        if matches!(
-            self.correction,
-            Correction::MaskToken | Correction::MaskSequence
-        ) {
+        if matches!(self.correction, Correction::MaskToken | Correction::MaskSequence) {
             limited = weights.iter().filter(|w| **w == 0.0).count() as f64;
         }
         tally.corrected += limited;
@@ -345,37 +296,17 @@ fn check(s: &Sequence) -> Result<()> {
         ("reference", s.reference),
         ("entropy", s.entropy),
     ];
-    for (name, stream) in streams
-        .into_iter()
-        .filter_map(|(name, stream)| Some((name, stream?)))
-    {
-        ensure!(
-            stream.len() == n,
-            "{} {name} values for {n} trained tokens",
-            stream.len()
-        );
+    for (name, stream) in streams.into_iter().filter_map(|(name, stream)| Some((name, stream?))) {
+        ensure!(stream.len() == n, "{} {name} values for {n} trained tokens", stream.len());
         if let Some(t) = stream.iter().position(|x| !x.is_finite()) {
-            anyhow::bail!(
-                "the {name} value of trained token {t} is {}, expected a finite number",
-                stream[t]
-            );
+            anyhow::bail!("the {name} value of trained token {t} is {}, expected a finite number", stream[t]);
         }
     }
     match s.advantage {
-        Advantage::One(a) => ensure!(
-            a.is_finite(),
-            "the advantage is {a}, expected a finite number"
-        ),
+        Advantage::One(a) => ensure!(a.is_finite(), "the advantage is {a}, expected a finite number"),
         Advantage::PerToken(a) => {
-            ensure!(
-                a.len() == n,
-                "{} advantages for {n} trained tokens",
-                a.len()
-            );
-            ensure!(
-                a.iter().all(|x| x.is_finite()),
-                "an advantage is not a finite number"
-            );
+            ensure!(a.len() == n, "{} advantages for {n} trained tokens", a.len());
+            ensure!(a.iter().all(|x| x.is_finite()), "an advantage is not a finite number");
         }
     }
     Ok(())
@@ -431,10 +362,7 @@ mod tests {
     }
 
     fn variants() -> Vec<Objective> {
-        let mut out: Vec<Objective> = PRESETS
-            .iter()
-            .map(|p| Objective::preset(p).unwrap())
-            .collect();
+        let mut out: Vec<Objective> = PRESETS.iter().map(|p| Objective::preset(p).unwrap()).collect();
         let base = Objective::default();
         for aggregation in [
             Aggregation::TokenMean,
@@ -444,40 +372,18 @@ mod tests {
             Aggregation::GroupTokenMean,
             Aggregation::GroupMeanTokenMean,
         ] {
-            out.push(Objective {
-                aggregation,
-                ..base.clone()
-            });
+            out.push(Objective { aggregation, ..base.clone() });
         }
-        for correction in [
-            Correction::TruncateToken,
-            Correction::TruncateSequence,
-            Correction::MaskToken,
-            Correction::MaskSequence,
-        ] {
+        for correction in
+            [Correction::TruncateToken, Correction::TruncateSequence, Correction::MaskToken, Correction::MaskSequence]
+        {
             for ratio in [RatioLevel::Token, RatioLevel::Sequence] {
-                out.push(Objective {
-                    correction,
-                    ratio,
-                    ..base.clone()
-                });
+                out.push(Objective { correction, ratio, ..base.clone() });
             }
         }
-        out.push(Objective {
-            dual_clip: Some(1.25),
-            ..base.clone()
-        });
-        out.push(Objective {
-            ratio: RatioLevel::Sequence,
-            clip_low: 0.5,
-            clip_high: 0.5,
-            ..base.clone()
-        });
-        out.push(Objective {
-            kl: super::super::KlKind::K2,
-            kl_coef: 0.5,
-            ..base
-        });
+        out.push(Objective { dual_clip: Some(1.25), ..base.clone() });
+        out.push(Objective { ratio: RatioLevel::Sequence, clip_low: 0.5, clip_high: 0.5, ..base.clone() });
+        out.push(Objective { kl: super::super::KlKind::K2, kl_coef: 0.5, ..base });
         out
     }
 
@@ -504,10 +410,7 @@ mod tests {
                     f.new[i][t] = x;
                     let slope = (up - down) / (2.0 * f64::from(h));
                     let found = f64::from(analytic[i][t]);
-                    assert!(
-                        (slope - found).abs() < 2e-6,
-                        "{o:?}\nsequence {i} token {t}: {found} against {slope}"
-                    );
+                    assert!((slope - found).abs() < 2e-6, "{o:?}\nsequence {i} token {t}: {found} against {slope}");
                 }
             }
         }
@@ -519,9 +422,7 @@ mod tests {
         let mut sum = 0.0;
         for i in 0..3 {
             for t in 0..still.new[i].len() {
-                let ratio = f64::from(still.new[i][t] - still.old[i][t])
-                    .exp()
-                    .min(o.ratio_cap);
+                let ratio = f64::from(still.new[i][t] - still.old[i][t]).exp().min(o.ratio_cap);
                 sum -= ratio * still.advantage[i] * f64::from(moved.new[i][t]);
             }
         }
@@ -536,15 +437,12 @@ mod tests {
             let totals = count(&o, &all);
             let whole = o.evaluate(&all, &totals).unwrap();
             for cuts in [vec![0..1, 1..3], vec![0..2, 2..3], vec![0..1, 1..2, 2..3]] {
-                let parts: Vec<Evaluation> = cuts
-                    .iter()
-                    .map(|c| o.evaluate(&all[c.clone()], &totals).unwrap())
-                    .collect();
+                let parts: Vec<Evaluation> =
+                    cuts.iter().map(|c| o.evaluate(&all[c.clone()], &totals).unwrap()).collect();
                 let loss: f64 = parts.iter().map(|p| p.loss).sum();
                 // The same terms added in another order, in f64.
                 assert!((loss - whole.loss).abs() < 1e-14, "{o:?}");
-                let gradient: Vec<Vec<f32>> =
-                    parts.iter().flat_map(|p| p.gradient.clone()).collect();
+                let gradient: Vec<Vec<f32>> = parts.iter().flat_map(|p| p.gradient.clone()).collect();
                 assert_eq!(gradient, whole.gradient);
                 let mut tally = Tally::default();
                 parts.iter().for_each(|p| tally.merge(&p.tally));
@@ -560,21 +458,14 @@ mod tests {
         let mut f = fixture();
         f.old = f.new.clone();
         f.reference = f.new.clone();
-        for o in [
-            Objective::preset("mgpo").unwrap(),
-            Objective::preset("dapo").unwrap(),
-        ] {
+        for o in [Objective::preset("mgpo").unwrap(), Objective::preset("dapo").unwrap()] {
             let e = evaluate(&o, &f.sequences());
             for (row, a) in e.gradient.iter().zip(&f.advantage) {
                 assert!(row.iter().all(|g| *g == (-a / 6.0) as f32));
             }
             let report = e.tally.report();
-            for entry in [
-                ("ratio/mean", 1.0),
-                ("ratio/max", 1.0),
-                ("actor/approx_kl", 0.0),
-                ("actor/pg_clipfrac", 0.0),
-            ] {
+            for entry in [("ratio/mean", 1.0), ("ratio/max", 1.0), ("actor/approx_kl", 0.0), ("actor/pg_clipfrac", 0.0)]
+            {
                 assert!(report.contains(&entry), "{report:?}");
             }
             // -(3 · 0.875 - 0.5 + 2 · 1.25) / 6
@@ -585,11 +476,7 @@ mod tests {
     /// One token, ratio 1.5 or 0.5, A = ±1: which of the four cases stop the gradient.
     #[test]
     fn clipping_by_hand() {
-        let o = Objective {
-            kl_coef: 0.0,
-            clip_high: 0.28,
-            ..Objective::default()
-        };
+        let o = Objective { kl_coef: 0.0, clip_high: 0.28, ..Objective::default() };
         let case = |o: &Objective, ratio: f64, a: f64| {
             let new = [ratio.ln() as f32];
             let s = Sequence {
@@ -607,25 +494,16 @@ mod tests {
         };
         // The log-ratio is f32, so its exp is good to 1e-7.
         let same = |found: (f64, f64), loss: f64, gradient: f64| {
-            assert!(
-                (found.0 - loss).abs() < 1e-6 && (found.1 - gradient).abs() < 1e-6,
-                "{found:?}"
-            );
+            assert!((found.0 - loss).abs() < 1e-6 && (found.1 - gradient).abs() < 1e-6, "{found:?}");
         };
         same(case(&o, 1.5, 1.0), -1.28, 0.0);
         same(case(&o, 0.5, 1.0), -0.5, -0.5);
         same(case(&o, 1.5, -1.0), 1.5, 1.5);
         same(case(&o, 0.5, -1.0), 0.8, 0.0);
-        let dual = Objective {
-            dual_clip: Some(3.0),
-            ..o.clone()
-        };
+        let dual = Objective { dual_clip: Some(3.0), ..o.clone() };
         same(case(&dual, 4.0, -1.0), 3.0, 0.0);
         same(case(&dual, 2.0, -1.0), 2.0, 2.0);
-        let cispo = Objective {
-            ratio_cap: 2.0,
-            ..Objective::preset("cispo").unwrap()
-        };
+        let cispo = Objective { ratio_cap: 2.0, ..Objective::preset("cispo").unwrap() };
         same(case(&cispo, 4.0, 1.0), -2.0 * 4f64.ln(), -2.0);
     }
 
@@ -647,10 +525,7 @@ mod tests {
         let e = evaluate(&o, &[s]);
         assert_eq!(e.gradient, [[-0.5, -0.5]]);
         assert!((e.loss + 1.0).abs() < 1e-12);
-        let token = Objective {
-            ratio: RatioLevel::Token,
-            ..o
-        };
+        let token = Objective { ratio: RatioLevel::Token, ..o };
         assert_eq!(evaluate(&token, &[s]).gradient[0][0], 0.0);
     }
 
@@ -659,80 +534,41 @@ mod tests {
     fn aggregation_by_hand() {
         let f = fixture();
         let weights = |aggregation| {
-            let o = Objective {
-                aggregation,
-                norm_length: 10.0,
-                ..Objective::default()
-            };
+            let o = Objective { aggregation, norm_length: 10.0, ..Objective::default() };
             let all = f.sequences();
             let totals = count(&o, &all);
             [0, 1, 2].map(|i| o.token_weight(&all[i], &totals).unwrap())
         };
         let close = |a: [f64; 3], b: [f64; 3]| {
-            assert!(
-                a.iter().zip(b).all(|(x, y)| (x - y).abs() < 1e-15),
-                "{a:?} {b:?}"
-            );
+            assert!(a.iter().zip(b).all(|(x, y)| (x - y).abs() < 1e-15), "{a:?} {b:?}");
         };
         close(weights(Aggregation::TokenMean), [1.0 / 6.0; 3]);
         close(weights(Aggregation::SeqMeanTokenSum), [1.0 / 3.0; 3]);
-        close(
-            weights(Aggregation::SeqMeanTokenMean),
-            [1.0 / 9.0, 1.0 / 3.0, 1.0 / 6.0],
-        );
+        close(weights(Aggregation::SeqMeanTokenMean), [1.0 / 9.0, 1.0 / 3.0, 1.0 / 6.0]);
         close(weights(Aggregation::FixedNorm), [1.0 / 30.0; 3]);
-        close(
-            weights(Aggregation::GroupTokenMean),
-            [1.0 / 8.0, 1.0 / 8.0, 1.0 / 4.0],
-        );
-        close(
-            weights(Aggregation::GroupMeanTokenMean),
-            [1.0 / 12.0, 1.0 / 4.0, 1.0 / 4.0],
-        );
+        close(weights(Aggregation::GroupTokenMean), [1.0 / 8.0, 1.0 / 8.0, 1.0 / 4.0]);
+        close(weights(Aggregation::GroupMeanTokenMean), [1.0 / 12.0, 1.0 / 4.0, 1.0 / 4.0]);
     }
 
     #[test]
     fn sampler_mismatch_is_weighed_and_reported() {
         let f = fixture();
-        let base = Objective {
-            kl_coef: 0.0,
-            ..Objective::default()
-        };
+        let base = Objective { kl_coef: 0.0, ..Objective::default() };
         let plain = evaluate(&base, &f.sequences());
         // Sequence 1: old - sampler = 1.25, w = 3.49, above the cap of 2; its ratio exp(0.5) with A < 0 is not clipped.
-        let truncated = evaluate(
-            &Objective {
-                correction: Correction::TruncateToken,
-                ..base.clone()
-            },
-            &f.sequences(),
-        );
+        let truncated = evaluate(&Objective { correction: Correction::TruncateToken, ..base.clone() }, &f.sequences());
         assert_eq!(truncated.gradient[1][0], 2.0 * plain.gradient[1][0]);
-        let masked = evaluate(
-            &Objective {
-                correction: Correction::MaskToken,
-                ..base.clone()
-            },
-            &f.sequences(),
-        );
+        let masked = evaluate(&Objective { correction: Correction::MaskToken, ..base.clone() }, &f.sequences());
         assert_eq!(masked.gradient[1][0], 0.0);
-        let find = |e: &Evaluation, name: &str| {
-            e.tally.report().iter().find(|(n, _)| *n == name).unwrap().1
-        };
+        let find = |e: &Evaluation, name: &str| e.tally.report().iter().find(|(n, _)| *n == name).unwrap().1;
         assert_eq!(find(&plain, "mismatch_logprob/max"), 1.25);
         assert_eq!(find(&plain, "correction/mean"), 1.0);
         assert!((find(&truncated, "correction/frac_limited") - 1.0 / 6.0).abs() < 1e-15);
         // Without sampler log-probs a correction is an error, not a silent 1.
         let mut blind = f.sequences();
         blind[0].sampler = None;
-        let o = Objective {
-            correction: Correction::TruncateToken,
-            ..base
-        };
-        assert!(
-            format!("{:#}", o.evaluate(&blind, &count(&o, &blind)).unwrap_err())
-                .contains("sampler")
-        );
+        let o = Objective { correction: Correction::TruncateToken, ..base };
+        assert!(format!("{:#}", o.evaluate(&blind, &count(&o, &blind)).unwrap_err()).contains("sampler"));
     }
 
     #[test]
@@ -744,11 +580,7 @@ mod tests {
         let e = evaluate(&o, &all);
         assert_eq!(e.gradient[0], [0.0; 3]);
         assert_eq!(count(&o, &all).tokens, 3);
-        let counted = Objective {
-            masked_in_totals: true,
-            kl_coef: 0.0,
-            ..o
-        };
+        let counted = Objective { masked_in_totals: true, kl_coef: 0.0, ..o };
         assert_eq!(count(&counted, &all).tokens, 6);
         assert_eq!(evaluate(&counted, &all).gradient[0], [0.0; 3]);
     }
@@ -759,21 +591,11 @@ mod tests {
         let mut all = f.sequences();
         let entropy = [1.0, 2.0, 3.0];
         all[0].entropy = Some(&entropy);
-        let o = Objective {
-            entropy_coef: 0.06,
-            kl_coef: 0.0,
-            ..Objective::default()
-        };
+        let o = Objective { entropy_coef: 0.06, kl_coef: 0.0, ..Objective::default() };
         let e = evaluate(&o, &all);
         assert_eq!(e.entropy_weight.as_ref().unwrap()[0], [-0.01; 3]);
         assert!((e.tally.entropy_loss + 0.06).abs() < 1e-12);
-        let without = evaluate(
-            &Objective {
-                entropy_coef: 0.0,
-                ..o
-            },
-            &all,
-        );
+        let without = evaluate(&Objective { entropy_coef: 0.0, ..o }, &all);
         assert!(without.entropy_weight.is_none());
         assert!((without.loss - 0.06 - e.loss).abs() < 1e-12);
     }
@@ -786,17 +608,11 @@ mod tests {
         let totals = count(&o, &all);
         all[2].old = &[0.0];
         let message = format!("{:#}", o.evaluate(&all, &totals).unwrap_err());
-        assert!(
-            message.contains("sequence 2") && message.contains("1 old values for 2"),
-            "{message}"
-        );
+        assert!(message.contains("sequence 2") && message.contains("1 old values for 2"), "{message}");
         all = f.sequences();
         all[1].new = &[f32::NAN];
         let message = format!("{:#}", o.evaluate(&all, &totals).unwrap_err());
-        assert!(
-            message.contains("sequence 1") && message.contains("NaN"),
-            "{message}"
-        );
+        assert!(message.contains("sequence 1") && message.contains("NaN"), "{message}");
         all = f.sequences();
         all[1].group = 77;
         assert!(format!("{:#}", o.evaluate(&all, &totals).unwrap_err()).contains("totals"));

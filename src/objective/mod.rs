@@ -195,17 +195,8 @@ impl Default for Objective {
 }
 
 /// The names [`Objective::preset`] knows.
-pub const PRESETS: [&str; 9] = [
-    "mgpo",
-    "grpo",
-    "dr_grpo",
-    "dapo",
-    "gspo",
-    "cispo",
-    "rloo",
-    "reinforce++",
-    "reinforce++_baseline",
-];
+pub const PRESETS: [&str; 9] =
+    ["mgpo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce++", "reinforce++_baseline"];
 
 impl Objective {
     /// The settings of a published method. Errors on a name that is not in [`PRESETS`], naming the nearest.
@@ -215,11 +206,7 @@ impl Objective {
             // arXiv 2507.05920: GRPO as verl had it, KL 0.01.
             "mgpo" => base,
             // arXiv 2402.03300: sequence mean of token means, beta 0.04.
-            "grpo" => Objective {
-                aggregation: Aggregation::SeqMeanTokenMean,
-                kl_coef: 0.04,
-                ..base
-            },
+            "grpo" => Objective { aggregation: Aggregation::SeqMeanTokenMean, kl_coef: 0.04, ..base },
             // arXiv 2503.20783: neither the spread nor the length in a denominator, no KL.
             "dr_grpo" => Objective {
                 advantage: AdvantageKind::GroupMean,
@@ -228,12 +215,7 @@ impl Objective {
                 ..base
             },
             // arXiv 2503.14476: clip higher, token mean, dynamic sampling, no KL.
-            "dapo" => Objective {
-                clip_high: 0.28,
-                drop_equal_groups: true,
-                kl_coef: 0.0,
-                ..base
-            },
+            "dapo" => Objective { clip_high: 0.28, drop_equal_groups: true, kl_coef: 0.0, ..base },
             // arXiv 2507.18071: bounds 3e-4 and 4e-4 of the sequence ratio.
             "gspo" => Objective {
                 ratio: RatioLevel::Sequence,
@@ -244,11 +226,7 @@ impl Objective {
                 ..base
             },
             // arXiv 2506.13585: no token is dropped, no KL.
-            "cispo" => Objective {
-                surrogate: Surrogate::Cispo,
-                kl_coef: 0.0,
-                ..base
-            },
+            "cispo" => Objective { surrogate: Surrogate::Cispo, kl_coef: 0.0, ..base },
             // arXiv 2402.14740: whole-sequence REINFORCE; a KL, when asked for, is in the reward.
             "rloo" => Objective {
                 advantage: AdvantageKind::Rloo,
@@ -260,22 +238,17 @@ impl Objective {
                 ..base
             },
             // arXiv 2501.03262: token-level KL in the reward, batch normalisation.
-            "reinforce++" => Objective {
-                advantage: AdvantageKind::BatchNorm,
-                kl: KlKind::K1,
-                kl_in: KlPlace::Reward,
-                ..base
-            },
+            "reinforce++" => {
+                Objective { advantage: AdvantageKind::BatchNorm, kl: KlKind::K1, kl_in: KlPlace::Reward, ..base }
+            }
             // The same paper's group form: the group mean comes off first, and the KL (k2) moves to the loss.
-            "reinforce++_baseline" => Objective {
-                advantage: AdvantageKind::BatchNormAfterGroupMean,
-                kl: KlKind::K2,
-                ..base
-            },
+            "reinforce++_baseline" => {
+                Objective { advantage: AdvantageKind::BatchNormAfterGroupMean, kl: KlKind::K2, ..base }
+            }
             unknown => {
-                let near = PRESETS.iter().max_by(|a, b| {
-                    strsim::jaro_winkler(a, unknown).total_cmp(&strsim::jaro_winkler(b, unknown))
-                });
+                let near = PRESETS
+                    .iter()
+                    .max_by(|a, b| strsim::jaro_winkler(a, unknown).total_cmp(&strsim::jaro_winkler(b, unknown)));
                 bail!(
                     "unknown objective preset {unknown:?}; did you mean {:?}? Known: {}",
                     near.copied().unwrap_or_default(),
@@ -298,12 +271,9 @@ impl Objective {
             Some(other) => bail!("reading objective.preset: expected a string, found {other}"),
             None => "mgpo".to_string(),
         };
-        let mut fields =
-            toml::Table::try_from(Objective::preset(&name)?).context("writing out a preset")?;
+        let mut fields = toml::Table::try_from(Objective::preset(&name)?).context("writing out a preset")?;
         fields.extend(table);
-        let objective: Objective = fields
-            .try_into()
-            .context("reading the objective's settings")?;
+        let objective: Objective = fields.try_into().context("reading the objective's settings")?;
         objective.validate()?;
         Ok(objective)
     }
@@ -323,31 +293,15 @@ impl Objective {
         finite_at_least("clip_high", self.clip_high, 0.0)?;
         finite_at_least("kl_coef", self.kl_coef, 0.0)?;
         finite_at_least("correction_floor", self.correction_floor, 0.0)?;
-        ensure!(
-            self.entropy_coef.is_finite(),
-            "objective.entropy_coef = {}: expected a number",
-            self.entropy_coef
-        );
-        for (key, value) in [
-            ("ratio_cap", self.ratio_cap),
-            ("norm_length", self.norm_length),
-            ("correction_cap", self.correction_cap),
-        ] {
-            ensure!(
-                value.is_finite() && value > 0.0,
-                "objective.{key} = {value}: expected a number above 0"
-            );
+        ensure!(self.entropy_coef.is_finite(), "objective.entropy_coef = {}: expected a number", self.entropy_coef);
+        for (key, value) in
+            [("ratio_cap", self.ratio_cap), ("norm_length", self.norm_length), ("correction_cap", self.correction_cap)]
+        {
+            ensure!(value.is_finite() && value > 0.0, "objective.{key} = {value}: expected a number above 0");
         }
-        ensure!(
-            self.clip_low <= 1.0,
-            "objective.clip_low = {}: a ratio is never below 0, so at most 1",
-            self.clip_low
-        );
+        ensure!(self.clip_low <= 1.0, "objective.clip_low = {}: a ratio is never below 0, so at most 1", self.clip_low);
         if let Some(c) = self.dual_clip {
-            ensure!(
-                c.is_finite() && c > 1.0,
-                "objective.dual_clip = {c}: expected a number above 1"
-            );
+            ensure!(c.is_finite() && c > 1.0, "objective.dual_clip = {c}: expected a number above 1");
         }
         ensure!(
             self.correction_floor <= self.correction_cap,
@@ -381,10 +335,7 @@ fn kl_estimate(kind: KlKind, new: f64, reference: f64) -> (f64, f64) {
         let clamped = (-d).clamp(-20.0, 20.0);
         let value = clamped.exp() - clamped - 1.0;
         let inside = clamped == -d && value < 10.0;
-        (
-            value.min(10.0),
-            if inside { 1.0 - clamped.exp() } else { 0.0 },
-        )
+        (value.min(10.0), if inside { 1.0 - clamped.exp() } else { 0.0 })
     };
     match kind {
         KlKind::K1 => (d, 1.0),
@@ -402,14 +353,8 @@ mod tests {
     fn defaults_are_mgpo() {
         let o = Objective::preset("mgpo").unwrap();
         assert_eq!(o, Objective::default());
-        assert_eq!(
-            (o.kl_coef, o.clip_low, o.clip_high, o.entropy_coef),
-            (0.01, 0.2, 0.2, 0.0)
-        );
-        assert_eq!(
-            (o.kl, o.kl_in, o.advantage),
-            (KlKind::K3, KlPlace::Loss, AdvantageKind::GroupStd)
-        );
+        assert_eq!((o.kl_coef, o.clip_low, o.clip_high, o.entropy_coef), (0.01, 0.2, 0.2, 0.0));
+        assert_eq!((o.kl, o.kl_in, o.advantage), (KlKind::K3, KlPlace::Loss, AdvantageKind::GroupStd));
     }
 
     #[test]
@@ -428,17 +373,9 @@ mod tests {
         assert!(message.contains("\"dapo\""), "{message}");
         let table: toml::Table = toml::from_str("clip_hihg = 0.3").unwrap();
         let message = format!("{:#}", Objective::from_table(table).unwrap_err());
-        assert!(
-            message.contains("clip_hihg") && message.contains("clip_high"),
-            "{message}"
-        );
+        assert!(message.contains("clip_hihg") && message.contains("clip_high"), "{message}");
         let table: toml::Table = toml::from_str("dual_clip = 0.5").unwrap();
-        assert!(
-            Objective::from_table(table)
-                .unwrap_err()
-                .to_string()
-                .contains("above 1")
-        );
+        assert!(Objective::from_table(table).unwrap_err().to_string().contains("above 1"));
     }
 
     /// d = ln 2: k1 = 0.6931, k2 = 0.2402, k3 = 0.5 - 1 + 0.6931 = 0.1931.
@@ -449,10 +386,7 @@ mod tests {
         assert!((kl_estimate(KlKind::K2, two, 0.0).0 - 0.240227).abs() < 1e-6);
         assert!((kl_estimate(KlKind::K3, two, 0.0).0 - 0.193147).abs() < 1e-6);
         assert!((kl_estimate(KlKind::K3, two, 0.0).1 - 0.5).abs() < 1e-12);
-        assert_eq!(
-            kl_estimate(KlKind::K3K2, two, 0.0),
-            (kl_estimate(KlKind::K3, two, 0.0).0, two)
-        );
+        assert_eq!(kl_estimate(KlKind::K3K2, two, 0.0), (kl_estimate(KlKind::K3, two, 0.0).0, two));
         assert_eq!(kl_estimate(KlKind::K3, -1.5, -1.5), (0.0, 0.0));
     }
 
@@ -461,14 +395,9 @@ mod tests {
         let h = 1e-6;
         for kind in [KlKind::K1, KlKind::K2, KlKind::K3] {
             for new in [-3.0, -1.7, -0.4, -0.1] {
-                let slope = (kl_estimate(kind, new + h, -1.0).0
-                    - kl_estimate(kind, new - h, -1.0).0)
-                    / (2.0 * h);
+                let slope = (kl_estimate(kind, new + h, -1.0).0 - kl_estimate(kind, new - h, -1.0).0) / (2.0 * h);
                 // Central differences in f64 at h = 1e-6 are good to about 1e-9.
-                assert!(
-                    (slope - kl_estimate(kind, new, -1.0).1).abs() < 1e-7,
-                    "{kind:?} {new}"
-                );
+                assert!((slope - kl_estimate(kind, new, -1.0).1).abs() < 1e-7, "{kind:?} {new}");
             }
         }
         // exp(4) - 5 = 49.6 is above 10: the value stops there and pulls no further.

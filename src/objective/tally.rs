@@ -111,10 +111,7 @@ impl Tally {
         let n = self.tokens.max(1.0);
         let mut out = vec![
             ("actor/pg_loss", self.pg_loss),
-            (
-                "actor/pg_clipfrac",
-                (self.clipped_high + self.clipped_low) / n,
-            ),
+            ("actor/pg_clipfrac", (self.clipped_high + self.clipped_low) / n),
             ("actor/pg_clipfrac_high", self.clipped_high / n),
             ("actor/pg_clipfrac_low", self.clipped_low / n),
             ("actor/pg_clipfrac_dual", self.clipped_dual / n),
@@ -136,10 +133,7 @@ impl Tally {
             out.push(("mismatch_kl/mean", self.mismatch_kl / self.sampler_tokens));
             out.push(("mismatch_logprob/max", self.mismatch_max));
             out.push(("correction/mean", self.correction_sum / self.sampler_tokens));
-            out.push((
-                "correction/frac_limited",
-                self.corrected / self.sampler_tokens,
-            ));
+            out.push(("correction/frac_limited", self.corrected / self.sampler_tokens));
         }
         out
     }

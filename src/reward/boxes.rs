@@ -117,12 +117,8 @@ pub fn multi_image(predicted: &[Named], truth: &[Named], settings: &MultiImage) 
     let image = 2.0 * right_images as f64 / (predicted.len() + truth.len()) as f64;
 
     let candidates = predicted.get(..MOST_BOXES).unwrap_or(predicted);
-    let worth =
-        |p: &Named, t: &Named| f64::from(u8::from(p.image == t.image)) + p.bbox.iou(&t.bbox);
-    let weights: Vec<Vec<f64>> = candidates
-        .iter()
-        .map(|p| truth.iter().map(|t| worth(p, t)).collect())
-        .collect();
+    let worth = |p: &Named, t: &Named| f64::from(u8::from(p.image == t.image)) + p.bbox.iou(&t.bbox);
+    let weights: Vec<Vec<f64>> = candidates.iter().map(|p| truth.iter().map(|t| worth(p, t)).collect()).collect();
     let mut sum = 0.0;
     for (p, chosen) in candidates.iter().zip(assign(&weights)) {
         if let Some(t) = chosen.and_then(|j| truth.get(j))
@@ -156,10 +152,7 @@ impl MultiImage {
     /// Judges a whole response: parts `format`, `image`, `object`. A response without readable boxes earns 0 in all three.
     pub fn judge(&self, text: &str, truth: &[Named]) -> (Parts, Option<Vec<Named>>) {
         let Some(predicted) = parse_named(text) else {
-            return (
-                Parts::from([("format", 0.0), ("image", 0.0), ("object", 0.0)]),
-                None,
-            );
+            return (Parts::from([("format", 0.0), ("image", 0.0), ("object", 0.0)]), None);
         };
         let format = match self.strict_format {
             true => f64::from(u8::from(tag_format(text) == 1.0 && strict_entries(text))),
@@ -191,8 +184,7 @@ pub fn tag_format(text: &str) -> f64 {
 }
 
 fn strict_entries(text: &str) -> bool {
-    let Some(Ok(Value::Array(entries))) = answer_tag(last_turn(text)).map(serde_json::from_str)
-    else {
+    let Some(Ok(Value::Array(entries))) = answer_tag(last_turn(text)).map(serde_json::from_str) else {
         return false;
     };
     !entries.is_empty()
@@ -200,8 +192,7 @@ fn strict_entries(text: &str) -> bool {
             entry.as_object().is_some_and(|o| {
                 o.len() == 3
                     && o.get("image").is_some_and(Value::is_u64)
-                    && o.get("bbox_2d")
-                        .is_some_and(|b| corners(b).is_some() && b.is_array())
+                    && o.get("bbox_2d").is_some_and(|b| corners(b).is_some() && b.is_array())
                     && o.get("label").is_some_and(Value::is_string)
             })
         })
@@ -214,11 +205,7 @@ fn declared(text: &str) -> &str {
         let body = turn.get(turn.find("```json")? + "```json".len()..)?;
         body.get(..body.find("```")?)
     };
-    answer_tag(turn)
-        .or_else(fenced)
-        .or_else(|| boxed(turn))
-        .unwrap_or(turn)
-        .trim()
+    answer_tag(turn).or_else(fenced).or_else(|| boxed(turn)).unwrap_or(turn).trim()
 }
 
 /// The first box of a response, in the units it was written in: JSON with `bbox_2d` (or `bbox`, `box`),
@@ -282,8 +269,7 @@ fn four(text: &str) -> Option<(BBox, usize)> {
                     .take_while(|b| matches!(b, b'-' | b'+' | b'.' | b'e' | b'E' | b'0'..=b'9'))
                     .count();
                 // More than four numbers, or numbers between brackets, are something else.
-                *numbers.get_mut(count)? =
-                    (depth > 0).then(|| text.get(at..at + length)?.parse().ok())??;
+                *numbers.get_mut(count)? = (depth > 0).then(|| text.get(at..at + length)?.parse().ok())??;
                 count += 1;
                 at += length - 1;
             }
@@ -299,20 +285,14 @@ fn four(text: &str) -> Option<(BBox, usize)> {
 }
 
 fn bbox(numbers: [f64; 4]) -> Option<BBox> {
-    numbers
-        .iter()
-        .all(|x| x.abs() <= FARTHEST)
-        .then(|| BBox::from(numbers))
+    numbers.iter().all(|x| x.abs() <= FARTHEST).then(|| BBox::from(numbers))
 }
 
 /// A JSON value that is a box: four numbers, two pairs, or a text with one.
 fn corners(value: &Value) -> Option<BBox> {
     match value {
         Value::String(text) => scan(text).first().map(|(_, b)| *b),
-        Value::Array(_) => scan(&value.to_string())
-            .first()
-            .filter(|(at, _)| *at == 0)
-            .map(|(_, b)| *b),
+        Value::Array(_) => scan(&value.to_string()).first().filter(|(at, _)| *at == 0).map(|(_, b)| *b),
         _ => None,
     }
 }
@@ -341,11 +321,7 @@ pub fn parse_named(text: &str) -> Option<Vec<Named>> {
                 .map(|(at, bbox)| {
                     image = body.get(from..at).and_then(last_image).unwrap_or(image);
                     from = at;
-                    Named {
-                        image,
-                        bbox,
-                        label: None,
-                    }
+                    Named { image, bbox, label: None }
                 })
                 .collect()
         }
@@ -362,23 +338,14 @@ fn entry(value: &Value) -> Option<Named> {
         Some(Value::String(s)) => s.trim().parse().ok().or_else(|| last_image(s))?,
         Some(_) => return None,
     };
-    let label = object
-        .get("label")
-        .and_then(Value::as_str)
-        .map(str::to_string);
-    Some(Named {
-        image,
-        bbox: corners(first(["bbox_2d", "bbox", "box"])?)?,
-        label,
-    })
+    let label = object.get("label").and_then(Value::as_str).map(str::to_string);
+    Some(Named { image, bbox: corners(first(["bbox_2d", "bbox", "box"])?)?, label })
 }
 
 /// The number after the last "image" of a text: "Image-2", "image 2", "Image_2".
 fn last_image(text: &str) -> Option<usize> {
     let lower = text.to_ascii_lowercase();
-    let after = lower
-        .get(lower.rfind("image")? + "image".len()..)?
-        .trim_start_matches(['-', ' ', '_', '#']);
+    let after = lower.get(lower.rfind("image")? + "image".len()..)?.trim_start_matches(['-', ' ', '_', '#']);
     let digits = after.bytes().take_while(u8::is_ascii_digit).count();
     after.get(..digits)?.parse().ok()
 }
@@ -388,27 +355,14 @@ pub(crate) fn truth(value: &Value) -> Result<Vec<Named>> {
     let entries = match value {
         Value::Array(entries) => entries.as_slice(),
         Value::Object(_) => std::slice::from_ref(value),
-        other => bail!(
-            "\"answer\" is {other}, expected a list of {{\"image\": k, \"bbox\": [x1,y1,x2,y2]}}"
-        ),
+        other => bail!("\"answer\" is {other}, expected a list of {{\"image\": k, \"bbox\": [x1,y1,x2,y2]}}"),
     };
-    ensure!(
-        !entries.is_empty(),
-        "\"answer\" is an empty list, expected at least one target"
-    );
-    ensure!(
-        entries.len() <= MOST_BOXES,
-        "\"answer\" has {} targets, expected at most {MOST_BOXES}",
-        entries.len()
-    );
+    ensure!(!entries.is_empty(), "\"answer\" is an empty list, expected at least one target");
+    ensure!(entries.len() <= MOST_BOXES, "\"answer\" has {} targets, expected at most {MOST_BOXES}", entries.len());
     let read = |(i, e): (usize, &Value)| {
-        let named = entry(e).with_context(|| {
-            format!("\"answer\"[{i}] is {e}, expected {{\"image\": k, \"bbox\": [x1,y1,x2,y2]}}")
-        })?;
-        ensure!(
-            named.image > 0,
-            "\"answer\"[{i}] has no \"image\" (counted from 1)"
-        );
+        let named = entry(e)
+            .with_context(|| format!("\"answer\"[{i}] is {e}, expected {{\"image\": k, \"bbox\": [x1,y1,x2,y2]}}"))?;
+        ensure!(named.image > 0, "\"answer\"[{i}] has no \"image\" (counted from 1)");
         Ok(named)
     };
     entries.iter().enumerate().map(read).collect()
@@ -424,11 +378,7 @@ mod tests {
     use super::*;
 
     fn named(image: usize, b: [f64; 4]) -> Named {
-        Named {
-            image,
-            bbox: BBox::from(b),
-            label: None,
-        }
+        Named { image, bbox: BBox::from(b), label: None }
     }
 
     fn parts(predicted: &[Named], truth: &[Named], settings: &MultiImage) -> (f64, f64) {
@@ -443,28 +393,8 @@ mod tests {
         let (wrong, truth) = ([named(1, WHOLE)], [named(2, WHOLE)]);
         let gated = MultiImage::default();
         assert_eq!(parts(&wrong, &truth, &gated), (0.0, 0.0));
-        assert_eq!(
-            parts(
-                &wrong,
-                &truth,
-                &MultiImage {
-                    gate: Gate::None,
-                    ..gated.clone()
-                }
-            ),
-            (0.0, 1.0)
-        );
-        assert_eq!(
-            parts(
-                &wrong,
-                &truth,
-                &MultiImage {
-                    gate: Gate::Product,
-                    ..gated.clone()
-                }
-            ),
-            (0.0, 0.0)
-        );
+        assert_eq!(parts(&wrong, &truth, &MultiImage { gate: Gate::None, ..gated.clone() }), (0.0, 1.0));
+        assert_eq!(parts(&wrong, &truth, &MultiImage { gate: Gate::Product, ..gated.clone() }), (0.0, 0.0));
         assert_eq!(parts(&truth, &truth, &gated), (1.0, 1.0));
     }
 
@@ -472,41 +402,17 @@ mod tests {
     #[test]
     fn the_iou_is_banded() {
         let settings = MultiImage::default();
-        for (h, worth) in [
-            (9.0, 1.0),
-            (9.5, 1.0),
-            (8.9, 0.89),
-            (5.0, 0.5),
-            (1.0, 0.0),
-            (0.5, 0.0),
-        ] {
-            let (_, object) = parts(
-                &[named(1, [0.0, 0.0, 10.0, h])],
-                &[named(1, WHOLE)],
-                &settings,
-            );
+        for (h, worth) in [(9.0, 1.0), (9.5, 1.0), (8.9, 0.89), (5.0, 0.5), (1.0, 0.0), (0.5, 0.0)] {
+            let (_, object) = parts(&[named(1, [0.0, 0.0, 10.0, h])], &[named(1, WHOLE)], &settings);
             assert!((object - worth).abs() < 1e-12, "{h}: {object}");
         }
-        let step = MultiImage {
-            shape: Shape::Step,
-            ..settings
-        };
-        assert_eq!(
-            parts(
-                &[named(1, [0.0, 0.0, 10.0, 5.0])],
-                &[named(1, WHOLE)],
-                &step
-            )
-            .1,
-            0.0
-        );
+        let step = MultiImage { shape: Shape::Step, ..settings };
+        assert_eq!(parts(&[named(1, [0.0, 0.0, 10.0, 5.0])], &[named(1, WHOLE)], &step).1, 0.0);
     }
 
     #[test]
     fn ten_boxes_for_one_target_earn_less_than_one() {
-        let spam: Vec<Named> = (0..10)
-            .map(|i| named(1, [f64::from(i), 0.0, f64::from(i) + 10.0, 10.0]))
-            .collect();
+        let spam: Vec<Named> = (0..10).map(|i| named(1, [f64::from(i), 0.0, f64::from(i) + 10.0, 10.0])).collect();
         let (image, object) = parts(&spam, &[named(1, WHOLE)], &MultiImage::default());
         // F1 of ten against one: 2 · 1 / 11. The one right box is a tenth of what was said.
         assert_eq!((image, object), (2.0 / 11.0, 0.1));
@@ -517,32 +423,17 @@ mod tests {
         let far = [20.0, 20.0, 30.0, 30.0];
         let truth = [named(1, WHOLE), named(2, far)];
         let settings = MultiImage::default();
-        assert_eq!(
-            parts(&[named(2, far), named(1, WHOLE)], &truth, &settings),
-            (1.0, 1.0)
-        );
-        assert_eq!(
-            parts(&[named(1, WHOLE)], &truth, &settings),
-            (2.0 / 3.0, 0.5)
-        );
-        let sum = MultiImage {
-            per_target: PerTarget::Sum,
-            ..settings
-        };
-        assert_eq!(
-            parts(&[named(2, far), named(1, WHOLE)], &truth, &sum),
-            (1.0, 2.0)
-        );
+        assert_eq!(parts(&[named(2, far), named(1, WHOLE)], &truth, &settings), (1.0, 1.0));
+        assert_eq!(parts(&[named(1, WHOLE)], &truth, &settings), (2.0 / 3.0, 0.5));
+        let sum = MultiImage { per_target: PerTarget::Sum, ..settings };
+        assert_eq!(parts(&[named(2, far), named(1, WHOLE)], &truth, &sum), (1.0, 2.0));
     }
 
     #[test]
     fn format_is_a_quarter_a_tag() {
         assert_eq!(tag_format("<think>a</think><answer>b</answer>"), 1.0);
         assert_eq!(tag_format("<answer>b</answer>"), 0.5);
-        assert_eq!(
-            tag_format("<think>a<think></think><answer>b</answer>"),
-            0.75
-        );
+        assert_eq!(tag_format("<think>a<think></think><answer>b</answer>"), 0.75);
         // In the wrong order: the think pair stands behind what it must precede, and the answer pair is not after it.
         assert_eq!(tag_format("<answer>b</answer><think>a</think>"), 0.5);
         assert_eq!(tag_format(""), 0.0);
@@ -559,21 +450,11 @@ mod tests {
             "<answer>Image-2: [1,2,3,4]</answer>",
         ] {
             let found = parse_named(text).unwrap_or_else(|| panic!("{text}"));
-            assert_eq!(
-                (found.len(), found[0].image, found[0].bbox),
-                (1, 2, BBox::new(1.0, 2.0, 3.0, 4.0)),
-                "{text}"
-            );
+            assert_eq!((found.len(), found[0].image, found[0].bbox), (1, 2, BBox::new(1.0, 2.0, 3.0, 4.0)), "{text}");
         }
-        for text in [
-            "",
-            "no box",
-            "[1,2,3]",
-            "[1,2,3,4,5]",
-            "<answer>[{\"image\": 1}]</answer>",
-            "[1e99,2,3,4]",
-            "[1,2,3,x]",
-        ] {
+        for text in
+            ["", "no box", "[1,2,3]", "[1,2,3,4,5]", "<answer>[{\"image\": 1}]</answer>", "[1e99,2,3,4]", "[1,2,3,x]"]
+        {
             assert_eq!(parse_named(text), None, "{text}");
         }
         assert_eq!(parse_named("[1,2,3,4]").unwrap()[0].image, 0);
@@ -584,34 +465,17 @@ mod tests {
         let judge = |text: &str, settings: &MultiImage| settings.judge(text, &[named(1, WHOLE)]).0;
         let lax = MultiImage::default();
         let all = |parts: Parts| ["format", "image", "object"].map(|n| parts.get(n).unwrap());
-        assert_eq!(
-            all(judge("<think>a</think><answer>b</answer>", &lax)),
-            [0.0; 3]
-        );
-        let good =
-            r#"<think>a</think><answer>[{"image":1,"bbox_2d":[0,0,10,10],"label":"x"}]</answer>"#;
+        assert_eq!(all(judge("<think>a</think><answer>b</answer>", &lax)), [0.0; 3]);
+        let good = r#"<think>a</think><answer>[{"image":1,"bbox_2d":[0,0,10,10],"label":"x"}]</answer>"#;
         assert_eq!(all(judge(good, &lax)), [1.0; 3]);
-        let strict = MultiImage {
-            strict_format: true,
-            ..lax
-        };
+        let strict = MultiImage { strict_format: true, ..lax };
         assert_eq!(all(judge(good, &strict)), [1.0; 3]);
-        assert_eq!(
-            all(judge(&good.replace(r#","label":"x""#, ""), &strict)),
-            [0.0, 1.0, 1.0]
-        );
+        assert_eq!(all(judge(&good.replace(r#","label":"x""#, ""), &strict)), [0.0, 1.0, 1.0]);
     }
 
     #[test]
     fn inverted_boxes_are_worth_nothing() {
         let flipped = [10.0, 10.0, 0.0, 0.0];
-        assert_eq!(
-            parts(
-                &[named(1, flipped)],
-                &[named(1, WHOLE)],
-                &MultiImage::default()
-            ),
-            (1.0, 0.0)
-        );
+        assert_eq!(parts(&[named(1, flipped)], &[named(1, WHOLE)], &MultiImage::default()), (1.0, 0.0));
     }
 }

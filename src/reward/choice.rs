@@ -26,11 +26,7 @@ pub enum Official {
 /// assert_eq!(letter("Based on the picture", &[]), None);
 /// ```
 pub fn letter(answer: &str, choices: &[String]) -> Option<char> {
-    let count = if choices.is_empty() {
-        5
-    } else {
-        choices.len().min(26)
-    };
+    let count = if choices.is_empty() { 5 } else { choices.len().min(26) };
     let plain = undress(answer);
     form(&plain, count)
         .or_else(|| choice_text(&plain, choices))
@@ -43,17 +39,8 @@ pub fn letter(answer: &str, choices: &[String]) -> Option<char> {
 
 /// Takes off `$`, `*`, backquotes, quotes and LaTeX wrappers such as `\text{…}`.
 fn undress(text: &str) -> String {
-    let mut plain: String = text
-        .chars()
-        .filter(|c| !matches!(c, '$' | '*' | '`' | '"'))
-        .collect();
-    for wrapper in [
-        r"\textbf{",
-        r"\text{",
-        r"\mathrm{",
-        r"\mathbf{",
-        r"\textrm{",
-    ] {
+    let mut plain: String = text.chars().filter(|c| !matches!(c, '$' | '*' | '`' | '"')).collect();
+    for wrapper in [r"\textbf{", r"\text{", r"\mathrm{", r"\mathbf{", r"\textrm{"] {
         if plain.contains(wrapper) {
             plain = plain.replace(wrapper, "").replace('}', "");
         }
@@ -78,9 +65,7 @@ fn form(text: &str, count: usize) -> Option<char> {
         Some(')' | ']') => true,
         // "A. cat" but not "A.M."; "B: dog"; "C, because".
         Some('.' | ':' | ',' | ';') => {
-            !opened
-                && rest.chars().nth(1).is_none_or(char::is_whitespace)
-                && rest.len() == chars.as_str().len()
+            !opened && rest.chars().nth(1).is_none_or(char::is_whitespace) && rest.len() == chars.as_str().len()
         }
         Some('\n') => true,
         Some(_) => false,
@@ -94,8 +79,7 @@ fn without_lead_in(text: &str) -> Option<&str> {
     let word = |rest: &str, word: &str| -> Option<usize> {
         let head = rest.get(..word.len())?;
         let next = rest.get(word.len()..)?.chars().next();
-        (head.eq_ignore_ascii_case(word) && next.is_none_or(|c| !c.is_alphanumeric()))
-            .then_some(word.len())
+        (head.eq_ignore_ascii_case(word) && next.is_none_or(|c| !c.is_alphanumeric())).then_some(word.len())
     };
     let skip = |rest: &mut &str, words: &[&str]| -> bool {
         let Some(n) = words.iter().find_map(|w| word(rest, w)) else {
@@ -104,19 +88,7 @@ fn without_lead_in(text: &str) -> Option<&str> {
         *rest = rest.get(n..).unwrap_or("").trim_start();
         true
     };
-    while skip(
-        &mut rest,
-        &[
-            "the",
-            "my",
-            "so",
-            "therefore",
-            "final",
-            "best",
-            "correct",
-            "right",
-        ],
-    ) {
+    while skip(&mut rest, &["the", "my", "so", "therefore", "final", "best", "correct", "right"]) {
         rest = rest.trim_start_matches([',', ' ']);
     }
     if !skip(&mut rest, &["answer", "option", "choice"]) {
@@ -160,11 +132,7 @@ fn only_parenthesised(text: &str, count: usize) -> Option<char> {
     for (at, _) in text.match_indices('(') {
         let mut chars = text.get(at + 1..).unwrap_or("").chars();
         // Capitals only: "(a)" in prose numbers a point.
-        let Some(c) = chars
-            .next()
-            .filter(char::is_ascii_uppercase)
-            .and_then(|c| as_letter(c, count))
-        else {
+        let Some(c) = chars.next().filter(char::is_ascii_uppercase).and_then(|c| as_letter(c, count)) else {
             continue;
         };
         if chars.next() != Some(')') {
@@ -198,34 +166,19 @@ pub fn vstar_letter(response: &str) -> Option<char> {
         return Some(c);
     }
     // 2. ANSWER, CHOICE or OPTION, perhaps IS, then colons or spaces, then the letter.
-    let spaces = |from: usize| {
-        text[from.min(text.len())..]
-            .iter()
-            .take_while(|c| is_space(**c))
-            .count()
-    };
+    let spaces = |from: usize| text[from.min(text.len())..].iter().take_while(|c| is_space(**c)).count();
     let gap = |from: usize| {
-        let n = text[from.min(text.len())..]
-            .iter()
-            .take_while(|c| is_space(**c) || **c == ':')
-            .count();
-        (n > 0)
-            .then(|| at(from + n))
-            .flatten()
-            .filter(|c| a_to_d(*c))
+        let n = text[from.min(text.len())..].iter().take_while(|c| is_space(**c) || **c == ':').count();
+        (n > 0).then(|| at(from + n)).flatten().filter(|c| a_to_d(*c))
     };
     for i in 0..text.len() {
         for word in ["ANSWER", "CHOICE", "OPTION"] {
             let end = i + word.len();
-            if !text
-                .get(i..end)
-                .is_some_and(|s| s.iter().copied().eq(word.chars()))
-            {
+            if !text.get(i..end).is_some_and(|s| s.iter().copied().eq(word.chars())) {
                 continue;
             }
             let n = spaces(end);
-            let after_is = (n > 0 && at(end + n) == Some('I') && at(end + n + 1) == Some('S'))
-                .then_some(end + n + 2);
+            let after_is = (n > 0 && at(end + n) == Some('I') && at(end + n + 1) == Some('S')).then_some(end + n + 2);
             if let Some(c) = after_is.and_then(gap).or_else(|| gap(end)) {
                 return Some(c);
             }
@@ -250,11 +203,7 @@ pub fn vstar_letter(response: &str) -> Option<char> {
         }
     }
     let letters: Vec<char> = text.iter().copied().filter(|c| a_to_d(*c)).collect();
-    if let [only] = letters[..] {
-        Some(only)
-    } else {
-        None
-    }
+    if let [only] = letters[..] { Some(only) } else { None }
 }
 
 /// MME-RealWorld's rule: known lead-ins are taken out; more than ten words without a capital A to E are no answer; else the first
@@ -283,17 +232,9 @@ pub fn mme_realworld_letter(response: &str, choices: &[String]) -> Option<char> 
         return None;
     }
     let lower = text.to_lowercase();
-    let second = |choice: &str| {
-        choice
-            .to_lowercase()
-            .contains(&lower)
-            .then(|| choice.chars().nth(1))
-            .flatten()
-    };
+    let second = |choice: &str| choice.to_lowercase().contains(&lower).then(|| choice.chars().nth(1)).flatten();
     match choices.is_empty() {
-        true => ["(A)", "(B)", "(C)", "(D)", "(E)"]
-            .into_iter()
-            .find_map(second),
+        true => ["(A)", "(B)", "(C)", "(D)", "(E)"].into_iter().find_map(second),
         false => choices.iter().find_map(|c| second(c)),
     }
 }
@@ -310,52 +251,22 @@ mod tests {
 
     #[test]
     fn lenient_letters() {
-        for text in [
-            "A",
-            "a",
-            "(A)",
-            "A.",
-            "A)",
-            "[A]",
-            "A) cat",
-            "(A) cat",
-            "A. cat",
-            "A: cat",
-            "answer: a",
-            "Answer: (A)",
-        ] {
+        for text in
+            ["A", "a", "(A)", "A.", "A)", "[A]", "A) cat", "(A) cat", "A. cat", "A: cat", "answer: a", "Answer: (A)"]
+        {
             assert_eq!(letter(text, &NONE), Some('A'), "{text}");
         }
-        for text in [
-            r"\text{A}",
-            r"\textbf{(A)}",
-            "$A$",
-            "**A**",
-            "The answer is A.",
-            "The best option is: A",
-            "a) cat",
-        ] {
+        for text in
+            [r"\text{A}", r"\textbf{(A)}", "$A$", "**A**", "The answer is A.", "The best option is: A", "a) cat"]
+        {
             assert_eq!(letter(text, &NONE), Some('A'), "{text}");
         }
-        for text in [
-            "",
-            "F",
-            "Apple",
-            "A cat",
-            "An answer",
-            "Based on the picture",
-            "A or B",
-            "(A) or",
-            "not A",
-            "AB",
-        ] {
+        for text in ["", "F", "Apple", "A cat", "An answer", "Based on the picture", "A or B", "(A) or", "not A", "AB"]
+        {
             let expected = if text == "(A) or" { Some('A') } else { None };
             assert_eq!(letter(text, &NONE), expected, "{text}");
         }
-        assert_eq!(
-            letter("Based on the picture the answer is (A).", &NONE),
-            Some('A')
-        );
+        assert_eq!(letter("Based on the picture the answer is (A).", &NONE), Some('A'));
         assert_eq!(letter("either (A) or (B)", &NONE), None);
     }
 
@@ -373,10 +284,7 @@ mod tests {
 
     #[test]
     fn vstar_keeps_its_fault() {
-        assert_eq!(
-            vstar_letter("Based on the picture, the answer is (A)"),
-            Some('B')
-        );
+        assert_eq!(vstar_letter("Based on the picture, the answer is (A)"), Some('B'));
         assert_eq!(vstar_letter("The answer is C."), Some('C'));
         assert_eq!(vstar_letter("It must be (D) here"), Some('D'));
         assert_eq!(vstar_letter("It is d."), Some('D'));
@@ -388,31 +296,13 @@ mod tests {
 
     #[test]
     fn mme_realworld_keeps_its_faults() {
-        assert_eq!(
-            mme_realworld_letter("The best answer is (C)", &NONE),
-            Some('C')
-        );
-        assert_eq!(
-            mme_realworld_letter("An object on the left: (D)", &NONE),
-            Some('A')
-        );
+        assert_eq!(mme_realworld_letter("The best answer is (C)", &NONE), Some('C'));
+        assert_eq!(mme_realworld_letter("An object on the left: (D)", &NONE), Some('A'));
         // "The best option is" is fused with its neighbour in the list, so its T, b, … stay; the first capital is D.
-        assert_eq!(
-            mme_realworld_letter("The best option is D", &NONE),
-            Some('D')
-        );
+        assert_eq!(mme_realworld_letter("The best option is D", &NONE), Some('D'));
         assert_eq!(mme_realworld_letter("Best answer: C", &NONE), Some('B'));
         assert_eq!(mme_realworld_letter("", &NONE), Some('A'));
-        assert_eq!(
-            mme_realworld_letter("dog", &own(["(A) cat", "(B) dog"])),
-            Some('B')
-        );
-        assert_eq!(
-            mme_realworld_letter(
-                "one two three four five six seven nine ten ten eleven",
-                &NONE
-            ),
-            None
-        );
+        assert_eq!(mme_realworld_letter("dog", &own(["(A) cat", "(B) dog"])), Some('B'));
+        assert_eq!(mme_realworld_letter("one two three four five six seven nine ten ten eleven", &NONE), None);
     }
 }

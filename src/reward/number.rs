@@ -23,8 +23,7 @@ impl Number {
     /// ```
     pub fn answers(&self, answer: &Number) -> bool {
         let tolerance = 1e-6 * self.value.abs().max(answer.value.abs());
-        (self.value - answer.value).abs() <= tolerance
-            && (self.unit.is_empty() || self.unit == answer.unit)
+        (self.value - answer.value).abs() <= tolerance && (self.unit.is_empty() || self.unit == answer.unit)
     }
 }
 
@@ -52,29 +51,13 @@ pub fn number(text: &str) -> Option<Number> {
     };
     let rest = rest.strip_suffix('.').unwrap_or(rest);
     // What follows is a unit only if it is short and says nothing more about numbers ("cm^2" does not).
-    let unit: String = rest
-        .chars()
-        .filter(|c| !c.is_whitespace())
-        .flat_map(char::to_lowercase)
-        .collect();
-    let is_unit = |c: char| {
-        c.is_alphabetic()
-            || matches!(
-                c,
-                '°' | '/' | '^' | '²' | '³' | 'µ' | '$' | '€' | '£' | '2' | '3'
-            )
-    };
-    let starts_well = unit
-        .chars()
-        .next()
-        .is_none_or(|c| !matches!(c, '/' | '^' | '2' | '3'));
+    let unit: String = rest.chars().filter(|c| !c.is_whitespace()).flat_map(char::to_lowercase).collect();
+    let is_unit =
+        |c: char| c.is_alphabetic() || matches!(c, '°' | '/' | '^' | '²' | '³' | 'µ' | '$' | '€' | '£' | '2' | '3');
+    let starts_well = unit.chars().next().is_none_or(|c| !matches!(c, '/' | '^' | '2' | '3'));
     let words = rest.split_whitespace().count();
-    (value.is_finite()
-        && words <= 3
-        && unit.chars().count() <= 24
-        && starts_well
-        && unit.chars().all(is_unit))
-    .then_some(Number { value, unit })
+    (value.is_finite() && words <= 3 && unit.chars().count() <= 24 && starts_well && unit.chars().all(is_unit))
+        .then_some(Number { value, unit })
 }
 
 /// LaTeX and typography taken down to plain signs.
@@ -120,18 +103,9 @@ fn plain(text: &str) -> String {
 
 fn without_lead_in(text: &str) -> &str {
     let lower = text.to_ascii_lowercase();
-    for lead_in in [
-        "the answer is",
-        "the final answer is",
-        "final answer",
-        "answer is",
-        "answer",
-    ] {
+    for lead_in in ["the answer is", "the final answer is", "final answer", "answer is", "answer"] {
         if lower.starts_with(lead_in) {
-            return text
-                .get(lead_in.len()..)
-                .unwrap_or("")
-                .trim_start_matches([':', ' ', '\n', '=']);
+            return text.get(lead_in.len()..).unwrap_or("").trim_start_matches([':', ' ', '\n', '=']);
         }
     }
     text
@@ -177,15 +151,8 @@ fn unsigned(text: &str) -> Option<(f64, &str)> {
         let digits = power.bytes().take_while(u8::is_ascii_digit).count();
         let exponent: i32 = power.get(..digits)?.parse().ok()?;
         let rest = power.get(digits..)?;
-        let rest = if braced {
-            rest.strip_prefix('}')?
-        } else {
-            rest
-        };
-        return Some((
-            first * 10f64.powi(if minus { -exponent } else { exponent }),
-            rest,
-        ));
+        let rest = if braced { rest.strip_prefix('}')? } else { rest };
+        return Some((first * 10f64.powi(if minus { -exponent } else { exponent }), rest));
     }
     Some((first, rest))
 }
@@ -213,10 +180,7 @@ fn braced(text: &str) -> Option<(f64, &str)> {
             None => (1.0, inner),
         };
         let (value, left) = decimal(digits)?;
-        return left
-            .trim()
-            .is_empty()
-            .then_some((minus * value, body.get(close + 1..)?));
+        return left.trim().is_empty().then_some((minus * value, body.get(close + 1..)?));
     }
     let digit = text.chars().next()?.to_digit(10)?;
     Some((f64::from(digit), text.get(1..)?))
@@ -225,14 +189,7 @@ fn braced(text: &str) -> Option<(f64, &str)> {
 /// Digits with correct thousands separators, a fraction part, an exponent.
 fn decimal(text: &str) -> Option<(f64, &str)> {
     let bytes = text.as_bytes();
-    let digits_from = |from: usize| {
-        bytes
-            .get(from..)
-            .unwrap_or(&[])
-            .iter()
-            .take_while(|b| b.is_ascii_digit())
-            .count()
-    };
+    let digits_from = |from: usize| bytes.get(from..).unwrap_or(&[]).iter().take_while(|b| b.is_ascii_digit()).count();
     let mut end = digits_from(0);
     let mut written: String = text.get(..end)?.to_string();
     while (1..=3).contains(&end) || written.len() > 3 || end == 0 {
@@ -309,10 +266,7 @@ mod tests {
         ] {
             let found = number(text).unwrap_or_else(|| panic!("{text} is a number"));
             // Decimal fractions are rounded once in parsing and once in the operation.
-            assert!(
-                (found.value - expected).abs() <= 1e-12 * expected.abs(),
-                "{text}: {found:?}"
-            );
+            assert!((found.value - expected).abs() <= 1e-12 * expected.abs(), "{text}: {found:?}");
             assert_eq!(found.unit, "", "{text}");
         }
     }

@@ -20,16 +20,8 @@ pub fn normalise(text: &str) -> String {
         }
     }
     let words: Vec<&str> = plain.split(' ').filter(|w| !w.is_empty()).collect();
-    let kept: Vec<&str> = words
-        .iter()
-        .copied()
-        .filter(|w| !matches!(*w, "a" | "an" | "the"))
-        .collect();
-    if kept.is_empty() {
-        words.join(" ")
-    } else {
-        kept.join(" ")
-    }
+    let kept: Vec<&str> = words.iter().copied().filter(|w| !matches!(*w, "a" | "an" | "the")).collect();
+    if kept.is_empty() { words.join(" ") } else { kept.join(" ") }
 }
 
 /// ASCII punctuation less the signs that carry meaning (`+ = < > % °` stay), and the usual typographic marks.
@@ -37,14 +29,7 @@ fn is_punctuation(c: char) -> bool {
     (c.is_ascii_punctuation() && !matches!(c, '+' | '=' | '<' | '>' | '%'))
         || matches!(
             c,
-            '\u{2018}'
-                ..='\u{201f}'
-                    | '\u{2026}'
-                    | '\u{3001}'
-                    | '\u{3002}'
-                    | '\u{ff0c}'
-                    | '\u{ff01}'
-                    | '\u{ff1f}'
+            '\u{2018}'..='\u{201f}' | '\u{2026}' | '\u{3001}' | '\u{3002}' | '\u{ff0c}' | '\u{ff01}' | '\u{ff1f}'
         )
 }
 

@@ -43,10 +43,7 @@ impl Frame {
 
     /// Pixels per unit of the scene, across and down.
     fn scale(&self) -> (f64, f64) {
-        (
-            f64::from(self.size.width) / self.region.width(),
-            f64::from(self.size.height) / self.region.height(),
-        )
+        (f64::from(self.size.width) / self.region.width(), f64::from(self.size.height) / self.region.height())
     }
 }
 
@@ -58,11 +55,7 @@ pub fn draw(library: &Library, scene: &Scene, size: Size) -> RgbImage {
 /// `region` of the scene (scene units) at `size`. Outside the scene the edge of the photograph is repeated.
 pub fn draw_region(library: &Library, scene: &Scene, region: BBox, size: Size) -> RgbImage {
     let frame = Frame { region, size };
-    let mut canvas = Canvas {
-        width: size.width as usize,
-        height: size.height as usize,
-        rgb: Vec::new(),
-    };
+    let mut canvas = Canvas { width: size.width as usize, height: size.height as usize, rgb: Vec::new() };
     canvas.rgb = photograph(library, scene, &frame);
     for object in &scene.objects {
         canvas.object(library, object, &frame);
@@ -70,11 +63,7 @@ pub fn draw_region(library: &Library, scene: &Scene, region: BBox, size: Size) -
     for plate in scene.plates() {
         canvas.plate(library, plate, &frame);
     }
-    let bytes = canvas
-        .rgb
-        .iter()
-        .map(|v| (v + 0.5).clamp(0.0, 255.0) as u8)
-        .collect();
+    let bytes = canvas.rgb.iter().map(|v| (v + 0.5).clamp(0.0, 255.0) as u8).collect();
     // The buffer was made from the size: the fallback only spares an unwrap.
     RgbImage::from_raw(size.width, size.height, bytes).unwrap_or_default()
 }
@@ -93,27 +82,16 @@ impl Canvas {
             let from = a.floor().max(0.0) as usize;
             from.min(n)..(b.ceil().max(0.0) as usize).min(n).max(from.min(n))
         };
-        (
-            range(b.x1, b.x2, self.width),
-            range(b.y1, b.y2, self.height),
-        )
+        (range(b.x1, b.x2, self.width), range(b.y1, b.y2, self.height))
     }
 
     fn object(&mut self, library: &Library, object: &Placed, frame: &Frame) {
-        let Some(picture) = library
-            .classes
-            .get(object.class)
-            .and_then(|c| c.pictures.get(object.picture))
-        else {
+        let Some(picture) = library.classes.get(object.class).and_then(|c| c.pictures.get(object.picture)) else {
             return;
         };
         let (sx, sy) = frame.scale();
         // Turned corners stick out of the box by at most the sine of the angle.
-        let (xs, ys) = self.touched(
-            &frame
-                .pixels(object.bbox.pad(object.angle.sin().abs()))
-                .pad(0.02),
-        );
+        let (xs, ys) = self.touched(&frame.pixels(object.bbox.pad(object.angle.sin().abs())).pad(0.02));
         if xs.is_empty() || ys.is_empty() {
             return;
         }
@@ -122,10 +100,7 @@ impl Canvas {
         let samples = if ratio > 0.7 { 2 } else { 1 };
         let (cx, cy) = object.bbox.center();
         let (sin, cos) = object.angle.sin_cos();
-        let (lw, lh) = (
-            level.width as f64 / object.bbox.width(),
-            level.height as f64 / object.bbox.height(),
-        );
+        let (lw, lh) = (level.width as f64 / object.bbox.width(), level.height as f64 / object.bbox.height());
         // From the canvas to the level is one affine map: found once, it costs a sample two multiplications an axis.
         let flip = if object.mirror { -1.0 } else { 1.0 };
         let to_level = |x: f64, y: f64| {
@@ -163,9 +138,7 @@ impl Canvas {
                 let alpha = sum[3] * weight;
                 let cover = 1.0 - alpha / 255.0;
                 let at = (y * self.width + x) * 3;
-                for ((under, sum), gain) in
-                    self.rgb[at..at + 3].iter_mut().zip(sum).zip(object.gain)
-                {
+                for ((under, sum), gain) in self.rgb[at..at + 3].iter_mut().zip(sum).zip(object.gain) {
                     *under = *under * cover + (sum * weight * gain).min(alpha);
                 }
             }
@@ -226,9 +199,7 @@ fn plate_colour(library: &Library, plate: &Plate, x: f64, y: f64) -> Option<[f32
         }
     }
     let ink = (ink * plate.contrast).min(1.0);
-    Some(std::array::from_fn(|c| {
-        plate.paper[c] * (1.0 - ink) + plate.ink[c] * ink
-    }))
+    Some(std::array::from_fn(|c| plate.paper[c] * (1.0 - ink) + plate.ink[c] * ink))
 }
 
 /// Ink of a digit, 0 to 1, at a point of its unit square.
@@ -257,16 +228,10 @@ fn bilinear(raster: &Raster, x: f32, y: f32, sum: &mut [f32; 4]) {
         // All four neighbours are there: nearly every sample, so without asking for each.
         let at = (y0 as usize * raster.width + x0 as usize) * 4;
         let below = at + raster.width * 4;
-        if let (Some(top), Some(bottom)) = (
-            raster.data[at..].first_chunk::<8>(),
-            raster.data[below..].first_chunk::<8>(),
-        ) {
-            let weights = [
-                (1.0 - fx) * (1.0 - fy),
-                fx * (1.0 - fy),
-                (1.0 - fx) * fy,
-                fx * fy,
-            ];
+        if let (Some(top), Some(bottom)) =
+            (raster.data[at..].first_chunk::<8>(), raster.data[below..].first_chunk::<8>())
+        {
+            let weights = [(1.0 - fx) * (1.0 - fy), fx * (1.0 - fy), (1.0 - fx) * fy, fx * fy];
             for c in 0..4 {
                 sum[c] += weights[0] * f32::from(top[c])
                     + weights[1] * f32::from(top[c + 4])
@@ -305,11 +270,7 @@ fn photograph(library: &Library, scene: &Scene, frame: &Frame) -> Vec<f32> {
     let per_unit = scene.window.width();
     let region = frame.region;
     // A mirrored photograph is read from the mirrored place and turned round at the end.
-    let (x1, x2) = if scene.mirror {
-        (1.0 - region.x2, 1.0 - region.x1)
-    } else {
-        (region.x1, region.x2)
-    };
+    let (x1, x2) = if scene.mirror { (1.0 - region.x2, 1.0 - region.x1) } else { (region.x1, region.x2) };
     let source = BBox::new(
         scene.window.x1 + x1 * per_unit,
         scene.window.y1 + region.y1 * per_unit,
@@ -336,33 +297,22 @@ fn photograph(library: &Library, scene: &Scene, frame: &Frame) -> Vec<f32> {
 
 /// `source` (a box in pixels of the full RGB picture, fractions allowed) with `width` x `height` pixels.
 fn resample(picture: &Pyramid, source: BBox, width: usize, height: usize) -> Vec<f32> {
-    let shrink = (width as f64 / source.width())
-        .max(height as f64 / source.height())
-        .min(1.0);
+    let shrink = (width as f64 / source.width()).max(height as f64 / source.height()).min(1.0);
     let level = picture.level(shrink);
-    let (kx, ky) = (
-        level.width as f64 / picture.full().width as f64,
-        level.height as f64 / picture.full().height as f64,
-    );
+    let (kx, ky) =
+        (level.width as f64 / picture.full().width as f64, level.height as f64 / picture.full().height as f64);
     let across = taps(source.x1 * kx, source.x2 * kx, level.width, width);
     let down = taps(source.y1 * ky, source.y2 * ky, level.height, height);
     // Only the columns that are read; rows first, because whole rows add up fast.
     let first = across.iter().map(|t| t.first).min().unwrap_or(0);
-    let end = across
-        .iter()
-        .map(|t| t.first + t.weights.len())
-        .max()
-        .unwrap_or(0);
+    let end = across.iter().map(|t| t.first + t.weights.len()).max().unwrap_or(0);
     let mut row = vec![0f32; (end - first) * 3];
     let mut out = vec![0f32; width * height * 3];
     for (tap, out) in down.iter().zip(out.chunks_exact_mut(width * 3)) {
         row.fill(0.0);
         for (k, &weight) in tap.weights.iter().enumerate() {
             let start = ((tap.first + k) * level.width + first) * 3;
-            for (sum, &value) in row
-                .iter_mut()
-                .zip(&level.data[start..start + (end - first) * 3])
-            {
+            for (sum, &value) in row.iter_mut().zip(&level.data[start..start + (end - first) * 3]) {
                 *sum += weight * f32::from(value);
             }
         }
@@ -404,9 +354,8 @@ fn taps(from: f64, to: f64, n: usize, out: usize) -> Vec<Taps> {
             let centre = from + (i as f64 + 0.5) * scale;
             let low = (((centre - 2.0 * stretch) + 0.5).floor() as i64).clamp(0, last);
             let high = (((centre + 2.0 * stretch) + 0.5).floor() as i64 - 1).clamp(low, last);
-            let mut weights: Vec<f32> = (low..=high)
-                .map(|k| cubic((k as f64 + 0.5 - centre) / stretch) as f32)
-                .collect();
+            let mut weights: Vec<f32> =
+                (low..=high).map(|k| cubic((k as f64 + 0.5 - centre) / stretch) as f32).collect();
             let sum: f32 = weights.iter().sum();
             if sum.abs() > 1e-6 {
                 weights.iter_mut().for_each(|w| *w /= sum);
@@ -414,10 +363,7 @@ fn taps(from: f64, to: f64, n: usize, out: usize) -> Vec<Taps> {
                 // Wholly outside the picture: its nearest pixel.
                 weights.fill(1.0 / (high - low + 1) as f32);
             }
-            Taps {
-                first: low as usize,
-                weights,
-            }
+            Taps { first: low as usize, weights }
         })
         .collect()
 }
@@ -427,17 +373,8 @@ mod tests {
     use super::*;
 
     fn ramp(n: usize) -> Pyramid {
-        let data = (0..n * n)
-            .flat_map(|i| [(i % n) as u8 * 10, (i / n) as u8 * 10, 7])
-            .collect();
-        Pyramid {
-            levels: vec![Raster {
-                width: n,
-                height: n,
-                channels: 3,
-                data,
-            }],
-        }
+        let data = (0..n * n).flat_map(|i| [(i % n) as u8 * 10, (i / n) as u8 * 10, 7]).collect();
+        Pyramid { levels: vec![Raster { width: n, height: n, channels: 3, data }] }
     }
 
     #[test]
@@ -462,17 +399,8 @@ mod tests {
 
     #[test]
     fn a_frame_maps_there_and_back() {
-        let frame = Frame {
-            region: BBox::new(0.25, 0.25, 0.75, 0.5),
-            size: Size::new(100, 100),
-        };
-        assert_eq!(
-            frame.pixels(BBox::new(0.5, 0.25, 0.75, 0.375)),
-            BBox::new(50.0, 0.0, 100.0, 50.0)
-        );
-        assert_eq!(
-            frame.scene(BBox::new(50.0, 0.0, 100.0, 50.0)),
-            BBox::new(0.5, 0.25, 0.75, 0.375)
-        );
+        let frame = Frame { region: BBox::new(0.25, 0.25, 0.75, 0.5), size: Size::new(100, 100) };
+        assert_eq!(frame.pixels(BBox::new(0.5, 0.25, 0.75, 0.375)), BBox::new(50.0, 0.0, 100.0, 50.0));
+        assert_eq!(frame.scene(BBox::new(50.0, 0.0, 100.0, 50.0)), BBox::new(0.5, 0.25, 0.75, 0.375));
     }
 }

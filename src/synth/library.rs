@@ -89,10 +89,7 @@ impl Library {
     /// # Errors
     /// A file that is missing or not what `assets/build.py` writes.
     pub fn load(assets: &Path, split: Split, photo_side: u32) -> Result<Library> {
-        let photos = load_photos(
-            &assets.join("photos").join(split.name()),
-            photo_side as usize,
-        )?;
+        let photos = load_photos(&assets.join("photos").join(split.name()), photo_side as usize)?;
         let classes = load_classes(&assets.join("objects"), split)?;
         let digits = load_digits(assets, split)?;
         let mut by_label: [Vec<usize>; 10] = Default::default();
@@ -104,13 +101,7 @@ impl Library {
             "reading the digits of the {split} split: some digit has no picture in {}",
             assets.display()
         );
-        Ok(Library {
-            split,
-            photos,
-            classes,
-            digits,
-            by_label,
-        })
+        Ok(Library { split, photos, classes, digits, by_label })
     }
 
     pub fn class(&self, name: &str) -> Option<usize> {
@@ -120,40 +111,21 @@ impl Library {
 
 fn load_photos(folder: &Path, longest: usize) -> Result<Vec<Photo>> {
     let mut paths = std::fs::read_dir(folder)
-        .and_then(|entries| {
-            entries
-                .map(|e| e.map(|e| e.path()))
-                .collect::<std::io::Result<Vec<_>>>()
-        })
+        .and_then(|entries| entries.map(|e| e.map(|e| e.path())).collect::<std::io::Result<Vec<_>>>())
         .with_context(|| format!("listing the bundled photographs in {}", folder.display()))?;
     paths.retain(|path| path.extension().is_some_and(|e| e == "jpg"));
     paths.sort();
-    ensure!(
-        !paths.is_empty(),
-        "there are no bundled photographs (*.jpg) in {}",
-        folder.display()
-    );
+    ensure!(!paths.is_empty(), "there are no bundled photographs (*.jpg) in {}", folder.display());
     paths
         .par_iter()
         .map(|path| {
             let picture = open(path)?.into_rgb8();
             let (width, height) = (picture.width() as usize, picture.height() as usize);
-            let mut pixels = Pyramid::new(Raster {
-                width,
-                height,
-                channels: 3,
-                data: picture.into_raw(),
-            });
-            while pixels.levels.len() > 1
-                && pixels.levels[0].width.max(pixels.levels[0].height) > longest
-            {
+            let mut pixels = Pyramid::new(Raster { width, height, channels: 3, data: picture.into_raw() });
+            while pixels.levels.len() > 1 && pixels.levels[0].width.max(pixels.levels[0].height) > longest {
                 pixels.levels.remove(0);
             }
-            let name = path
-                .file_stem()
-                .unwrap_or_default()
-                .to_string_lossy()
-                .into_owned();
+            let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
             Ok(Photo { name, pixels })
         })
         .collect()
@@ -178,12 +150,7 @@ fn load_classes(folder: &Path, split: Split) -> Result<Vec<Class>> {
                             *colour = ((u32::from(*colour) * u32::from(*a) + 127) / 255) as u8;
                         }
                     }
-                    Ok(Pyramid::new(Raster {
-                        width,
-                        height,
-                        channels: 4,
-                        data,
-                    }))
+                    Ok(Pyramid::new(Raster { width, height, channels: 4, data }))
                 })
                 .collect::<Result<Vec<_>>>()?;
             ensure!(
@@ -192,10 +159,7 @@ fn load_classes(folder: &Path, split: Split) -> Result<Vec<Class>> {
                 entry.name,
                 folder.join("objects.json").display()
             );
-            Ok(Class {
-                name: entry.name,
-                pictures,
-            })
+            Ok(Class { name: entry.name, pictures })
         })
         .collect()
 }
@@ -227,18 +191,9 @@ fn load_digits(assets: &Path, split: Split) -> Result<Vec<Digit>> {
         .map(|i| {
             let (x0, y0) = (i % sheet.across * DIGIT_SIDE, i / sheet.across * DIGIT_SIDE);
             let cell: Vec<f32> = (0..DIGIT_SIDE * DIGIT_SIDE)
-                .map(|p| {
-                    f32::from(
-                        picture
-                            .get_pixel((x0 + p % DIGIT_SIDE) as u32, (y0 + p / DIGIT_SIDE) as u32)
-                            .0[0],
-                    )
-                })
+                .map(|p| f32::from(picture.get_pixel((x0 + p % DIGIT_SIDE) as u32, (y0 + p / DIGIT_SIDE) as u32).0[0]))
                 .collect();
-            Digit {
-                label: labels[i] - b'0',
-                ink: enlarge(&cell),
-            }
+            Digit { label: labels[i] - b'0', ink: enlarge(&cell) }
         })
         .collect())
 }
@@ -268,12 +223,7 @@ fn enlarge(cell: &[f32]) -> Vec<u8> {
             let mut sum = 0.0;
             for (j, wy) in wy.iter().enumerate() {
                 for (i, wx) in wx.iter().enumerate() {
-                    sum += wy
-                        * wx
-                        * at(
-                            u.floor() as i64 + i as i64 - 1,
-                            v.floor() as i64 + j as i64 - 1,
-                        );
+                    sum += wy * wx * at(u.floor() as i64 + i as i64 - 1, v.floor() as i64 + j as i64 - 1);
                 }
             }
             ink.push(sum.round().clamp(0.0, 255.0) as u8);
@@ -302,10 +252,7 @@ impl Pyramid {
     pub fn level(&self, scale: f64) -> &Raster {
         let wanted = self.full().width as f64 * scale;
         // A percent of slack: a level that is one rounding too small is still the right one.
-        let fit = self
-            .levels
-            .iter()
-            .rposition(|level| level.width as f64 >= wanted * 0.99);
+        let fit = self.levels.iter().rposition(|level| level.width as f64 >= wanted * 0.99);
         &self.levels[fit.unwrap_or(0)]
     }
 }
@@ -313,11 +260,7 @@ impl Pyramid {
 impl Raster {
     /// Means of 2x2 pixels; an odd last row or column is averaged with itself.
     fn halved(&self) -> Raster {
-        let (width, height, channels) = (
-            self.width.div_ceil(2),
-            self.height.div_ceil(2),
-            self.channels,
-        );
+        let (width, height, channels) = (self.width.div_ceil(2), self.height.div_ceil(2), self.channels);
         let mut data = Vec::with_capacity(width * height * channels);
         for y in 0..height {
             let rows = [2 * y, (2 * y + 1).min(self.height - 1)];
@@ -333,12 +276,7 @@ impl Raster {
                 }
             }
         }
-        Raster {
-            width,
-            height,
-            channels,
-            data,
-        }
+        Raster { width, height, channels, data }
     }
 }
 
@@ -347,8 +285,7 @@ fn open(path: &Path) -> Result<::image::DynamicImage> {
 }
 
 fn read_json<T: for<'de> Deserialize<'de>>(path: &Path) -> Result<T> {
-    let text =
-        std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
+    let text = std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
     serde_json::from_str(&text).with_context(|| format!("understanding {}", path.display()))
 }
 
@@ -358,12 +295,7 @@ mod tests {
 
     #[test]
     fn halving_averages_and_keeps_the_odd_edge() {
-        let raster = Raster {
-            width: 3,
-            height: 2,
-            channels: 1,
-            data: vec![0, 4, 10, 8, 12, 30],
-        };
+        let raster = Raster { width: 3, height: 2, channels: 1, data: vec![0, 4, 10, 8, 12, 30] };
         let half = raster.halved();
         assert_eq!((half.width, half.height), (2, 1));
         assert_eq!(half.data, [6, 20]); // (0+4+8+12)/4 and (10+10+30+30)/4
@@ -379,31 +311,16 @@ mod tests {
         let assets = crate::synth::assets_dir().unwrap();
         let train = Library::load(&assets, Split::Train, 400).unwrap();
         let test = Library::load(&assets, Split::Test, 400).unwrap();
-        assert!(
-            train
-                .photos
-                .iter()
-                .all(|a| test.photos.iter().all(|b| a.name != b.name))
-        );
+        assert!(train.photos.iter().all(|a| test.photos.iter().all(|b| a.name != b.name)));
         assert_eq!((train.digits.len(), test.digits.len()), (1400, 397));
         for (a, b) in train.classes.iter().zip(&test.classes) {
             assert_eq!(a.name, b.name);
             for picture in &a.pictures {
-                assert!(
-                    b.pictures
-                        .iter()
-                        .all(|other| other.full().data != picture.full().data),
-                    "{}",
-                    a.name
-                );
+                assert!(b.pictures.iter().all(|other| other.full().data != picture.full().data), "{}", a.name);
             }
         }
         // Two people may draw the same 64 grey values, but hardly often.
-        let same = test
-            .digits
-            .iter()
-            .filter(|b| train.digits.iter().any(|a| a.ink == b.ink))
-            .count();
+        let same = test.digits.iter().filter(|b| train.digits.iter().any(|a| a.ink == b.ink)).count();
         assert_eq!(same, 0);
     }
 }

@@ -36,10 +36,7 @@ impl Set {
     pub fn named(name: &str) -> Result<Set> {
         match name {
             "plates" => Ok(Set::Plates),
-            other => bail!(
-                "there is no bundled set {other:?}; the sets are: {}",
-                Set::NAMES.join(", ")
-            ),
+            other => bail!("there is no bundled set {other:?}; the sets are: {}", Set::NAMES.join(", ")),
         }
     }
 
@@ -83,10 +80,7 @@ pub struct Made {
 /// # Errors
 /// Options out of range, `out` already there (unless `overwrite`), missing assets, or a failed write; `out` is then untouched.
 pub fn make(options: &MakeOptions, progress: &(dyn Fn(usize, usize) + Sync)) -> Result<Made> {
-    options
-        .world
-        .validate()
-        .with_context(|| format!("making the set {}", options.set.name()))?;
+    options.world.validate().with_context(|| format!("making the set {}", options.set.name()))?;
     ensure!(
         (64..=16384).contains(&options.size.width) && (64..=16384).contains(&options.size.height),
         "making the set {}: the pictures should be {}, expected sides of 64 to 16384 pixels",
@@ -99,9 +93,7 @@ pub fn make(options: &MakeOptions, progress: &(dyn Fn(usize, usize) + Sync)) -> 
         options.set.name()
     );
     let out = &options.out;
-    if !options.overwrite
-        && out.exists()
-        && (!out.is_dir() || out.read_dir().map_or(true, |mut d| d.next().is_some()))
+    if !options.overwrite && out.exists() && (!out.is_dir() || out.read_dir().map_or(true, |mut d| d.next().is_some()))
     {
         bail!(
             "making the set {}: something is already at {}; remove it, choose another folder or ask to overwrite",
@@ -125,8 +117,7 @@ pub fn make(options: &MakeOptions, progress: &(dyn Fn(usize, usize) + Sync)) -> 
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
-    std::fs::create_dir_all(parent)
-        .with_context(|| format!("making the folder {}", parent.display()))?;
+    std::fs::create_dir_all(parent).with_context(|| format!("making the folder {}", parent.display()))?;
     let partial = tempfile::Builder::new()
         .prefix(".making-")
         .tempdir_in(parent)
@@ -161,11 +152,9 @@ pub fn make(options: &MakeOptions, progress: &(dyn Fn(usize, usize) + Sync)) -> 
     std::fs::write(folder.join("set.json"), format!("{about:#}\n"))
         .with_context(|| format!("writing {}", folder.join("set.json").display()))?;
     if out.is_dir() {
-        std::fs::remove_dir_all(out)
-            .with_context(|| format!("removing the old set {}", out.display()))?;
+        std::fs::remove_dir_all(out).with_context(|| format!("removing the old set {}", out.display()))?;
     }
-    std::fs::rename(&folder, out)
-        .with_context(|| format!("moving the finished set to {}", out.display()))?;
+    std::fs::rename(&folder, out).with_context(|| format!("moving the finished set to {}", out.display()))?;
     Ok(Made {
         train: out.join("train.jsonl"),
         test: out.join("test.jsonl"),
@@ -176,44 +165,20 @@ pub fn make(options: &MakeOptions, progress: &(dyn Fn(usize, usize) + Sync)) -> 
 }
 
 /// Draws scene `index`, writes its picture into `folder` and gives its rows.
-fn one(
-    world: &World,
-    options: &MakeOptions,
-    folder: &Path,
-    split: Split,
-    index: usize,
-) -> Result<Vec<Sample>> {
+fn one(world: &World, options: &MakeOptions, folder: &Path, split: Split, index: usize) -> Result<Vec<Sample>> {
     let size = options.size;
-    let scene = world.scene(
-        options.seed,
-        index as u64,
-        f64::from(size.height) / f64::from(size.width),
-    )?;
+    let scene = world.scene(options.seed, index as u64, f64::from(size.height) / f64::from(size.width))?;
     let picture = folder.join(format!("images/{split}_{index:05}.jpg"));
     let jpeg = crate::image::encode_jpeg(&world.draw(&scene, size), JPEG_QUALITY)?;
-    std::fs::write(&picture, jpeg)
-        .with_context(|| format!("writing the picture {}", picture.display()))?;
+    std::fs::write(&picture, jpeg).with_context(|| format!("writing the picture {}", picture.display()))?;
     Ok(samples(&scene, size, options.set, split, index, &picture))
 }
 
-fn samples(
-    scene: &Scene,
-    size: Size,
-    set: Set,
-    split: Split,
-    index: usize,
-    picture: &Path,
-) -> Vec<Sample> {
-    let frame = Frame {
-        region: scene.bounds(),
-        size,
-    };
+fn samples(scene: &Scene, size: Size, set: Set, split: Split, index: usize, picture: &Path) -> Vec<Sample> {
+    let frame = Frame { region: scene.bounds(), size };
     let pixels = |b: BBox| frame.pixels(b).round_outward().clamp(&size.bounds());
-    let objects: Vec<_> = scene
-        .objects
-        .iter()
-        .map(|o| json!({"name": o.name, "bbox": pixels(o.bbox).map_whole()}))
-        .collect();
+    let objects: Vec<_> =
+        scene.objects.iter().map(|o| json!({"name": o.name, "bbox": pixels(o.bbox).map_whole()})).collect();
     World::questions(scene)
         .into_iter()
         .enumerate()
@@ -226,11 +191,7 @@ fn samples(
                 question: asked.question,
                 choices: Vec::new(),
                 answer: asked.answer,
-                targets: vec![Target {
-                    image: 1,
-                    bbox: pixels(asked.target),
-                    label: Some(asked.label),
-                }],
+                targets: vec![Target { image: 1, bbox: pixels(asked.target), label: Some(asked.label) }],
                 task: Some(set.name().to_owned()),
                 split: Some(split.name().to_owned()),
                 extra,
@@ -292,28 +253,16 @@ mod tests {
         let test = data::read(&made.test).unwrap();
         assert_eq!((train.len(), test.len()), (5, 3));
         assert_eq!(train[4].id, "plates-train-00001-0");
-        assert!(
-            train[0]
-                .question
-                .starts_with("What number is on the plate under the ")
-        );
+        assert!(train[0].question.starts_with("What number is on the plate under the "));
         assert_eq!(train[0].targets[0].image, 1);
         assert_eq!(train[0].extra["objects"].as_array().unwrap().len(), 4);
         assert!(data::check(&made.test).unwrap().problems.is_empty());
 
-        assert!(
-            make(&options, &|_, _| ())
-                .unwrap_err()
-                .to_string()
-                .contains("already at")
-        );
+        assert!(make(&options, &|_, _| ()).unwrap_err().to_string().contains("already at"));
         let before = std::fs::read(out.join("images/test_00000.jpg")).unwrap();
         options.overwrite = true;
         make(&options, &|_, _| ()).unwrap();
-        assert_eq!(
-            std::fs::read(out.join("images/test_00000.jpg")).unwrap(),
-            before
-        );
+        assert_eq!(std::fs::read(out.join("images/test_00000.jpg")).unwrap(), before);
         assert_eq!(std::fs::read_dir(temporary.path()).unwrap().count(), 1);
     }
 }

@@ -64,9 +64,7 @@ pub fn assets_dir() -> Result<PathBuf> {
         return Ok(dir);
     }
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets");
-    let beside = std::env::current_exe()
-        .ok()
-        .and_then(|exe| exe.parent().map(|dir| dir.join("assets")));
+    let beside = std::env::current_exe().ok().and_then(|exe| exe.parent().map(|dir| dir.join("assets")));
     for dir in std::iter::once(source.clone()).chain(beside) {
         if good(&dir) {
             return Ok(dir);

@@ -87,21 +87,11 @@ impl Pretrain {
     /// # Errors
     /// A recipe out of range.
     pub fn new(library: Library, recipe: Recipe) -> Result<Pretrain> {
-        recipe
-            .validate()
-            .context("reading the pretraining recipe")?;
+        recipe.validate().context("reading the pretraining recipe")?;
         let picture = Size::new(recipe.picture[0], recipe.picture[1]);
         let square = u64::from(recipe.factor) * u64::from(recipe.factor);
-        let view = smart_resize(
-            picture,
-            Budget::new(4 * square, recipe.view_tokens * square, recipe.factor),
-        )?;
-        Ok(Pretrain {
-            library,
-            recipe,
-            picture,
-            view,
-        })
+        let view = smart_resize(picture, Budget::new(4 * square, recipe.view_tokens * square, recipe.factor))?;
+        Ok(Pretrain { library, recipe, picture, view })
     }
 
     pub fn recipe(&self) -> &Recipe {
@@ -111,10 +101,7 @@ impl Pretrain {
     /// Every label that [`ShownView::objects`] can carry while plates have one digit: classes of a dense head.
     pub fn labels(&self) -> Vec<String> {
         let objects = self.library.classes.iter().map(|class| class.name.clone());
-        objects
-            .chain((0..10).map(|d| format!("{DIGIT}{d}")))
-            .chain([PLATE.to_owned()])
-            .collect()
+        objects.chain((0..10).map(|d| format!("{DIGIT}{d}"))).chain([PLATE.to_owned()]).collect()
     }
 
     /// Dialogue `index` of `seed`, as hard as the phase of `step` says. The index alone decides the chance: count it up over steps.
@@ -122,25 +109,13 @@ impl Pretrain {
     /// # Errors
     /// None for a recipe that was accepted, unless a view cannot be sized.
     pub fn dialogue(&self, seed: u64, step: u64, index: u64) -> Result<Dialogue> {
-        let phase = self
-            .recipe
-            .phase(step)
-            .context("the recipe has no phases")?;
+        let phase = self.recipe.phase(step).context("the recipe has no phases")?;
         let mut rng = stream(seed, PURPOSE + 16 * self.library.split as u64, index);
         let w = phase.tasks;
-        let tasks = [
-            ("locate", w.locate),
-            ("list", w.list),
-            ("name", w.name),
-            ("read", w.read),
-            ("two_turns", w.two_turns),
-        ];
+        let tasks =
+            [("locate", w.locate), ("list", w.list), ("name", w.name), ("read", w.read), ("two_turns", w.two_turns)];
         let mut left = rng.random_range(0.0..1.0) * tasks.iter().map(|t| t.1).sum::<f64>();
-        let mut task = tasks
-            .iter()
-            .rev()
-            .find(|t| t.1 > 0.0)
-            .map_or("read", |t| t.0);
+        let mut task = tasks.iter().rev().find(|t| t.1 > 0.0).map_or("read", |t| t.0);
         for (name, weight) in tasks {
             if left < weight {
                 task = name;
@@ -156,11 +131,7 @@ impl Pretrain {
             "two_turns" => self.two_turns(&mut rng, phase, &mut writer)?,
             _ => self.read(&mut rng, phase, &mut writer)?,
         }
-        Ok(Dialogue {
-            messages: writer.messages,
-            views: writer.views,
-            task,
-        })
+        Ok(Dialogue { messages: writer.messages, views: writer.views, task })
     }
 
     fn locate(&self, rng: &mut ChaCha8Rng, phase: &Phase, out: &mut Writer) -> Result<()> {
@@ -172,14 +143,8 @@ impl Pretrain {
     /// A user turn with the whole scene and a question for some object's place, and the careless answer.
     fn ask_where(&self, rng: &mut ChaCha8Rng, phase: &Phase, scene: &Scene, out: &mut Writer) {
         let view = self.whole(scene);
-        let Some((name, tight)) = view
-            .objects
-            .iter()
-            .filter(|(label, _)| is_object(label))
-            .collect::<Vec<_>>()
-            .choose(rng)
-            .copied()
-            .cloned()
+        let Some((name, tight)) =
+            view.objects.iter().filter(|(label, _)| is_object(label)).collect::<Vec<_>>().choose(rng).copied().cloned()
         else {
             return;
         };
@@ -192,24 +157,13 @@ impl Pretrain {
     fn list(&self, rng: &mut ChaCha8Rng, phase: &Phase, out: &mut Writer) -> Result<()> {
         let scene = self.any_scene(rng, phase);
         let view = self.whole(&scene);
-        let mut listed: Vec<(BBox, String)> = view
-            .objects
-            .iter()
-            .filter(|(label, _)| is_object(label))
-            .map(|(l, b)| (*b, l.clone()))
-            .collect();
+        let mut listed: Vec<(BBox, String)> =
+            view.objects.iter().filter(|(label, _)| is_object(label)).map(|(l, b)| (*b, l.clone())).collect();
         // Left to right, so that there is one right order to learn.
         listed.sort_by(|a, b| a.0.center().0.total_cmp(&b.0.center().0));
-        let boxes: Vec<([i64; 4], &str)> = listed
-            .iter()
-            .map(|(b, label)| (self.snapped(*b), label.as_str()))
-            .collect();
+        let boxes: Vec<([i64; 4], &str)> = listed.iter().map(|(b, label)| (self.snapped(*b), label.as_str())).collect();
         let answer = words::boxes(&boxes);
-        out.ask_view(
-            "",
-            view,
-            words::question(pick(rng, words::LIST), words::LIST_REQUEST),
-        );
+        out.ask_view("", view, words::question(pick(rng, words::LIST), words::LIST_REQUEST));
         out.say(answer);
         Ok(())
     }
@@ -217,14 +171,8 @@ impl Pretrain {
     fn name(&self, rng: &mut ChaCha8Rng, phase: &Phase, out: &mut Writer) -> Result<()> {
         let scene = self.any_scene(rng, phase);
         let view = self.whole(&scene);
-        let Some((name, tight)) = view
-            .objects
-            .iter()
-            .filter(|(label, _)| is_object(label))
-            .collect::<Vec<_>>()
-            .choose(rng)
-            .copied()
-            .cloned()
+        let Some((name, tight)) =
+            view.objects.iter().filter(|(label, _)| is_object(label)).collect::<Vec<_>>().choose(rng).copied().cloned()
         else {
             return Ok(());
         };
@@ -240,9 +188,7 @@ impl Pretrain {
         let mut scene = background(&self.library, rng, aspect, self.augment());
         // Any box the model could name: a tenth to half of the width, up to twice as long as wide either way.
         let width = between(rng, [0.11, 0.5]);
-        let height = (width * between(rng, [-0.7, 0.7]).exp())
-            .min(aspect * 0.95)
-            .min(0.6);
+        let height = (width * between(rng, [-0.7, 0.7]).exp()).min(aspect * 0.95).min(0.6);
         let x = rng.random_range(0.0..=1.0 - width);
         let y = rng.random_range(0.0..=aspect - height);
         let region = BBox::new(x, y, x + width, y + height);
@@ -256,14 +202,7 @@ impl Pretrain {
             rng.random_range(region.y1..=(region.y2 - h).max(region.y1)),
         );
         let text = numbers(rng, 1, digits).concat();
-        let shown = plate(
-            &self.library,
-            rng,
-            text.clone(),
-            corner,
-            digit_height,
-            PLATE_RATIO,
-        );
+        let shown = plate(&self.library, rng, text.clone(), corner, digit_height, PLATE_RATIO);
         if rng.random_bool(0.6) {
             // Something stands above it, as large as things are beside their plates in a picture.
             let class = rng.random_range(0..self.library.classes.len());
@@ -272,40 +211,25 @@ impl Pretrain {
             let gap = digit_height * between(rng, [0.2, 1.5]);
             let left = shown.bbox.center().0 - above.bbox.width() * between(rng, [0.2, 0.8]);
             let top = shown.bbox.y1 - gap - above.bbox.height();
-            above.bbox = BBox::new(
-                left,
-                top,
-                left + above.bbox.width(),
-                top + above.bbox.height(),
-            );
+            above.bbox = BBox::new(left, top, left + above.bbox.width(), top + above.bbox.height());
             scene.objects.push(above);
         }
         for _ in 0..rng.random_range(0..=2) {
             let class = rng.random_range(0..self.library.classes.len());
             let longest = between(rng, phase.object_size);
             let mut near = object(&self.library, rng, class, longest, self.augment());
-            let (cx, cy) = (
-                rng.random_range(region.x1..=region.x2),
-                rng.random_range(region.y1..=region.y2),
-            );
+            let (cx, cy) = (rng.random_range(region.x1..=region.x2), rng.random_range(region.y1..=region.y2));
             let (w, h) = (near.bbox.width() / 2.0, near.bbox.height() / 2.0);
             near.bbox = BBox::new(cx - w, cy - h, cx + w, cy + h);
             let free = near.bbox.intersection(&shown.bbox).is_none()
-                && scene
-                    .objects
-                    .iter()
-                    .all(|o| o.bbox.intersection(&near.bbox).is_none());
+                && scene.objects.iter().all(|o| o.bbox.intersection(&near.bbox).is_none());
             if free {
                 scene.objects.push(near);
             }
         }
         scene.loose.push(shown);
         let view = self.shown(&scene, region, size);
-        out.ask_view(
-            "",
-            view,
-            words::question(pick(rng, words::READ), words::ANSWER_REQUEST),
-        );
+        out.ask_view("", view, words::question(pick(rng, words::READ), words::ANSWER_REQUEST));
         out.say(words::boxed(&text));
         Ok(())
     }
@@ -315,43 +239,24 @@ impl Pretrain {
         let (plate_w, plate_h) = plate_size(digits, 1.0, PLATE_RATIO);
         // A box of the view that could be cropped, then digits that are as large in it as the phase wants.
         let snap = f64::from(self.recipe.snap);
-        let (unit_x, unit_y) = (
-            f64::from(self.view.width),
-            f64::from(self.view.height) / self.aspect(),
-        );
-        let frame = Frame {
-            region: BBox::new(0.0, 0.0, 1.0, self.aspect()),
-            size: self.view,
-        };
+        let (unit_x, unit_y) = (f64::from(self.view.width), f64::from(self.view.height) / self.aspect());
+        let frame = Frame { region: BBox::new(0.0, 0.0, 1.0, self.aspect()), size: self.view };
         let mut sides = || {
             let width = (between(rng, [36.0, 0.5 * unit_x]) / snap).round() * snap;
-            let height = (width * between(rng, [-0.6, 0.6]).exp())
-                .clamp(36.0, f64::from(self.view.height) * 0.9);
+            let height = (width * between(rng, [-0.6, 0.6]).exp()).clamp(36.0, f64::from(self.view.height) * 0.9);
             (width, (height / snap).round() * snap)
         };
         let (width, height) = sides();
         let region_size = BBox::new(0.0, 0.0, width / unit_x, height / unit_y);
         let size = self.close_up(region_size)?;
         // No larger than can be scattered over a scene.
-        let digit_height = self
-            .digit_height(rng, phase, region_size, size, digits)
-            .min(0.06);
+        let digit_height = self.digit_height(rng, phase, region_size, size, digits).min(0.06);
         let mut scene = self.scene(rng, phase, digits, digit_height);
         let (w, h) = (plate_w * digit_height, plate_h * digit_height);
         if scene.loose.is_empty() {
-            let corner = (
-                rng.random_range(0.01..=0.99 - w),
-                rng.random_range(0.01..=self.aspect() - 0.01 - h),
-            );
+            let corner = (rng.random_range(0.01..=0.99 - w), rng.random_range(0.01..=self.aspect() - 0.01 - h));
             let text = numbers(rng, 1, digits).concat();
-            scene.loose.push(plate(
-                &self.library,
-                rng,
-                text,
-                corner,
-                digit_height,
-                PLATE_RATIO,
-            ));
+            scene.loose.push(plate(&self.library, rng, text, corner, digit_height, PLATE_RATIO));
         }
         let chosen = rng.random_range(0..scene.loose.len());
         let target = frame.pixels(scene.loose[chosen].bbox);
@@ -363,16 +268,8 @@ impl Pretrain {
             (rng.random_range(low..=high) / snap).floor() * snap
         };
         let x = place(rng, target.x1, target.x2, width, f64::from(self.view.width));
-        let y = place(
-            rng,
-            target.y1,
-            target.y2,
-            height,
-            f64::from(self.view.height),
-        );
-        let end = |from: f64, side: f64, to: f64, edge: f64| {
-            (from + side).max((to / snap).ceil() * snap).min(edge)
-        };
+        let y = place(rng, target.y1, target.y2, height, f64::from(self.view.height));
+        let end = |from: f64, side: f64, to: f64, edge: f64| (from + side).max((to / snap).ceil() * snap).min(edge);
         let box_in_view = BBox::new(
             x,
             y,
@@ -382,17 +279,11 @@ impl Pretrain {
         let region = frame.scene(box_in_view);
         // Exactly one plate: others that would be seen go away, from both views.
         let kept = scene.loose[chosen].clone();
-        scene
-            .loose
-            .retain(|p| *p == kept || p.bbox.intersection(&region).is_none());
+        scene.loose.retain(|p| *p == kept || p.bbox.intersection(&region).is_none());
 
         self.ask_where(rng, phase, &scene, out);
         let closer = self.shown(&scene, region, self.close_up(region)?);
-        out.ask_view(
-            words::ENLARGED,
-            closer,
-            words::question(pick(rng, words::READ), words::ANSWER_REQUEST),
-        );
+        out.ask_view(words::ENLARGED, closer, words::question(pick(rng, words::READ), words::ANSWER_REQUEST));
         out.say(words::boxed(&text));
         Ok(())
     }
@@ -404,13 +295,7 @@ impl Pretrain {
     }
 
     /// Objects and loose plates on a photograph; at least one object.
-    fn scene(
-        &self,
-        rng: &mut ChaCha8Rng,
-        phase: &Phase,
-        digits: usize,
-        digit_height: f64,
-    ) -> Scene {
+    fn scene(&self, rng: &mut ChaCha8Rng, phase: &Phase, digits: usize, digit_height: f64) -> Scene {
         let aspect = self.aspect();
         let mut scene = background(&self.library, rng, aspect, self.augment());
         let wanted = count(rng, phase.objects).min(self.library.classes.len());
@@ -418,13 +303,8 @@ impl Pretrain {
         for class in index::sample(rng, self.library.classes.len(), wanted) {
             let longest = between(rng, phase.object_size);
             let mut placed = object(&self.library, rng, class, longest, self.augment());
-            let Some((x, y)) = free_place(
-                rng,
-                &taken,
-                (placed.bbox.width(), placed.bbox.height()),
-                aspect,
-                0.01,
-            ) else {
+            let Some((x, y)) = free_place(rng, &taken, (placed.bbox.width(), placed.bbox.height()), aspect, 0.01)
+            else {
                 continue;
             };
             placed.bbox = BBox::new(x, y, x + placed.bbox.width(), y + placed.bbox.height());
@@ -441,20 +321,8 @@ impl Pretrain {
             let Some(corner) = free_place(rng, &taken, size, aspect, 0.01) else {
                 continue;
             };
-            taken.push(BBox::new(
-                corner.0,
-                corner.1,
-                corner.0 + size.0,
-                corner.1 + size.1,
-            ));
-            scene.loose.push(plate(
-                &self.library,
-                rng,
-                text,
-                corner,
-                digit_height,
-                PLATE_RATIO,
-            ));
+            taken.push(BBox::new(corner.0, corner.1, corner.0 + size.0, corner.1 + size.1));
+            scene.loose.push(plate(&self.library, rng, text, corner, digit_height, PLATE_RATIO));
         }
         scene
     }
@@ -480,21 +348,12 @@ impl Pretrain {
     }
 
     /// A height (in units of the scene) that gives digits of the phase's size in a close-up, with their plate inside the region.
-    fn digit_height(
-        &self,
-        rng: &mut ChaCha8Rng,
-        phase: &Phase,
-        region: BBox,
-        size: Size,
-        digits: usize,
-    ) -> f64 {
+    fn digit_height(&self, rng: &mut ChaCha8Rng, phase: &Phase, region: BBox, size: Size, digits: usize) -> f64 {
         let [low, high] = phase.digit_pixels;
         // Every doubling is as likely as another.
         let pixels = between(rng, [low.ln(), high.ln()]).exp();
         let (w, h) = plate_size(digits, 1.0, PLATE_RATIO);
-        (pixels * region.height() / f64::from(size.height))
-            .min(0.9 * region.width() / w)
-            .min(0.9 * region.height() / h)
+        (pixels * region.height() / f64::from(size.height)).min(0.9 * region.width() / w).min(0.9 * region.height() / h)
     }
 
     fn whole(&self, scene: &Scene) -> ShownView {
@@ -517,11 +376,7 @@ impl Pretrain {
             let b = frame.pixels(plate.bbox);
             if bounds.pad(1e-6).contains(&b) {
                 let tall = frame.pixels(plate.bbox).height() / PLATE_RATIO;
-                let label = if tall >= LEGIBLE {
-                    format!("{DIGIT}{}", plate.text)
-                } else {
-                    PLATE.to_owned()
-                };
+                let label = if tall >= LEGIBLE { format!("{DIGIT}{}", plate.text) } else { PLATE.to_owned() };
                 objects.push((label, b.clamp(&bounds)));
             }
         }
@@ -531,22 +386,11 @@ impl Pretrain {
     /// A box near `tight`, as far off as the phase wants.
     fn careless(&self, rng: &mut ChaCha8Rng, phase: &Phase, tight: BBox) -> [i64; 4] {
         let careless = phase.careless;
-        let (w, h) = (
-            tight.width() * between(rng, careless.scale),
-            tight.height() * between(rng, careless.scale),
-        );
+        let (w, h) = (tight.width() * between(rng, careless.scale), tight.height() * between(rng, careless.scale));
         let (cx, cy) = tight.center();
         let shift = [-careless.shift, careless.shift];
-        let (cx, cy) = (
-            cx + tight.width() * between(rng, shift),
-            cy + tight.height() * between(rng, shift),
-        );
-        self.snapped(BBox::new(
-            cx - w / 2.0,
-            cy - h / 2.0,
-            cx + w / 2.0,
-            cy + h / 2.0,
-        ))
+        let (cx, cy) = (cx + tight.width() * between(rng, shift), cy + tight.height() * between(rng, shift));
+        self.snapped(BBox::new(cx - w / 2.0, cy - h / 2.0, cx + w / 2.0, cy + h / 2.0))
     }
 
     /// Multiples of `snap`, inside the view, sides over `min_side`.
@@ -584,15 +428,9 @@ impl Writer {
     fn new(system: &str) -> Writer {
         let mut messages = Vec::new();
         if !system.is_empty() {
-            messages.push(Message {
-                role: Role::System,
-                parts: vec![Part::Text(system.to_owned())],
-            });
+            messages.push(Message { role: Role::System, parts: vec![Part::Text(system.to_owned())] });
         }
-        Writer {
-            messages,
-            views: Vec::new(),
-        }
+        Writer { messages, views: Vec::new() }
     }
 
     fn ask_view(&mut self, before: &str, view: ShownView, question: String) {
@@ -603,17 +441,11 @@ impl Writer {
         parts.push(Part::View(self.views.len()));
         parts.push(Part::Text(format!("{}{question}", words::AFTER_VIEW)));
         self.views.push(view);
-        self.messages.push(Message {
-            role: Role::User,
-            parts,
-        });
+        self.messages.push(Message { role: Role::User, parts });
     }
 
     fn say(&mut self, text: String) {
-        self.messages.push(Message {
-            role: Role::Assistant,
-            parts: vec![Part::Text(text)],
-        });
+        self.messages.push(Message { role: Role::Assistant, parts: vec![Part::Text(text)] });
     }
 }
 
@@ -639,24 +471,15 @@ fn pick(rng: &mut ChaCha8Rng, from: &'static [&'static str]) -> &'static str {
 /// # Errors
 /// A folder that cannot be written.
 pub fn dump(pretrain: &Pretrain, folder: &Path, seed: u64, step: u64, n: usize) -> Result<()> {
-    ensure!(
-        n > 0,
-        "dumping dialogues: 0 were asked for, expected at least one"
-    );
-    std::fs::create_dir_all(folder)
-        .with_context(|| format!("making the folder {}", folder.display()))?;
+    ensure!(n > 0, "dumping dialogues: 0 were asked for, expected at least one");
+    std::fs::create_dir_all(folder).with_context(|| format!("making the folder {}", folder.display()))?;
     const CELL: (u32, u32, u32, usize) = (580, 580, 3, 6);
     let (width, height, across, on_sheet) = CELL;
     let mut text = String::new();
     let mut views = Vec::new();
     for i in 0..n {
         let dialogue = pretrain.dialogue(seed, step, i as u64)?;
-        let _ = writeln!(
-            text,
-            "== {i} {} (views from {})",
-            dialogue.task,
-            views.len()
-        );
+        let _ = writeln!(text, "== {i} {} (views from {})", dialogue.task, views.len());
         let mut said = Vec::new();
         for message in &dialogue.messages {
             let mut line = String::new();
@@ -674,11 +497,7 @@ pub fn dump(pretrain: &Pretrain, folder: &Path, seed: u64, step: u64, n: usize) 
                 }
             }
             let _ = writeln!(text, "{:?}: {line}", message.role);
-            said.extend(
-                answered_boxes(&line)
-                    .into_iter()
-                    .filter(|_| message.role == Role::Assistant),
-            );
+            said.extend(answered_boxes(&line).into_iter().filter(|_| message.role == Role::Assistant));
         }
         for (k, view) in dialogue.views.iter().enumerate() {
             let mut rgb = ::image::imageops::resize(
@@ -698,18 +517,10 @@ pub fn dump(pretrain: &Pretrain, folder: &Path, seed: u64, step: u64, n: usize) 
         }
     }
     for (k, on_this) in views.chunks(on_sheet).enumerate() {
-        let mut sheet = RgbImage::new(
-            width * across,
-            height * on_sheet.div_ceil(across as usize) as u32,
-        );
+        let mut sheet = RgbImage::new(width * across, height * on_sheet.div_ceil(across as usize) as u32);
         for (i, view) in on_this.iter().enumerate() {
             let (column, row) = (i as u32 % across, i as u32 / across);
-            ::image::imageops::overlay(
-                &mut sheet,
-                view,
-                i64::from(column * width),
-                i64::from(row * height),
-            );
+            ::image::imageops::overlay(&mut sheet, view, i64::from(column * width), i64::from(row * height));
         }
         crate::image::save(&sheet, &folder.join(format!("sheet_{k}.png")))?;
     }
@@ -721,9 +532,7 @@ pub fn dump(pretrain: &Pretrain, folder: &Path, seed: u64, step: u64, n: usize) 
 fn answered_boxes(text: &str) -> Vec<BBox> {
     let inner = text.trim_start_matches("```json").trim_end_matches("```");
     let list: Vec<serde_json::Value> = serde_json::from_str(inner).unwrap_or_default();
-    list.iter()
-        .filter_map(|row| serde_json::from_value(row["bbox_2d"].clone()).ok())
-        .collect()
+    list.iter().filter_map(|row| serde_json::from_value(row["bbox_2d"].clone()).ok()).collect()
 }
 
 #[cfg(test)]
@@ -736,17 +545,7 @@ mod tests {
     }
 
     fn text(message: &Message) -> String {
-        message
-            .parts
-            .iter()
-            .map(|p| {
-                if let Part::Text(t) = p {
-                    t.as_str()
-                } else {
-                    "<view>"
-                }
-            })
-            .collect()
+        message.parts.iter().map(|p| if let Part::Text(t) = p { t.as_str() } else { "<view>" }).collect()
     }
 
     #[test]
@@ -760,13 +559,7 @@ mod tests {
             if i % 50 == 0 {
                 let again = pretrain.dialogue(5, 5000, i).unwrap();
                 assert_eq!(again.messages, dialogue.messages);
-                assert!(
-                    again
-                        .views
-                        .iter()
-                        .zip(&dialogue.views)
-                        .all(|(a, b)| a.rgb == b.rgb)
-                );
+                assert!(again.views.iter().zip(&dialogue.views).all(|(a, b)| a.rgb == b.rgb));
             }
             let (question, answer) = (text(&dialogue.messages[0]), text(&dialogue.messages[1]));
             assert!(question.starts_with("<view>\nQuestion: "), "{question}");
@@ -776,28 +569,12 @@ mod tests {
                 assert!(view.rgb.width() % 28 == 0 && view.rgb.height() % 28 == 0);
                 let scene = k == 0 && dialogue.task != "read";
                 // Rounding to whole patches may leave a close-up one row above or below the budget's lower end.
-                assert!(
-                    if scene {
-                        tokens == 70
-                    } else {
-                        (42..=64).contains(&tokens)
-                    },
-                    "{} {tokens}",
-                    dialogue.task
-                );
-                let bounds = BBox::new(
-                    0.0,
-                    0.0,
-                    f64::from(view.rgb.width()),
-                    f64::from(view.rgb.height()),
-                );
+                assert!(if scene { tokens == 70 } else { (42..=64).contains(&tokens) }, "{} {tokens}", dialogue.task);
+                let bounds = BBox::new(0.0, 0.0, f64::from(view.rgb.width()), f64::from(view.rgb.height()));
                 assert!(view.objects.iter().all(|(_, b)| bounds.contains(b)));
             }
             for b in answered_boxes(&answer) {
-                assert!(
-                    pretrain.view.bounds().contains(&b) && b.width() > 28.0 && b.height() > 28.0,
-                    "{b}"
-                );
+                assert!(pretrain.view.bounds().contains(&b) && b.width() > 28.0 && b.height() > 28.0, "{b}");
                 assert!(<[f64; 4]>::from(b).iter().all(|v| v % 7.0 == 0.0));
             }
             match dialogue.task {
@@ -810,33 +587,20 @@ mod tests {
                         .map(|(label, _)| label.strip_prefix("digit:").unwrap_or(label))
                         .collect();
                     assert_eq!(plates.len(), 1, "{} {i}", dialogue.task);
-                    assert_eq!(
-                        text(dialogue.messages.last().unwrap()),
-                        format!("\\boxed{{{}}}", plates[0])
-                    );
+                    assert_eq!(text(dialogue.messages.last().unwrap()), format!("\\boxed{{{}}}", plates[0]));
                 }
                 "locate" => assert_eq!(answered_boxes(&answer).len(), 1),
                 "list" => {
-                    let objects = dialogue.views[0]
-                        .objects
-                        .iter()
-                        .filter(|(label, _)| is_object(label))
-                        .count();
+                    let objects = dialogue.views[0].objects.iter().filter(|(label, _)| is_object(label)).count();
                     assert_eq!(answered_boxes(&answer).len(), objects);
                 }
-                _ => assert!(
-                    dialogue.views[0]
-                        .objects
-                        .iter()
-                        .any(|(label, _)| answer == format!("\\boxed{{{label}}}"))
-                ),
+                _ => {
+                    assert!(dialogue.views[0].objects.iter().any(|(label, _)| answer == format!("\\boxed{{{label}}}")))
+                }
             }
             if dialogue.task == "two_turns" {
                 assert_eq!(dialogue.messages.len(), 4);
-                assert!(
-                    text(&dialogue.messages[2])
-                        .starts_with("Here is the enlarged area.\n<view>\nQuestion: ")
-                );
+                assert!(text(&dialogue.messages[2]).starts_with("Here is the enlarged area.\n<view>\nQuestion: "));
             }
         }
         assert_eq!(seen.len(), 5, "{seen:?}");
@@ -845,22 +609,13 @@ mod tests {
     #[test]
     fn boxes_grow_to_the_shortest_side_inside_the_view() {
         let pretrain = pretrain(0);
-        assert_eq!(
-            pretrain.snapped(BBox::new(100.0, 50.0, 171.0, 121.0)),
-            [98, 49, 168, 119]
-        );
-        assert_eq!(
-            pretrain.snapped(BBox::new(270.0, -5.0, 300.0, 10.0)),
-            [245, 0, 280, 35]
-        );
+        assert_eq!(pretrain.snapped(BBox::new(100.0, 50.0, 171.0, 121.0)), [98, 49, 168, 119]);
+        assert_eq!(pretrain.snapped(BBox::new(270.0, -5.0, 300.0, 10.0)), [245, 0, 280, 35]);
     }
 
     /// Of this thread, so that a busy machine does not count.
     fn processor_seconds() -> f64 {
-        let mut time = libc::timespec {
-            tv_sec: 0,
-            tv_nsec: 0,
-        };
+        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
         // SAFETY: the call only writes the struct it is given.
         unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) };
         time.tv_sec as f64 + time.tv_nsec as f64 * 1e-9
@@ -882,10 +637,7 @@ mod tests {
                 for i in 0..200 {
                     pretrain.dialogue(1, step, i).unwrap();
                 }
-                eprintln!(
-                    "{name} step {step}: {:.2} ms a dialogue",
-                    (processor_seconds() - start) * 1000.0 / 200.0
-                );
+                eprintln!("{name} step {step}: {:.2} ms a dialogue", (processor_seconds() - start) * 1000.0 / 200.0);
             }
         }
     }

@@ -20,16 +20,9 @@ pub mod words {
         "Which area shows the {X}?",
     ];
     pub const LOCATE_REQUEST: &str = "Output the coordinates of the key image area in JSON.";
-    pub const LIST: &[&str] = &[
-        "Which objects are in the picture?",
-        "List all objects.",
-        "What can be seen here?",
-    ];
+    pub const LIST: &[&str] = &["Which objects are in the picture?", "List all objects.", "What can be seen here?"];
     pub const LIST_REQUEST: &str = "Output the coordinates of all objects in JSON.";
-    pub const NAME: &[&str] = &[
-        "What is in the area {BOX}?",
-        "Which object is in the area {BOX}?",
-    ];
+    pub const NAME: &[&str] = &["What is in the area {BOX}?", "Which object is in the area {BOX}?"];
     pub const READ: &[&str] = &[
         "What number is written here?",
         "Which number do you see?",
@@ -56,9 +49,7 @@ pub mod words {
     pub fn boxes(boxes: &[([i64; 4], &str)]) -> String {
         let rows: Vec<String> = boxes
             .iter()
-            .map(|([x1, y1, x2, y2], label)| {
-                format!("{{\"bbox_2d\":[{x1},{y1},{x2},{y2}],\"label\":\"{label}\"}}")
-            })
+            .map(|([x1, y1, x2, y2], label)| format!("{{\"bbox_2d\":[{x1},{y1},{x2},{y2}],\"label\":\"{label}\"}}"))
             .collect();
         format!("```json\n[{}]\n```", rows.join(","))
     }
@@ -130,10 +121,7 @@ pub struct Careless {
 
 impl Default for Careless {
     fn default() -> Careless {
-        Careless {
-            shift: 0.25,
-            scale: [0.8, 1.6],
-        }
+        Careless { shift: 0.25, scale: [0.8, 1.6] }
     }
 }
 
@@ -141,13 +129,7 @@ impl Default for Phase {
     fn default() -> Phase {
         Phase {
             until_step: None,
-            tasks: Weights {
-                locate: 3.0,
-                list: 2.0,
-                name: 1.0,
-                read: 3.0,
-                two_turns: 2.0,
-            },
+            tasks: Weights { locate: 3.0, list: 2.0, name: 1.0, read: 3.0, two_turns: 2.0 },
             objects: [3, 5],
             object_size: [0.12, 0.20],
             plates: [2, 5],
@@ -163,13 +145,7 @@ impl Default for Recipe {
     fn default() -> Recipe {
         let first = Phase {
             until_step: Some(600),
-            tasks: Weights {
-                locate: 2.0,
-                list: 2.0,
-                name: 1.0,
-                read: 3.0,
-                two_turns: 0.0,
-            },
+            tasks: Weights { locate: 2.0, list: 2.0, name: 1.0, read: 3.0, two_turns: 0.0 },
             objects: [1, 1],
             object_size: [0.25, 0.45],
             plates: [0, 0],
@@ -178,13 +154,7 @@ impl Default for Recipe {
         };
         let second = Phase {
             until_step: Some(1400),
-            tasks: Weights {
-                locate: 3.0,
-                list: 2.0,
-                name: 1.0,
-                read: 3.0,
-                two_turns: 1.0,
-            },
+            tasks: Weights { locate: 3.0, list: 2.0, name: 1.0, read: 3.0, two_turns: 1.0 },
             objects: [1, 3],
             object_size: [0.16, 0.32],
             plates: [0, 3],
@@ -207,39 +177,22 @@ impl Default for Recipe {
 impl Recipe {
     /// The phase that `step` belongs to.
     pub fn phase(&self, step: u64) -> Option<&Phase> {
-        self.phases
-            .iter()
-            .find(|phase| phase.until_step.is_none_or(|end| step < end))
-            .or(self.phases.last())
+        self.phases.iter().find(|phase| phase.until_step.is_none_or(|end| step < end)).or(self.phases.last())
     }
 
     /// # Errors
     /// A value that no dialogue can be made with, named.
     pub fn validate(&self) -> Result<()> {
-        ensure!(
-            !self.phases.is_empty(),
-            "the recipe has no phases, expected at least one [[phases]]"
-        );
+        ensure!(!self.phases.is_empty(), "the recipe has no phases, expected at least one [[phases]]");
         ensure!(
             (2..=280).contains(&self.factor),
             "factor is {}, expected 2 to 280 (patch x merge, for example 28)",
             self.factor
         );
-        ensure!(
-            (1..=56).contains(&self.snap),
-            "snap is {}, expected 1 to 56",
-            self.snap
-        );
-        ensure!(
-            self.view_tokens >= 16,
-            "view_tokens is {}, expected at least 16",
-            self.view_tokens
-        );
+        ensure!((1..=56).contains(&self.snap), "snap is {}, expected 1 to 56", self.snap);
+        ensure!(self.view_tokens >= 16, "view_tokens is {}, expected at least 16", self.view_tokens);
         let [low, high] = self.crop_tokens;
-        ensure!(
-            9 <= low && low <= high,
-            "crop_tokens is [{low}, {high}], expected two rising numbers from 9"
-        );
+        ensure!(9 <= low && low <= high, "crop_tokens is [{low}, {high}], expected two rising numbers from 9");
         let [width, height] = self.picture;
         ensure!(
             (64..=16384).contains(&width)
@@ -253,10 +206,7 @@ impl Recipe {
             let last = k + 1 == self.phases.len();
             match phase.until_step {
                 Some(end) => {
-                    ensure!(
-                        end > before,
-                        "phases[{k}]: until_step is {end}, expected more than {before}"
-                    );
+                    ensure!(end > before, "phases[{k}]: until_step is {end}, expected more than {before}");
                     before = end;
                 }
                 None => ensure!(
@@ -326,25 +276,13 @@ mod tests {
         let mut bad = recipe;
         bad.phases[1].digits = [2, 1];
         let error = format!("{:#}", bad.validate().unwrap_err());
-        assert!(
-            error.contains("phases[1]") && error.contains("digits is [2, 1]"),
-            "{error}"
-        );
+        assert!(error.contains("phases[1]") && error.contains("digits is [2, 1]"), "{error}");
     }
 
     #[test]
     fn a_recipe_is_read_from_toml() {
-        let recipe: Recipe =
-            toml::from_str("snap = 14\n[[phases]]\nobjects = [2, 2]\ntasks = { read = 1 }\n")
-                .unwrap();
-        assert_eq!(
-            (
-                recipe.snap,
-                recipe.phases.len(),
-                recipe.phases[0].tasks.locate
-            ),
-            (14, 1, 0.0)
-        );
+        let recipe: Recipe = toml::from_str("snap = 14\n[[phases]]\nobjects = [2, 2]\ntasks = { read = 1 }\n").unwrap();
+        assert_eq!((recipe.snap, recipe.phases.len(), recipe.phases[0].tasks.locate), (14, 1, 0.0));
         assert!(toml::from_str::<Recipe>("snapp = 14").is_err());
     }
 }

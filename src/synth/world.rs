@@ -66,16 +66,8 @@ impl WorldOptions {
     /// # Errors
     /// A value that no scene can be drawn with, named.
     pub fn validate(&self) -> Result<()> {
-        ensure!(
-            (1..=10).contains(&self.objects),
-            "objects is {}, expected 1 to 10",
-            self.objects
-        );
-        ensure!(
-            (1..=4).contains(&self.digits),
-            "digits is {}, expected 1 to 4",
-            self.digits
-        );
+        ensure!((1..=10).contains(&self.objects), "objects is {}, expected 1 to 10", self.objects);
+        ensure!((1..=4).contains(&self.digits), "digits is {}, expected 1 to 4", self.digits);
         let [from, to] = self.object_size;
         ensure!(
             0.01 <= from && from <= to && to <= 0.6,
@@ -86,21 +78,9 @@ impl WorldOptions {
             "digit_height is {}, expected 0.001 to 0.2 of the width",
             self.digit_height
         );
-        ensure!(
-            (1.1..=4.0).contains(&self.plate_ratio),
-            "plate_ratio is {}, expected 1.1 to 4",
-            self.plate_ratio
-        );
-        ensure!(
-            (0.0..=0.2).contains(&self.gap),
-            "gap is {}, expected 0 to 0.2 of the width",
-            self.gap
-        );
-        ensure!(
-            (0.0..=0.2).contains(&self.apart),
-            "apart is {}, expected 0 to 0.2 of the width",
-            self.apart
-        );
+        ensure!((1.1..=4.0).contains(&self.plate_ratio), "plate_ratio is {}, expected 1.1 to 4", self.plate_ratio);
+        ensure!((0.0..=0.2).contains(&self.gap), "gap is {}, expected 0 to 0.2 of the width", self.gap);
+        ensure!((0.0..=0.2).contains(&self.apart), "apart is {}, expected 0 to 0.2 of the width", self.apart);
         Ok(())
     }
 }
@@ -140,10 +120,7 @@ fn text_width(digits: usize, height: f64) -> f64 {
 
 /// Width and height of a plate.
 pub fn plate_size(digits: usize, digit_height: f64, plate_ratio: f64) -> (f64, f64) {
-    (
-        text_width(digits, digit_height) + digit_height * (plate_ratio - 1.0),
-        digit_height * plate_ratio,
-    )
+    (text_width(digits, digit_height) + digit_height * (plate_ratio - 1.0), digit_height * plate_ratio)
 }
 
 /// An object in a scene.
@@ -185,10 +162,7 @@ impl Scene {
 
     /// Every plate, those under objects first.
     pub fn plates(&self) -> impl Iterator<Item = &Plate> {
-        self.objects
-            .iter()
-            .filter_map(|o| o.plate.as_ref())
-            .chain(&self.loose)
+        self.objects.iter().filter_map(|o| o.plate.as_ref()).chain(&self.loose)
     }
 }
 
@@ -214,10 +188,7 @@ impl World {
     /// Options out of range, or bundled files missing or damaged.
     pub fn load(assets: &Path, split: Split, options: WorldOptions) -> Result<World> {
         options.validate()?;
-        Ok(World {
-            library: Library::load(assets, split, u32::MAX)?,
-            options,
-        })
+        Ok(World { library: Library::load(assets, split, u32::MAX)?, options })
     }
 
     /// Scene number `index` of `seed`, height over width `aspect`.
@@ -229,11 +200,9 @@ impl World {
         let mut rng = stream(seed, PURPOSE + 16 * self.library.split as u64, index);
         let augment = options.augment && self.library.split == Split::Train;
         let mut scene = background(&self.library, &mut rng, aspect, augment);
-        let classes =
-            index::sample(&mut rng, self.library.classes.len(), options.objects).into_vec();
+        let classes = index::sample(&mut rng, self.library.classes.len(), options.objects).into_vec();
         let texts = numbers(&mut rng, options.objects, options.digits);
-        let (plate_w, plate_h) =
-            plate_size(options.digits, options.digit_height, options.plate_ratio);
+        let (plate_w, plate_h) = plate_size(options.digits, options.digit_height, options.plate_ratio);
         let mut shrink = 1.0;
         for round in 0..TRIES * 8 {
             if round > 0 && round % TRIES == 0 {
@@ -242,25 +211,15 @@ impl World {
             let mut taken: Vec<BBox> = Vec::new();
             let mut objects = Vec::new();
             for &class in &classes {
-                let size =
-                    rng.random_range(options.object_size[0]..=options.object_size[1]) * shrink;
+                let size = rng.random_range(options.object_size[0]..=options.object_size[1]) * shrink;
                 let mut object = object(&self.library, &mut rng, class, size, augment);
-                let (w, h) = (
-                    object.bbox.width().max(plate_w),
-                    object.bbox.height() + options.gap + plate_h,
-                );
-                let Some((x, y)) = free_place(&mut rng, &taken, (w, h), aspect, options.apart)
-                else {
+                let (w, h) = (object.bbox.width().max(plate_w), object.bbox.height() + options.gap + plate_h);
+                let Some((x, y)) = free_place(&mut rng, &taken, (w, h), aspect, options.apart) else {
                     break;
                 };
                 taken.push(BBox::new(x, y, x + w, y + h));
                 let left = x + (w - object.bbox.width()) / 2.0;
-                object.bbox = BBox::new(
-                    left,
-                    y,
-                    left + object.bbox.width(),
-                    y + object.bbox.height(),
-                );
+                object.bbox = BBox::new(left, y, left + object.bbox.width(), y + object.bbox.height());
                 objects.push(object);
             }
             if objects.len() < classes.len() {
@@ -308,12 +267,7 @@ impl World {
 }
 
 /// An empty scene: a part of some photograph, at least 60 % of what fits, with its light.
-pub(crate) fn background(
-    library: &Library,
-    rng: &mut ChaCha8Rng,
-    aspect: f64,
-    augment: bool,
-) -> Scene {
+pub(crate) fn background(library: &Library, rng: &mut ChaCha8Rng, aspect: f64, augment: bool) -> Scene {
     let photo = rng.random_range(0..library.photos.len());
     let full = library.photos[photo].pixels.full();
     let (w, h) = (full.width as f64, full.height as f64);
@@ -324,11 +278,7 @@ pub(crate) fn background(
         photo,
         window: BBox::new(x, y, x + width, y + width * aspect),
         mirror: augment && rng.random(),
-        gain: if augment {
-            gain(rng, 0.2, 0.08)
-        } else {
-            [1.0; 3]
-        },
+        gain: if augment { gain(rng, 0.2, 0.08) } else { [1.0; 3] },
         aspect,
         objects: Vec::new(),
         loose: Vec::new(),
@@ -336,13 +286,7 @@ pub(crate) fn background(
 }
 
 /// An object of `class` with its corner at the origin.
-pub(crate) fn object(
-    library: &Library,
-    rng: &mut ChaCha8Rng,
-    class: usize,
-    longest: f64,
-    augment: bool,
-) -> Placed {
+pub(crate) fn object(library: &Library, rng: &mut ChaCha8Rng, class: usize, longest: f64, augment: bool) -> Placed {
     let pictures = &library.classes[class].pictures;
     let picture = rng.random_range(0..pictures.len());
     let full = pictures[picture].full();
@@ -351,23 +295,10 @@ pub(crate) fn object(
         class,
         picture,
         name: library.classes[class].name.clone(),
-        bbox: BBox::new(
-            0.0,
-            0.0,
-            full.width as f64 * scale,
-            full.height as f64 * scale,
-        ),
+        bbox: BBox::new(0.0, 0.0, full.width as f64 * scale, full.height as f64 * scale),
         mirror: augment && rng.random(),
-        angle: if augment {
-            rng.random_range(-10f64..=10.0).to_radians()
-        } else {
-            0.0
-        },
-        gain: if augment {
-            gain(rng, 0.15, 0.08)
-        } else {
-            [1.0; 3]
-        },
+        angle: if augment { rng.random_range(-10f64..=10.0).to_radians() } else { 0.0 },
+        gain: if augment { gain(rng, 0.15, 0.08) } else { [1.0; 3] },
         plate: None,
     }
 }
@@ -383,11 +314,7 @@ pub(crate) fn plate(
 ) -> Plate {
     let digits: Vec<usize> = text
         .bytes()
-        .filter_map(|b| {
-            library.by_label[usize::from(b.wrapping_sub(b'0') % 10)]
-                .choose(rng)
-                .copied()
-        })
+        .filter_map(|b| library.by_label[usize::from(b.wrapping_sub(b'0') % 10)].choose(rng).copied())
         .collect();
     let (w, h) = plate_size(digits.len(), digit_height, ratio);
     let light = rng.random_range(228f32..=255.0);
@@ -437,15 +364,9 @@ pub(crate) fn free_place(
         return None;
     }
     (0..24).find_map(|_| {
-        let (x, y) = (
-            rng.random_range(edge..=right),
-            rng.random_range(edge..=bottom),
-        );
+        let (x, y) = (rng.random_range(edge..=right), rng.random_range(edge..=bottom));
         let wide = BBox::new(x - apart, y - apart, x + size.0 + apart, y + size.1 + apart);
-        taken
-            .iter()
-            .all(|b| b.intersection(&wide).is_none())
-            .then_some((x, y))
+        taken.iter().all(|b| b.intersection(&wide).is_none()).then_some((x, y))
     })
 }
 
@@ -467,48 +388,28 @@ pub(crate) mod tests {
     });
 
     fn world(split: usize, options: WorldOptions) -> World {
-        World {
-            library: SMALL[split].clone(),
-            options,
-        }
+        World { library: SMALL[split].clone(), options }
     }
 
     #[test]
     fn scenes_repeat_and_nothing_overlaps() {
         for split in [0, 1] {
-            let world = world(
-                split,
-                WorldOptions {
-                    objects: 6,
-                    digits: 2,
-                    ..Default::default()
-                },
-            );
+            let world = world(split, WorldOptions { objects: 6, digits: 2, ..Default::default() });
             for i in 0..20 {
                 let scene = world.scene(7, i, 0.75).unwrap();
                 assert_eq!(scene, world.scene(7, i, 0.75).unwrap());
-                let whole: Vec<BBox> = scene
-                    .objects
-                    .iter()
-                    .map(|o| o.bbox.hull(&o.plate.as_ref().unwrap().bbox))
-                    .collect();
+                let whole: Vec<BBox> =
+                    scene.objects.iter().map(|o| o.bbox.hull(&o.plate.as_ref().unwrap().bbox)).collect();
                 for (k, b) in whole.iter().enumerate() {
                     assert!(scene.bounds().contains(b));
-                    assert!(
-                        whole[..k]
-                            .iter()
-                            .all(|other| other.intersection(b).is_none())
-                    );
+                    assert!(whole[..k].iter().all(|other| other.intersection(b).is_none()));
                 }
                 for (k, a) in scene.objects.iter().enumerate() {
                     let plate = a.plate.as_ref().unwrap();
                     assert!((plate.bbox.center().0 - a.bbox.center().0).abs() < 1e-9); // centred up to f64 rounding
                     assert!(plate.bbox.y1 > a.bbox.y2);
-                    let labels: String = plate
-                        .digits
-                        .iter()
-                        .map(|&d| char::from(b'0' + world.library.digits[d].label))
-                        .collect();
+                    let labels: String =
+                        plate.digits.iter().map(|&d| char::from(b'0' + world.library.digits[d].label)).collect();
                     assert_eq!(labels, plate.text);
                     for b in &scene.objects[..k] {
                         assert_ne!(a.name, b.name);
@@ -529,39 +430,16 @@ pub(crate) mod tests {
         let mut worst = 0;
         for (x, y, pixel) in part.enumerate_pixels() {
             let same = whole.get_pixel(x + 200, y + 200);
-            worst = worst.max(
-                (0..3)
-                    .map(|c| pixel.0[c].abs_diff(same.0[c]))
-                    .max()
-                    .unwrap(),
-            );
+            worst = worst.max((0..3).map(|c| pixel.0[c].abs_diff(same.0[c])).max().unwrap());
         }
         assert!(worst <= 1, "{worst}"); // the same samples, up to f32 rounding before the conversion to bytes
     }
 
     #[test]
     fn impossible_options_are_refused_by_name() {
-        let error = WorldOptions {
-            digits: 5,
-            ..Default::default()
-        }
-        .validate()
-        .unwrap_err();
+        let error = WorldOptions { digits: 5, ..Default::default() }.validate().unwrap_err();
         assert!(error.to_string().contains("digits is 5"), "{error}");
-        let crowded = world(
-            0,
-            WorldOptions {
-                objects: 10,
-                object_size: [0.6, 0.6],
-                ..Default::default()
-            },
-        );
-        assert!(
-            crowded
-                .scene(0, 0, 0.3)
-                .unwrap_err()
-                .to_string()
-                .contains("fewer or smaller")
-        );
+        let crowded = world(0, WorldOptions { objects: 10, object_size: [0.6, 0.6], ..Default::default() });
+        assert!(crowded.scene(0, 0, 0.3).unwrap_err().to_string().contains("fewer or smaller"));
     }
 }

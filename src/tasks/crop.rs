@@ -138,7 +138,11 @@ impl Crop {
     }
 
     fn fill<'a>(&self, sample: &'a Sample, choices: bool, reason: &'a str) -> Fill<'a> {
-        Fill { question: &sample.question, choices: (choices && !sample.choices.is_empty()).then_some(sample.choices.as_slice()), reason }
+        Fill {
+            question: &sample.question,
+            choices: (choices && !sample.choices.is_empty()).then_some(sample.choices.as_slice()),
+            reason,
+        }
     }
 
     fn shown(&self, slot: &str, fill: &Fill, view: Option<View>) -> Shown {
@@ -252,7 +256,11 @@ impl Task for Crop {
         if self.options.free && context.views.contains(&view) {
             return self.refuse(context, BoxOutcome::Duplicate);
         }
-        let slot = if self.options.free && context.turn + 1 < self.options.turns { &self.template.free } else { &self.template.found };
+        let slot = if self.options.free && context.turn + 1 < self.options.turns {
+            &self.template.free
+        } else {
+            &self.template.found
+        };
         Ok(Reply::Show(self.shown(slot, &fill, Some(view)), reading))
     }
 
@@ -296,9 +304,13 @@ fn unread(action: &Action) -> BoxOutcome {
         Action::Malformed { flaw } => match flaw {
             Flaw::NotWhole | Flaw::NotNumbers => BoxOutcome::NotInteger,
             Flaw::Reversed => BoxOutcome::Inverted,
-            Flaw::Unclosed | Flaw::BadJson | Flaw::NotAList | Flaw::Empty | Flaw::NoBox | Flaw::NotFour | Flaw::NoLabel => {
-                BoxOutcome::Malformed
-            }
+            Flaw::Unclosed
+            | Flaw::BadJson
+            | Flaw::NotAList
+            | Flaw::Empty
+            | Flaw::NoBox
+            | Flaw::NotFour
+            | Flaw::NoLabel => BoxOutcome::Malformed,
         },
         Action::Look { .. } | Action::Both { .. } | Action::Answer { .. } | Action::None => BoxOutcome::Missing,
     }

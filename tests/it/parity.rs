@@ -29,26 +29,16 @@ struct Expected {
 impl Expected {
     fn load(path: &Path) -> Expected {
         let file = std::fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-        let mut expected = Expected {
-            reals: BTreeMap::new(),
-            wholes: BTreeMap::new(),
-            bytes: BTreeMap::new(),
-        };
+        let mut expected = Expected { reals: BTreeMap::new(), wholes: BTreeMap::new(), bytes: BTreeMap::new() };
         for (name, tensor) in SafeTensors::deserialize(&file).unwrap().tensors() {
             let data = tensor.data();
             match tensor.dtype() {
                 Dtype::F32 => {
-                    let values = data
-                        .chunks_exact(4)
-                        .map(|b| f32::from_le_bytes(b.try_into().unwrap()))
-                        .collect();
+                    let values = data.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
                     expected.reals.insert(name, values);
                 }
                 Dtype::I64 => {
-                    let values = data
-                        .chunks_exact(8)
-                        .map(|b| i64::from_le_bytes(b.try_into().unwrap()))
-                        .collect();
+                    let values = data.chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().unwrap())).collect();
                     expected.wholes.insert(name, values);
                 }
                 Dtype::U8 => {
@@ -69,9 +59,7 @@ impl Expected {
         const CHANNEL: usize = 2 * 14 * 14;
         let table = &self.reals["pixel_table"];
         let index = self.bytes["pixel_index"].iter().enumerate();
-        index
-            .map(|(i, &b)| table[i / CHANNEL % 3 * 256 + usize::from(b)])
-            .collect()
+        index.map(|(i, &b)| table[i / CHANNEL % 3 * 256 + usize::from(b)]).collect()
     }
 }
 
@@ -91,8 +79,7 @@ impl Case {
         let dir = golden().join(name);
         let processor = Processor::load(&dir).unwrap();
         let messages: Vec<Message> =
-            serde_json::from_str(&std::fs::read_to_string(dir.join("messages.json")).unwrap())
-                .unwrap();
+            serde_json::from_str(&std::fs::read_to_string(dir.join("messages.json")).unwrap()).unwrap();
         let (mut grids, mut tokens, mut pixels) = (Vec::new(), Vec::new(), Vec::new());
         for part in messages.iter().flat_map(Message::parts) {
             let Part::Image { image } = part else {
@@ -118,56 +105,25 @@ impl Case {
     }
 
     fn ids(&self) -> Vec<u32> {
-        self.chat
-            .encode(&self.messages, false, &self.tokens)
-            .unwrap()
-            .ids
+        self.chat.encode(&self.messages, false, &self.tokens).unwrap().ids
     }
 
     /// The whole conversation, its log-probs wanted where the golden labels train; and each target's share of the mean loss.
     fn packed(&self) -> (Packed, Vec<f32>) {
-        let mut packed = Packed::single(
-            &self.ids(),
-            &self.grids,
-            self.pixels.clone(),
-            &self.model.config,
-        )
-        .unwrap();
+        let mut packed = Packed::single(&self.ids(), &self.grids, self.pixels.clone(), &self.model.config).unwrap();
         let labels = self.expected.wholes["labels"].iter().enumerate();
-        packed.targets = labels
-            .filter(|(_, l)| **l >= 0)
-            .map(|(t, l)| Target {
-                row: t - 1,
-                token: *l as u32,
-            })
-            .collect();
+        packed.targets =
+            labels.filter(|(_, l)| **l >= 0).map(|(t, l)| Target { row: t - 1, token: *l as u32 }).collect();
         let weights = vec![-1.0 / packed.targets.len() as f32; packed.targets.len()];
         (packed, weights)
     }
 
     /// Mean loss and its gradient by everything.
     fn loss_and_gradients(&self, packed: &Packed, weights: &[f32], keep: Keep) -> (f32, Gradients) {
-        let scored = self
-            .model
-            .evaluate(packed, Head::PLAIN, keep, Trainable::ALL)
-            .unwrap();
-        let loss = scored
-            .logprobs
-            .iter()
-            .zip(weights)
-            .map(|(l, w)| l * w)
-            .sum();
+        let scored = self.model.evaluate(packed, Head::PLAIN, keep, Trainable::ALL).unwrap();
+        let loss = scored.logprobs.iter().zip(weights).map(|(l, w)| l * w).sum();
         let mut grads = Arena::zeros(&self.model.weights.layout);
-        self.model
-            .backward(
-                packed,
-                scored.tape.unwrap(),
-                weights,
-                None,
-                Trainable::ALL,
-                &mut grads,
-            )
-            .unwrap();
+        self.model.backward(packed, scored.tape.unwrap(), weights, None, Trainable::ALL, &mut grads).unwrap();
         (loss, grads)
     }
 }
@@ -180,30 +136,20 @@ fn sign(i: usize) -> f64 {
 /// Norm, signed sum, and up to 64 entries spread evenly: `fingerprint` of make.py.
 fn fingerprint(x: &[f32]) -> Vec<f32> {
     let norm = x.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
-    let signed = x
-        .iter()
-        .enumerate()
-        .map(|(i, v)| sign(i) * f64::from(*v))
-        .sum::<f64>();
+    let signed = x.iter().enumerate().map(|(i, v)| sign(i) * f64::from(*v)).sum::<f64>();
     let count = x.len().min(64);
     let spread = (0..count).map(|k| x[k * x.len() / count]);
-    [norm as f32, signed as f32]
-        .into_iter()
-        .chain(spread)
-        .collect()
+    [norm as f32, signed as f32].into_iter().chain(spread).collect()
 }
 
 /// Largest difference over the largest expected value.
 fn relative(found: &[f32], expected: &[f32]) -> f32 {
     assert_eq!(found.len(), expected.len());
     let scale = expected.iter().fold(0.0f32, |m, v| m.max(v.abs()));
-    let far = found.iter().zip(expected).fold(0.0f32, |m, (a, b)| {
-        if (a - b).is_nan() {
-            f32::INFINITY
-        } else {
-            m.max((a - b).abs())
-        }
-    });
+    let far = found
+        .iter()
+        .zip(expected)
+        .fold(0.0f32, |m, (a, b)| if (a - b).is_nan() { f32::INFINITY } else { m.max((a - b).abs()) });
     far / scale.max(f32::MIN_POSITIVE)
 }
 
@@ -218,30 +164,16 @@ fn inputs_and_outputs(name: &'static str) {
     let e = &case.expected;
     let ids = case.ids();
     assert_eq!(ids, e.ids("input_ids"), "{name}: input_ids");
-    let grids: Vec<i64> = case
-        .grids
-        .iter()
-        .flat_map(|g| [g.t, g.h, g.w])
-        .map(i64::from)
-        .collect();
+    let grids: Vec<i64> = case.grids.iter().flat_map(|g| [g.t, g.h, g.w]).map(i64::from).collect();
     assert_eq!(grids, e.wholes["image_grid_thw"], "{name}: image_grid_thw");
     let pixels = e.pixels();
     assert_eq!(case.pixels.len(), pixels.len(), "{name}: pixel_values");
-    let far = case
-        .pixels
-        .iter()
-        .zip(&pixels)
-        .fold(0.0f32, |m, (a, b)| m.max((a - b).abs()));
+    let far = case.pixels.iter().zip(&pixels).fold(0.0f32, |m, (a, b)| m.max((a - b).abs()));
     println!("{name}: pixel_values {far:.1e}");
     assert!(far <= 1e-5, "{name}: pixel_values {far}");
 
     let t = trace(&case.model, &ids, &case.grids, case.pixels.clone(), None).unwrap();
-    let positions: Vec<i64> = t
-        .position_ids
-        .iter()
-        .flatten()
-        .map(|p| i64::from(*p))
-        .collect();
+    let positions: Vec<i64> = t.position_ids.iter().flatten().map(|p| i64::from(*p)).collect();
     assert_eq!(positions, e.wholes["position_ids"], "{name}: position_ids");
     let v = case.model.config.text.vocab;
     let rows = t.logits.chunks_exact(v);
@@ -249,86 +181,32 @@ fn inputs_and_outputs(name: &'static str) {
         .clone()
         .map(|row| {
             let top = row.iter().fold(f32::NEG_INFINITY, |m, x| m.max(*x));
-            top + row
-                .iter()
-                .map(|x| f64::from(x - top).exp())
-                .sum::<f64>()
-                .ln() as f32
+            top + row.iter().map(|x| f64::from(x - top).exp()).sum::<f64>().ln() as f32
         })
         .collect();
-    let signed: Vec<f32> = rows
-        .map(|row| {
-            row.iter()
-                .enumerate()
-                .map(|(i, x)| sign(i) * f64::from(*x))
-                .sum::<f64>() as f32
-        })
-        .collect();
+    let signed: Vec<f32> =
+        rows.map(|row| row.iter().enumerate().map(|(i, x)| sign(i) * f64::from(*x)).sum::<f64>() as f32).collect();
     // f32 sums of a few dozen terms through three or four layers: 1e-6 to 1e-5 of the largest value, with room.
-    close(
-        &format!("{name}: image_features"),
-        &t.image_features,
-        &e.reals["image_features"],
-        1e-4,
-    );
-    close(
-        &format!("{name}: logits, last rows"),
-        &t.logits[t.logits.len() - 8 * v..],
-        &e.reals["logits_last"],
-        1e-4,
-    );
-    close(
-        &format!("{name}: logits, log-sum-exp"),
-        &lse,
-        &e.reals["logits_lse"],
-        1e-4,
-    );
-    close(
-        &format!("{name}: logits, signed sums"),
-        &signed,
-        &e.reals["logits_signed"],
-        1e-4,
-    );
-    close(
-        &format!("{name}: logprobs"),
-        &t.logprobs,
-        &e.reals["logprobs"],
-        1e-4,
-    );
+    close(&format!("{name}: image_features"), &t.image_features, &e.reals["image_features"], 1e-4);
+    close(&format!("{name}: logits, last rows"), &t.logits[t.logits.len() - 8 * v..], &e.reals["logits_last"], 1e-4);
+    close(&format!("{name}: logits, log-sum-exp"), &lse, &e.reals["logits_lse"], 1e-4);
+    close(&format!("{name}: logits, signed sums"), &signed, &e.reals["logits_signed"], 1e-4);
+    close(&format!("{name}: logprobs"), &t.logprobs, &e.reals["logprobs"], 1e-4);
 
     // The last turn is left out and decoded anew.
     let asked = &case.messages[..case.messages.len() - 1];
     let prompt = case.chat.encode(asked, true, &case.tokens).unwrap().ids;
     assert_eq!(prompt, e.ids("prompt_ids"), "{name}: prompt_ids");
-    let greedy = Greedy {
-        tokens: 12,
-        stop: &[],
-    };
-    let t = trace(
-        &case.model,
-        &prompt,
-        &case.grids,
-        case.pixels.clone(),
-        Some(greedy),
-    )
-    .unwrap();
-    assert_eq!(
-        t.greedy_ids.unwrap(),
-        e.ids("greedy_ids"),
-        "{name}: greedy_ids"
-    );
+    let greedy = Greedy { tokens: 12, stop: &[] };
+    let t = trace(&case.model, &prompt, &case.grids, case.pixels.clone(), Some(greedy)).unwrap();
+    assert_eq!(t.greedy_ids.unwrap(), e.ids("greedy_ids"), "{name}: greedy_ids");
 }
 
 fn loss_gradients_and_ten_steps(name: &'static str) {
     let mut case = Case::load(name);
     let (packed, weights) = case.packed();
     let (loss, grads) = case.loss_and_gradients(&packed, &weights, Keep::Everything);
-    close(
-        &format!("{name}: loss"),
-        &[loss],
-        &case.expected.reals["loss"],
-        1e-5,
-    );
+    close(&format!("{name}: loss"), &[loss], &case.expected.reals["loss"], 1e-5);
 
     let mut worst = (0.0, String::new());
     let mut compared = 0;
@@ -339,16 +217,8 @@ fn loss_gradients_and_ten_steps(name: &'static str) {
         // The norm is the scale: single entries and the signed sum may be near 0. The signed sum of n entries is off by about as much as the
         // norm is (errors of random sign), so one tolerance serves; backward passes lose about ten times what forward passes do.
         let scale = expected[0];
-        assert!(
-            scale > 0.0,
-            "{name}: {} has no gradient in the golden file",
-            entry.name
-        );
-        let far = found
-            .iter()
-            .zip(expected)
-            .fold(0.0f32, |m, (a, b)| m.max((a - b).abs()))
-            / scale;
+        assert!(scale > 0.0, "{name}: {} has no gradient in the golden file", entry.name);
+        let far = found.iter().zip(expected).fold(0.0f32, |m, (a, b)| m.max((a - b).abs())) / scale;
         assert!(
             far <= 1e-4,
             "{name}: gradient of {}: {far:e} of its norm {scale}; found {:?}, expected {:?}",
@@ -363,28 +233,14 @@ fn loss_gradients_and_ten_steps(name: &'static str) {
     }
     assert_eq!(
         compared,
-        case.expected
-            .reals
-            .keys()
-            .filter(|k| k.starts_with("grad."))
-            .count(),
+        case.expected.reals.keys().filter(|k| k.starts_with("grad.")).count(),
         "{name}: gradients by name"
     );
     // Recomputing activations repeats the same operations: the same bits.
     let (again, recomputed) = case.loss_and_gradients(&packed, &weights, Keep::Inputs);
-    assert_eq!(
-        again.to_bits(),
-        loss.to_bits(),
-        "{name}: loss with recomputation"
-    );
-    assert!(
-        recomputed.data == grads.data,
-        "{name}: gradients with recomputation"
-    );
-    println!(
-        "{name}: {compared} gradients, worst {:.1e} ({})",
-        worst.0, worst.1
-    );
+    assert_eq!(again.to_bits(), loss.to_bits(), "{name}: loss with recomputation");
+    assert!(recomputed.data == grads.data, "{name}: gradients with recomputation");
+    println!("{name}: {compared} gradients, worst {:.1e} ({})", worst.0, worst.1);
 
     let n = case.model.weights.data.len();
     let (mut m, mut v) = (vec![0.0; n], vec![0.0; n]);
@@ -392,31 +248,12 @@ fn loss_gradients_and_ten_steps(name: &'static str) {
     for step in 1..=10 {
         let (loss, grads) = case.loss_and_gradients(&packed, &weights, Keep::Everything);
         losses.push(loss);
-        let hyper = adamw::Hyper {
-            lr: 1e-3,
-            beta1: 0.9,
-            beta2: 0.999,
-            eps: 1e-8,
-            weight_decay: 0.01,
-            step,
-        };
-        adamw::update(
-            &mut case.model.weights.data,
-            &grads.data,
-            &mut m,
-            &mut v,
-            hyper,
-            1.0,
-        );
+        let hyper = adamw::Hyper { lr: 1e-3, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01, step };
+        adamw::update(&mut case.model.weights.data, &grads.data, &mut m, &mut v, hyper, 1.0);
     }
     // Adam divides by the gradient's own size, so an entry whose true gradient is nearly 0 takes a step of full length in a direction that
     // rounding decides: losses drift apart faster than gradients do.
-    close(
-        &format!("{name}: ten losses"),
-        &losses,
-        &case.expected.reals["losses"],
-        1e-3,
-    );
+    close(&format!("{name}: ten losses"), &losses, &case.expected.reals["losses"], 1e-3);
 }
 
 macro_rules! cases {
@@ -442,28 +279,15 @@ fn appended_turns_are_the_same_tokens() {
     let mut images = 0;
     let mut ids = Vec::new();
     for pair in case.messages.chunks(2) {
-        let [user, answer] = pair else {
-            panic!("turns come in pairs")
-        };
+        let [user, answer] = pair else { panic!("turns come in pairs") };
         let tokens = &case.tokens[images..images + user.images()];
         if ids.is_empty() {
-            ids = case
-                .chat
-                .encode(std::slice::from_ref(user), true, tokens)
-                .unwrap()
-                .ids;
+            ids = case.chat.encode(std::slice::from_ref(user), true, tokens).unwrap().ids;
         } else {
-            ids.extend(
-                case.chat
-                    .continuation(images, user, tokens, ids.last().copied())
-                    .unwrap()
-                    .ids,
-            );
+            ids.extend(case.chat.continuation(images, user, tokens, ids.last().copied()).unwrap().ids);
         }
         images += user.images();
-        let [Part::Text { text }] = &answer.parts()[..] else {
-            panic!("an answer is text")
-        };
+        let [Part::Text { text }] = &answer.parts()[..] else { panic!("an answer is text") };
         ids.extend(case.chat.assistant_ids(text).unwrap());
         ids.push(case.chat.special.end_of_turn);
     }
@@ -501,24 +325,11 @@ fn nano_tokenizer_and_template() {
     let mut chat = Chat::load(&nano).unwrap();
     let tokenizer = tokenizers::Tokenizer::from_file(nano.join("tokenizer.json")).unwrap();
     for case in tokens.texts {
-        assert_eq!(
-            tokenizer
-                .encode(case.text.as_str(), false)
-                .unwrap()
-                .get_ids(),
-            case.ids,
-            "{:?}",
-            case.text
-        );
+        assert_eq!(tokenizer.encode(case.text.as_str(), false).unwrap().get_ids(), case.ids, "{:?}", case.text);
         assert_eq!(chat.decode(&case.ids, false).unwrap(), case.decoded);
         assert_eq!(chat.decode(&case.ids, true).unwrap(), case.plain);
         let hostile = case.text.contains("<|") || case.text.contains("tool_call");
-        assert_eq!(
-            chat.plain_ids(&case.text).unwrap() == case.ids,
-            !hostile,
-            "{:?}",
-            case.text
-        );
+        assert_eq!(chat.plain_ids(&case.text).unwrap() == case.ids, !hostile, "{:?}", case.text);
     }
     for case in tokens.rendered {
         chat.add_vision_id = case.numbered;

@@ -28,18 +28,14 @@ impl Task<'_> {
     pub(super) fn pieces(&self, keys: usize) -> [Range<usize>; 2] {
         let shared = keys.min(self.span.shared.len());
         let own = keys - shared;
-        [
-            self.span.shared.start..self.span.shared.start + shared,
-            self.span.own.start..self.span.own.start + own,
-        ]
+        [self.span.shared.start..self.span.shared.start + shared, self.span.own.start..self.span.own.start + own]
     }
 
     /// Where the rows of the block start in a [Tq, H, K] buffer, one start per query; each holds the whole group.
     pub(super) fn starts(&self, dims: Dims) -> impl Iterator<Item = usize> {
         let first = self.span.queries.start + self.block.start;
         let kv_head = self.kv_head;
-        (0..self.block.len())
-            .map(move |i| ((first + i) * dims.heads + kv_head * dims.group()) * dims.k)
+        (0..self.block.len()).map(move |i| ((first + i) * dims.heads + kv_head * dims.group()) * dims.k)
     }
 
     /// The block's rows side by side: [queries · group, K].
@@ -73,11 +69,7 @@ pub(super) fn tasks(spans: &[Span], dims: Dims) -> Vec<Task<'_>> {
         let n = span.queries.len();
         for kv_head in 0..dims.kv_heads {
             for start in (0..n).step_by(step) {
-                tasks.push(Task {
-                    span,
-                    kv_head,
-                    block: start..n.min(start + step),
-                });
+                tasks.push(Task { span, kv_head, block: start..n.min(start + step) });
             }
         }
     }
@@ -92,38 +84,22 @@ pub(super) struct Prompts {
 
 impl Prompts {
     pub(super) fn new(k: &[f32], spans: &[Span], dims: Dims) -> Self {
-        let mut distinct: Vec<&Range<usize>> = spans
-            .iter()
-            .map(|s| &s.shared)
-            .filter(|r| !r.is_empty())
-            .collect();
+        let mut distinct: Vec<&Range<usize>> = spans.iter().map(|s| &s.shared).filter(|r| !r.is_empty()).collect();
         distinct.sort_by_key(|r| (r.start, r.end));
         distinct.dedup();
-        let panels = |run: &Range<usize>| {
-            (0..dims.kv_heads)
-                .map(|head| transposed(k, run.clone(), head, dims))
-                .collect()
-        };
+        let panels =
+            |run: &Range<usize>| (0..dims.kv_heads).map(|head| transposed(k, run.clone(), head, dims)).collect();
         let runs = if distinct.len() < 2 {
-            distinct
-                .iter()
-                .map(|run| ((*run).clone(), panels(run)))
-                .collect()
+            distinct.iter().map(|run| ((*run).clone(), panels(run))).collect()
         } else {
-            distinct
-                .par_iter()
-                .map(|run| ((*run).clone(), panels(run)))
-                .collect()
+            distinct.par_iter().map(|run| ((*run).clone(), panels(run))).collect()
         };
         Self { runs }
     }
 
     pub(super) fn keys(&self, task: &Task) -> &[f32] {
         let shared = &task.span.shared;
-        match self
-            .runs
-            .binary_search_by_key(&(shared.start, shared.end), |(r, _)| (r.start, r.end))
-        {
+        match self.runs.binary_search_by_key(&(shared.start, shared.end), |(r, _)| (r.start, r.end)) {
             Ok(at) => &self.runs[at].1[task.kv_head],
             Err(_) => &[],
         }
@@ -134,17 +110,8 @@ impl Prompts {
 pub(super) fn transposed(k: &[f32], run: Range<usize>, head: usize, dims: Dims) -> Vec<f32> {
     let (kd, stride) = (dims.k, dims.kv_heads * dims.k);
     let mut panels = vec![0.0f32; run.len().div_ceil(WIDTH) * WIDTH * kd];
-    for (panel, row) in panels
-        .chunks_exact_mut(WIDTH * kd)
-        .zip(run.clone().step_by(WIDTH))
-    {
-        panel::transpose_into(
-            panel,
-            &k[row * stride + head * kd..],
-            stride,
-            kd,
-            WIDTH.min(run.end - row),
-        );
+    for (panel, row) in panels.chunks_exact_mut(WIDTH * kd).zip(run.clone().step_by(WIDTH)) {
+        panel::transpose_into(panel, &k[row * stride + head * kd..], stride, kd, WIDTH.min(run.end - row));
     }
     panels
 }

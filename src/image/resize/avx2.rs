@@ -54,11 +54,7 @@ impl Packed {
                 out[at / STEP * 2 * STEP + STEP + at % STEP] = low;
             }
         }
-        Packed {
-            starts,
-            length,
-            weights,
-        }
+        Packed { starts, length, weights }
     }
 
     fn length(windows: &Windows) -> usize {
@@ -74,11 +70,8 @@ pub(super) fn resize_rows(region: Region<'_>, width: usize, windows: &Windows) -
     let begin = |y: usize| (region.top + y) * region.stride + region.left * CHANNELS;
     // Rows are used where they lie. Only where no SPARE pixels follow (the picture's last row), or where one is shorter than a window
     // (a small picture), it is copied, with zeros behind.
-    let in_place =
-        |y: usize| padded_width == region.width && begin(y) + row_len <= region.data.len();
-    let first_copied = (0..region.height)
-        .find(|&y| !in_place(y))
-        .unwrap_or(region.height);
+    let in_place = |y: usize| padded_width == region.width && begin(y) + row_len <= region.data.len();
+    let first_copied = (0..region.height).find(|&y| !in_place(y)).unwrap_or(region.height);
     let mut copies = vec![0; (region.height - first_copied) * row_len];
     for (i, row) in copies.chunks_exact_mut(row_len).enumerate() {
         row[..region.width * CHANNELS].copy_from_slice(region.row(first_copied + i));
@@ -90,26 +83,19 @@ pub(super) fn resize_rows(region: Region<'_>, width: usize, windows: &Windows) -
     let packed = Packed::new(windows, padded_width);
     let stride = width * CHANNELS;
     let mut out = vec![0; region.height * stride];
-    out.par_chunks_mut(TOGETHER * stride)
-        .with_min_len(4)
-        .enumerate()
-        .for_each(|(group, target)| {
-            let y = group * TOGETHER;
-            // SAFETY: AVX2 is there, asserted above.
-            unsafe {
-                if target.len() == TOGETHER * stride {
-                    row_pass(
-                        target,
-                        [source(y), source(y + 1), source(y + 2), source(y + 3)],
-                        &packed,
-                    );
-                } else {
-                    for (i, target) in target.chunks_exact_mut(stride).enumerate() {
-                        row_pass(target, [source(y + i)], &packed);
-                    }
+    out.par_chunks_mut(TOGETHER * stride).with_min_len(4).enumerate().for_each(|(group, target)| {
+        let y = group * TOGETHER;
+        // SAFETY: AVX2 is there, asserted above.
+        unsafe {
+            if target.len() == TOGETHER * stride {
+                row_pass(target, [source(y), source(y + 1), source(y + 2), source(y + 3)], &packed);
+            } else {
+                for (i, target) in target.chunks_exact_mut(stride).enumerate() {
+                    row_pass(target, [source(y + i)], &packed);
                 }
             }
-        });
+        }
+    });
     out
 }
 
@@ -124,30 +110,17 @@ fn row_pass<const N: usize>(target: &mut [u8], source: [&[u8]; N], packed: &Pack
         0, -1, 3, -1, 1, -1, 4, -1, 2, -1, 5, -1, -1, -1, -1, -1, //
         6, -1, 9, -1, 7, -1, 10, -1, 8, -1, 11, -1, -1, -1, -1, -1,
     );
-    let (highs, lows) = (
-        _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1),
-        _mm256_setr_epi32(2, 2, 2, 2, 3, 3, 3, 3),
-    );
-    for (x, (&start, weights)) in packed
-        .starts
-        .iter()
-        .zip(packed.weights.chunks_exact(length * 2))
-        .enumerate()
-    {
+    let (highs, lows) = (_mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1), _mm256_setr_epi32(2, 2, 2, 2, 3, 3, 3, 3));
+    for (x, (&start, weights)) in packed.starts.iter().zip(packed.weights.chunks_exact(length * 2)).enumerate() {
         let windows = source.map(|row| &row[start * CHANNELS..][..(length + SPARE) * CHANNELS]);
         let mut sums = [[_mm256_setzero_si256(); 2]; N];
         for (k, weights) in weights.chunks_exact(2 * STEP).enumerate() {
             // SAFETY: the chunk holds 8 i16, 16 bytes.
-            let both =
-                unsafe { _mm256_broadcastsi128_si256(_mm_loadu_si128(weights.as_ptr().cast())) };
-            let (high, low) = (
-                _mm256_permutevar8x32_epi32(both, highs),
-                _mm256_permutevar8x32_epi32(both, lows),
-            );
+            let both = unsafe { _mm256_broadcastsi128_si256(_mm_loadu_si128(weights.as_ptr().cast())) };
+            let (high, low) = (_mm256_permutevar8x32_epi32(both, highs), _mm256_permutevar8x32_epi32(both, lows));
             for n in 0..N {
                 // SAFETY: k < length / 4, so 12 k + 16 <= 3 length + 4 <= 3 (length + SPARE), the window's bytes.
-                let bytes =
-                    unsafe { _mm_loadu_si128(windows[n].as_ptr().add(k * STEP * CHANNELS).cast()) };
+                let bytes = unsafe { _mm_loadu_si128(windows[n].as_ptr().add(k * STEP * CHANNELS).cast()) };
                 let pixels = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(bytes), spread);
                 sums[n][0] = _mm256_add_epi32(sums[n][0], _mm256_madd_epi16(pixels, high));
                 sums[n][1] = _mm256_add_epi32(sums[n][1], _mm256_madd_epi16(pixels, low));
@@ -155,12 +128,8 @@ fn row_pass<const N: usize>(target: &mut [u8], source: [&[u8]; N], packed: &Pack
         }
         for n in 0..N {
             let sum = joined(sums[n][0], sums[n][1]);
-            let sum = _mm_add_epi32(
-                _mm256_castsi256_si128(sum),
-                _mm256_extracti128_si256::<1>(sum),
-            );
-            let level =
-                _mm_srai_epi32::<{ PRECISION as i32 }>(_mm_add_epi32(sum, _mm_set1_epi32(HALF)));
+            let sum = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256::<1>(sum));
+            let level = _mm_srai_epi32::<{ PRECISION as i32 }>(_mm_add_epi32(sum, _mm_set1_epi32(HALF)));
             // Packing saturates: that is the clipping to 0..255.
             let level = _mm_packus_epi16(_mm_packs_epi32(level, level), level);
             let pixel = _mm_cvtsi128_si32(level).to_le_bytes();
@@ -194,13 +163,9 @@ fn column_pass_wide(target: &mut [u8], source: &[u8], stride: usize, weights: &[
             // A last row without a partner is paired with itself at weight 0.
             let (first, second) = (row(0), row(w.len() - 1));
             let (w0, w1) = (split(w[0]), split(if w.len() == 2 { w[1] } else { 0 }));
-            let pair_of =
-                |a: i16, b: i16| _mm256_set1_epi32(i32::from(a as u16) | (i32::from(b) << 16));
+            let pair_of = |a: i16, b: i16| _mm256_set1_epi32(i32::from(a as u16) | (i32::from(b) << 16));
             let (high, low) = (pair_of(w0.0, w1.0), pair_of(w0.1, w1.1));
-            let halves = [
-                _mm_unpacklo_epi8(first, second),
-                _mm_unpackhi_epi8(first, second),
-            ];
+            let halves = [_mm_unpacklo_epi8(first, second), _mm_unpackhi_epi8(first, second)];
             for (sums, half) in sums.iter_mut().zip(halves) {
                 let pixels = _mm256_cvtepu8_epi16(half);
                 sums[0] = _mm256_add_epi32(sums[0], _mm256_madd_epi16(pixels, high));
@@ -210,10 +175,7 @@ fn column_pass_wide(target: &mut [u8], source: &[u8], stride: usize, weights: &[
         let eight = |sums: [__m256i; 2]| {
             let sum = _mm256_add_epi32(joined(sums[0], sums[1]), _mm256_set1_epi32(HALF));
             let level = _mm256_srai_epi32::<{ PRECISION as i32 }>(sum);
-            _mm_packs_epi32(
-                _mm256_castsi256_si128(level),
-                _mm256_extracti128_si256::<1>(level),
-            )
+            _mm_packs_epi32(_mm256_castsi256_si128(level), _mm256_extracti128_si256::<1>(level))
         };
         let levels = _mm_packus_epi16(eight(sums[0]), eight(sums[1]));
         // SAFETY: the block holds 16 bytes.
