@@ -123,7 +123,7 @@ impl Case {
         let scored = self.model.evaluate(packed, Head::PLAIN, keep, Trainable::ALL).unwrap();
         let loss = scored.logprobs.iter().zip(weights).map(|(l, w)| l * w).sum();
         let mut grads = Arena::zeros(&self.model.weights.layout);
-        self.model.backward(packed, scored.tape.unwrap(), weights, None, Trainable::ALL, &mut grads).unwrap();
+        self.model.backward(packed, scored.tape.unwrap(), weights, None, None, Trainable::ALL, &mut grads).unwrap();
         (loss, grads)
     }
 }
