@@ -200,6 +200,7 @@ pub fn train(
     };
     let mut engine = Embedded::open(&plan.model, Some(&settings))?;
     let (chat, pictures, processor) = (engine.chat.clone(), engine.pictures.clone(), engine.processor.clone());
+    let task = Crop::new(plan.task.clone(), processor.budget.factor)?;
     // Claimed only now that everything a person can get wrong has been read: a failed start leaves no folder behind.
     let (folder, checkpoint) = match resume {
         true => RunFolder::resume(&plan.train.out)?,
@@ -215,7 +216,6 @@ pub fn train(
         done = checkpoint.step;
         progress::say(&format!("resuming after step {done}"));
     }
-    let task = Crop::new(plan.task.clone(), processor.budget.factor)?;
     let context = Loop {
         plan,
         objective: &objective,

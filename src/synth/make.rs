@@ -96,7 +96,7 @@ pub fn make(options: &MakeOptions, progress: &(dyn Fn(usize, usize) + Sync)) -> 
     if !options.overwrite && out.exists() && (!out.is_dir() || out.read_dir().map_or(true, |mut d| d.next().is_some()))
     {
         bail!(
-            "making the set {}: something is already at {}; remove it, choose another folder or ask to overwrite",
+            "making the set {}: something is already at {}; remove it, choose another folder or add --overwrite",
             options.set.name(),
             out.display()
         );

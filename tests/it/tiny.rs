@@ -46,6 +46,13 @@ pub fn model(seed: u64) -> Vlm {
 pub fn checkpoint(dir: &Path, seed: u64) -> PathBuf {
     let path = dir.join("model");
     model(seed).save(&path, Dtype::F32, Some(&nano())).unwrap();
+    // 49 to 80 tokens a picture, whatever budget the bundled model has.
+    let processor = path.join("preprocessor_config.json");
+    let mut json: serde_json::Value = serde_json::from_slice(&std::fs::read(&processor).unwrap()).unwrap();
+    json["min_pixels"] = 38416.into();
+    json["max_pixels"] = 62720.into();
+    json["size"] = serde_json::json!({"shortest_edge": 38416, "longest_edge": 62720});
+    std::fs::write(&processor, json.to_string()).unwrap();
     path
 }
 
@@ -72,7 +79,7 @@ pub fn task() -> CropOptions {
 
 /// Texts that a random policy soon completes, so that its turns end by themselves.
 pub fn soon() -> Vec<String> {
-    ["e", "a", "o", "t", "1", "5"].map(String::from).to_vec()
+    ["e", "a", "i", "o", "n", "s", "r", "t", "0", "1", "2", "5"].map(String::from).to_vec()
 }
 
 /// A file of `rows` rows on two pictures.
