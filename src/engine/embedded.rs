@@ -25,7 +25,7 @@ use crate::image::{self, PictureCache, Processor};
 use crate::model;
 use crate::model::block::Keep;
 use crate::model::generate::{Cache, Extension, SequenceId};
-use crate::model::{Dtype, Gradients, Head, Trainable, Vlm};
+use crate::model::{Dtype, Gradients, Head, Slopes, Trainable, Vlm};
 use crate::optim::{AdamW, Optim, Trained};
 use crate::sft::Example;
 
@@ -443,9 +443,7 @@ impl Embedded {
             self.model.backward(
                 &batch.packed,
                 tape,
-                &weights,
-                None,
-                asked.then_some(on_features.as_slice()),
+                &Slopes { logprobs: &weights, entropies: None, features: asked.then_some(on_features.as_slice()) },
                 self.trainable,
                 &mut training.gradients,
             )?;
@@ -585,9 +583,7 @@ impl Trainer for Embedded {
             self.model.backward(
                 &batch.packed,
                 tape,
-                &weights,
-                entropies,
-                None,
+                &Slopes { logprobs: &weights, entropies, features: None },
                 self.trainable,
                 &mut training.gradients,
             )?;
