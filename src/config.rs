@@ -73,10 +73,11 @@ fn apply(table: &mut toml::Table, item: &str) -> Result<()> {
 }
 
 /// Adds the nearest known key to serde's "unknown field `x`, expected one of `a`, `b`".
-fn explain(message: &str) -> String {
+pub(crate) fn explain(message: &str) -> String {
     let message = message.trim();
-    let Some(rest) = message.split("unknown field `").nth(1) else { return message.to_owned() };
-    let Some((unknown, rest)) = rest.split_once('`') else { return message.to_owned() };
+    let one_line = || message.lines().map(str::trim).collect::<Vec<_>>().join(" ");
+    let Some(rest) = message.split("unknown field `").nth(1) else { return one_line() };
+    let Some((unknown, rest)) = rest.split_once('`') else { return one_line() };
     let known: Vec<&str> = rest.lines().next().unwrap_or("").split('`').skip(1).step_by(2).collect();
     let nearest = known
         .iter()

@@ -146,6 +146,7 @@ fn judge(
     let task = Crop::new(task.clone(), engine.processor.budget.factor)?;
     let (chat, pictures, processor) = (engine.chat.clone(), engine.pictures.clone(), engine.processor.clone());
     let options = EvalOptions { seed, ..EvalOptions::default() };
+    let interrupt = Interrupt::install()?;
     let bench = Bench {
         chat: &chat,
         pictures: &pictures,
@@ -153,6 +154,7 @@ fn judge(
         convention: engine.convention,
         rollout,
         options: &options,
+        interrupt: &interrupt,
     };
     eval::play_all(&bench, name, &task, &mut engine, test)
 }

@@ -155,6 +155,8 @@ pub struct Bench<'a> {
     pub convention: Convention,
     pub rollout: &'a rollout::Options,
     pub options: &'a EvalOptions,
+    /// Looked at between batches. Training passes one that is never raised: it stops between steps, with a checkpoint.
+    pub interrupt: &'a Interrupt,
 }
 
 /// Plays all samples under one task.
@@ -173,12 +175,11 @@ pub fn play_all(
         convention: bench.convention,
         options: bench.rollout,
     };
-    let interrupt = Interrupt::install()?;
     let progress = Progress::start(&format!("evaluating {name}"), "question", 0, samples.len() as u64);
     let mut episodes = Vec::with_capacity(samples.len() * bench.options.samples);
     let numbered: Vec<(u64, &Sample)> = samples.iter().enumerate().map(|(i, s)| (i as u64, s)).collect();
     for chunk in numbered.chunks(bench.options.batch.max(1)) {
-        if interrupt.asked() {
+        if bench.interrupt.asked() {
             return Err(Interrupted::without_checkpoint().into());
         }
         episodes.extend(rollout::play(&stage, sampler, chunk, bench.options.samples, bench.options.seed, 0)?);
@@ -248,15 +249,16 @@ pub fn print_table(table: &Value) {
 pub fn main(invocation: &Invocation) -> Result<()> {
     let plan: Plan = config::load(&invocation.config, &invocation.overrides)?;
     ensure!(!plan.tasks.is_empty(), BadConfig("the config has no task; add a section [tasks.NAME]".into()));
+    ensure!(plan.eval.samples > 0, BadConfig("eval.samples is 0, expected at least 1".into()));
+    ensure!(!invocation.resume, BadConfig("an evaluation keeps no checkpoint, so there is nothing to --resume".into()));
     if invocation.dry_run {
         print!("{}", config::to_toml(&plan)?);
         return Ok(());
     }
+    let interrupt = Interrupt::install()?;
     let mut samples = data::read(&plan.data.test)?;
     samples.truncate(plan.data.limit.unwrap_or(usize::MAX));
     let mut engine = Embedded::open(&plan.model, None)?;
-    let folder = RunFolder::create(&plan.eval.out)?;
-    folder.save_plan(&config::to_toml(&plan)?, &Environment::now())?;
     let (chat, pictures, processor) = (engine.chat.clone(), engine.pictures.clone(), engine.processor.clone());
     let bench = Bench {
         chat: &chat,
@@ -265,14 +267,25 @@ pub fn main(invocation: &Invocation) -> Result<()> {
         convention: engine.convention,
         rollout: &plan.rollout,
         options: &plan.eval,
+        interrupt: &interrupt,
     };
+    let tasks: Vec<(&String, Crop)> = plan
+        .tasks
+        .iter()
+        .map(|(name, options)| {
+            let task = Crop::new(options.clone(), processor.budget.factor).with_context(|| format!("[tasks.{name}]"))?;
+            Ok((name, task))
+        })
+        .collect::<Result<_>>()?;
+    // Claimed only now that everything a person can get wrong has been read: a failed start leaves no folder behind.
+    let folder = RunFolder::create(&plan.eval.out)?;
+    folder.save_plan(&config::to_toml(&plan)?, &Environment::now())?;
     let mut rows = Vec::new();
-    for (k, (name, options)) in plan.tasks.iter().enumerate() {
-        let task = Crop::new(options.clone(), processor.budget.factor).with_context(|| format!("[tasks.{name}]"))?;
-        let episodes = play_all(&bench, name, &task, &mut engine, &samples)?;
+    for (k, (name, task)) in tasks.iter().enumerate() {
+        let episodes = play_all(&bench, name, task, &mut engine, &samples)?;
         let records: Vec<_> = episodes.iter().map(Episode::record).collect();
         folder.write_episodes(k as u64, &records)?;
-        rows.push((name.clone(), summarise(&episodes)));
+        rows.push(((*name).clone(), summarise(&episodes)));
     }
     let table = table(&format!("{} on {}", plan.model.path.display(), plan.data.test.display()), &rows, &[]);
     folder.save("table.json", &serde_json::to_vec_pretty(&table)?)?;

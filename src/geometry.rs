@@ -38,6 +38,12 @@ impl Size {
         u64::from(self.width) * u64::from(self.height)
     }
 
+    /// Whether no view can be made of a picture this long: over 200 to 1.
+    pub fn too_thin(self) -> bool {
+        let (long, short) = (self.width.max(self.height), self.width.min(self.height));
+        u64::from(long) > MAX_PICTURE_ASPECT * u64::from(short)
+    }
+
     /// The box that covers it all, `[0, 0, width, height]`.
     pub fn bounds(self) -> BBox {
         BBox::new(0.0, 0.0, f64::from(self.width), f64::from(self.height))
@@ -252,7 +258,7 @@ pub fn smart_resize(size: Size, budget: Budget) -> Result<Size> {
     );
     let (long, short) = (u64::from(size.width.max(size.height)), u64::from(size.width.min(size.height)));
     ensure!(short > 0, "sizing a picture: it is {size} pixels, expected at least 1x1");
-    if long > MAX_PICTURE_ASPECT * short {
+    if size.too_thin() {
         bail!(
             "sizing a picture: {size} pixels has an aspect ratio of {:.1}, expected at most {MAX_PICTURE_ASPECT}; cut or pad it first",
             long as f64 / short as f64

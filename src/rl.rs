@@ -112,7 +112,8 @@ struct State {
 
 impl Plan {
     pub fn objective(&self) -> Result<Objective> {
-        Objective::from_table(self.objective.clone()).map_err(|e| BadConfig(format!("[objective] {e:#}")).into())
+        Objective::from_table(self.objective.clone())
+            .map_err(|e| BadConfig(format!("[objective] {}", config::explain(&format!("{e:#}")))).into())
     }
 
     /// Refuses what cannot work, before anything is loaded, and writes every default of the objective out.
@@ -279,6 +280,11 @@ impl Loop<'_> {
         }
     }
 
+    /// Whether an episode gets no policy loss.
+    fn masked(&self, episode: &Episode) -> bool {
+        self.plan.train.mask_truncated && matches!(episode.stop, Stop::Truncated | Stop::OverLong)
+    }
+
     fn step(
         &self,
         engine: &mut Embedded,
@@ -289,10 +295,7 @@ impl Loop<'_> {
         metrics: &mut Metrics,
     ) -> Result<Vec<Episode>> {
         let mut episodes = watch.time("gen", || self.play(engine, rows, state, step, metrics))?;
-        let masked: Vec<bool> = episodes
-            .iter()
-            .map(|e| self.plan.train.mask_truncated && matches!(e.stop, Stop::Truncated | Stop::OverLong))
-            .collect();
+        let masked: Vec<bool> = episodes.iter().map(|e| self.masked(e)).collect();
         let groups = by_group(&episodes);
         let reference = match self.objective.needs_reference() {
             true => Some(watch.time("ref", || reference_logprobs(engine, &episodes, &groups))?),
@@ -392,8 +395,13 @@ impl Loop<'_> {
                 .collect();
             let episodes = rollout::play(&self.stage(), engine, &chosen, train.group, train.seed, step)?;
             played += missing;
-            let outcomes: Vec<Outcome> =
-                episodes.iter().map(|e| Outcome::new(e.group, e.reward, e.stream.sampled_count())).collect();
+            let outcomes: Vec<Outcome> = episodes
+                .iter()
+                .map(|e| Outcome {
+                    masked: self.masked(e),
+                    ..Outcome::new(e.group, e.reward, e.stream.sampled_count())
+                })
+                .collect();
             let keep = self.objective.keep_groups(&outcomes);
             dropped += keep.dropped_groups;
             let last = played >= train.prompts * train.refill.max(1);
@@ -423,6 +431,7 @@ impl Loop<'_> {
             convention: self.convention,
             rollout: &self.plan.rollout,
             options: &options,
+            interrupt: &Interrupt::none(),
         };
         let summary = eval::summarise(&eval::play_all(&bench, "held-out rows", self.task, engine, rows)?);
         metrics.insert("val/accuracy".into(), json!(summary.accuracy.value));
@@ -520,6 +529,9 @@ fn count(episodes: &[Episode], metrics: &mut Metrics) {
 /// `foveate rollout CONFIG`: plays one step's worth of questions per step and writes the episodes; nothing is trained.
 pub fn rollout_main(invocation: &Invocation) -> Result<()> {
     let plan: Plan = config::load::<Plan>(&invocation.config, &invocation.overrides)?.resolve()?;
+    if invocation.resume {
+        return Err(BadConfig("a rollout keeps no checkpoint, so there is nothing to --resume".into()).into());
+    }
     if invocation.dry_run {
         print!("{}", config::to_toml(&plan)?);
         return Ok(());
@@ -527,8 +539,6 @@ pub fn rollout_main(invocation: &Invocation) -> Result<()> {
     let interrupt = Interrupt::install()?;
     let objective = plan.objective()?;
     let rows = data::read(&plan.data.train)?;
-    let folder = RunFolder::create(&plan.train.out)?;
-    folder.save_plan(&config::to_toml(&plan)?, &Environment::now())?;
     let mut engine = Embedded::open(&plan.model, None)?;
     let (chat, pictures, processor) = (engine.chat.clone(), engine.pictures.clone(), engine.processor.clone());
     let task = Crop::new(plan.task.clone(), processor.budget.factor)?;
@@ -541,6 +551,8 @@ pub fn rollout_main(invocation: &Invocation) -> Result<()> {
         processor: &processor,
         convention: engine.convention,
     };
+    let folder = RunFolder::create(&plan.train.out)?;
+    folder.save_plan(&config::to_toml(&plan)?, &Environment::now())?;
     let mut state = State { order: Order::new(rows.len(), plan.train.seed)?, groups: 0 };
     let mut log = folder.metrics_log()?;
     let bar = Progress::start("playing", "step", 0, plan.train.steps);

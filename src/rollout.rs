@@ -137,11 +137,15 @@ pub fn play(
             .collect();
         let completions = sampler.sample(&prompts, &sampling)?;
         drop(prompts);
+        // A completion too few would hand every later one to the wrong conversation.
+        let asked = active.chunks(together).map(<[usize]>::len);
         ensure!(
-            completions.len() == active.len().div_ceil(together),
-            "the engine answered {} prompts of {}",
+            completions.iter().map(Vec::len).eq(asked),
+            "the engine answered {} prompts with {} completions, expected {} and {}",
             completions.len(),
-            active.len().div_ceil(together)
+            completions.iter().map(Vec::len).sum::<usize>(),
+            active.len().div_ceil(together),
+            active.len()
         );
         for (completion, &i) in completions.into_iter().flatten().zip(&active) {
             let seed = seed_of(seed ^ 0x7461_736b, step, playing[i].group, playing[i].member as u64, turn as u64);
@@ -160,7 +164,8 @@ fn open<'a>(stage: &Stage, sample: &'a Sample, group: u64) -> Result<Playing<'a>
         sizes.push(picture.size());
         paths.push(Arc::from(path.as_path()));
     }
-    let opening = stage.task.open(sample, &sizes).with_context(|| format!("row {}", sample.id))?;
+    let named = || format!("row {} ({})", sample.id, sample.images.first().map_or("no picture".into(), |p| p.display().to_string()));
+    let opening = stage.task.open(sample, &sizes).with_context(named)?;
     let mut messages = Vec::new();
     let mut turns = Vec::new();
     if let Some(system) = opening.system {

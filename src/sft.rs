@@ -134,6 +134,7 @@ pub fn stream_of(
             waiting.push(message.clone());
             continue;
         }
+        ensure!(message.images() == 0, "a message of the assistant holds an image; only others can show one");
         let images = waiting.iter().map(Message::images).sum::<usize>();
         ensure!(
             shown + images <= views.len(),
@@ -164,6 +165,12 @@ pub fn stream_of(
         stream.push_sampled(&said, &zeros);
         waiting.clear();
     }
+    ensure!(
+        shown == views.len(),
+        "{} of {} images stand behind the last message of the assistant, where nothing is learnt from them",
+        views.len() - shown,
+        views.len()
+    );
     ensure!(
         stream.sampled_count() > 0,
         "the dialogue has no message of the assistant, so there is nothing to train on"
@@ -306,7 +313,13 @@ pub fn train(plan: &Plan, resume: bool, interrupt: &Interrupt) -> Result<Metrics
         if let Some((_, head)) = &mut head {
             head.load(&checkpoint.path)?;
         }
-        state = checkpoint.state()?;
+        let saved: State = checkpoint.state()?;
+        // The same file must have the same rows, or an index would name another dialogue, or none.
+        let order = match (saved.order, &source) {
+            (Some(order), Source::File { rows, .. }) => Some(order.resume(rows.len())?),
+            (order, _) => order,
+        };
+        state = State { order, ..saved };
         done = checkpoint.step;
         progress::say(&format!("resuming after step {done}"));
     }

@@ -18,7 +18,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use crate::geometry::{BBox, Size};
+use crate::geometry::{BBox, MAX_PICTURE_ASPECT, Size};
 
 mod dialogue;
 mod order;
@@ -176,9 +176,15 @@ fn examine(path: &Path, decode: bool) -> Result<(Vec<Sample>, Report)> {
 fn picture_problems(row: usize, sample: &Sample, sizes: &HashMap<&PathBuf, Result<Size, String>>) -> Vec<Problem> {
     let mut problems = Vec::new();
     for (k, path) in sample.images.iter().enumerate() {
-        if let Some(Err(reason)) = sizes.get(path) {
-            problems.push(Problem { row, key: format!("images[{k}]"), reason: reason.clone() });
-        }
+        let reason = match sizes.get(path) {
+            Some(Err(reason)) => reason.clone(),
+            Some(Ok(size)) if size.too_thin() => format!(
+                "{size} pixels, expected an aspect ratio of at most {MAX_PICTURE_ASPECT}; cut or pad it first: {}",
+                path.display()
+            ),
+            _ => continue,
+        };
+        problems.push(Problem { row, key: format!("images[{k}]"), reason });
     }
     for (k, target) in sample.targets.iter().enumerate() {
         let Some(Ok(size)) = sample.images.get(target.image - 1).and_then(|path| sizes.get(path)) else {

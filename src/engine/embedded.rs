@@ -369,7 +369,7 @@ impl Embedded {
                 }
                 ids.push(id);
             }
-            // The token is written into the cache even where the turn ends: the next turn continues behind it.
+            // The last token of a turn is not in the cache yet: it is read at the start of the next turn, if there is one.
             let going: Vec<usize> = (0..active.len()).filter(|&k| !speakers[active[k]].done).collect();
             if n == sampling.max_new_tokens || going.is_empty() {
                 break;
@@ -476,7 +476,8 @@ impl Embedded {
         // A token is at least one byte, so the end of the text is in the last tokens.
         let longest = stops.iter().map(String::len).max().unwrap_or(0);
         let tail = self.chat.decode(&ids[ids.len().saturating_sub(longest + 4)..], true)?;
-        Ok(stops.iter().any(|s| tail.ends_with(s.as_str())))
+        // The token that completes a stop text may carry on behind it ("```\n"); an earlier completion would have stopped.
+        Ok(stops.iter().any(|s| tail.contains(s.as_str())))
     }
 
     /// Swaps the trained weights with the kept first ones; called in pairs.

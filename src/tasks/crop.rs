@@ -5,7 +5,7 @@
 //! whether to look again or to answer. The controls of spec 1.14 (a random region, the true region, none) are settings of
 //! what is shown, never of what is rewarded.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::template::{Fill, Template};
 use super::{Context, Opening, Reading, Reply, Shown, Task};
 use crate::chat::{Action, Flaw, Part};
+use crate::config::BadConfig;
 use crate::data::Sample;
 use crate::episode::{BoxOutcome, Episode, Stop};
 use crate::geometry::{BBox, BoxLimits, BoxVerdict, Budget, Size, View, judge_box};
@@ -123,16 +124,33 @@ pub struct Crop {
 impl Crop {
     /// `factor` is what both sides of a view are multiples of (patch times merge, 28 for Qwen2.5-VL).
     pub fn new(options: Options, factor: u32) -> Result<Crop> {
-        anyhow::ensure!(options.turns >= 1, "task.turns is {}, expected at least 1", options.turns);
-        anyhow::ensure!(
-            options.min_pixels <= options.max_pixels && options.max_pixels >= u64::from(factor * factor),
-            "task.min_pixels = {} and task.max_pixels = {} leave no size for a view; \
-             the smallest view has {} pixels",
-            options.min_pixels,
-            options.max_pixels,
-            factor * factor
+        let smallest = u64::from(factor) * u64::from(factor);
+        ensure!(options.turns >= 1, BadConfig("task.turns is 0, expected at least 1".into()));
+        ensure!(
+            options.min_pixels <= options.max_pixels && options.max_pixels >= smallest,
+            BadConfig(format!(
+                "task.min_pixels = {} and task.max_pixels = {} leave no size for a view; the smallest view has {smallest} pixels",
+                options.min_pixels, options.max_pixels
+            ))
         );
-        let template = Template::load(&options.template)?;
+        for (key, value, least) in [
+            ("pad_ratio", options.pad_ratio, 0.0),
+            ("min_side", options.min_side, 0.0),
+            ("max_aspect", options.max_aspect, 1.0),
+        ] {
+            ensure!(
+                value.is_finite() && value >= least,
+                BadConfig(format!("task.{key} = {value}: expected a number of at least {least}"))
+            );
+        }
+        let template = Template::load(&options.template).map_err(|e| BadConfig(format!("task.template: {e:#}")))?;
+        ensure!(
+            !options.choices_in_turn_1 || template.ask.contains("{choices}"),
+            BadConfig(format!(
+                "task.choices_in_turn_1 is set, but slot `ask` of the template {} has no {{choices}}",
+                options.template
+            ))
+        );
         let budget = Budget { min_pixels: options.min_pixels, max_pixels: options.max_pixels, factor };
         Ok(Crop { options, template, budget })
     }
@@ -216,7 +234,9 @@ impl Task for Crop {
     }
 
     fn open(&self, sample: &Sample, sizes: &[Size]) -> Result<Opening> {
-        let Some(&size) = sizes.first() else { anyhow::bail!("the row has no picture; this task needs one") };
+        let &[size] = sizes else {
+            anyhow::bail!("there are {} pictures, and this task shows exactly one", sizes.len())
+        };
         let view = View::whole(0, size, self.budget)?;
         let (slot, choices) = if self.options.turns == 1 {
             (&self.template.one_turn, true)

@@ -1,3 +1,9 @@
-//! Tests of the whole program, in one binary.
+//! Tests of the whole program, in one binary. Each module says which promise it holds.
 
+mod agreement;
+mod cli;
+mod learns;
 mod parity;
+mod resume;
+mod rollout;
+mod tiny;

@@ -1,0 +1,220 @@
+//! Every way to compute one thing gives the same thing: sampling and training, shared and plain prompts, whole and split steps,
+//! kept and recomputed activations, one thread and two.
+
+use std::path::Path;
+
+use foveate::chat::Convention;
+use foveate::data::{self, Sample};
+use foveate::engine::embedded::{Embedded, Options, Training};
+use foveate::engine::{Group, Scores, Trainer, Weights, Who};
+use foveate::episode::{Episode, Stop};
+use foveate::image;
+use foveate::model::Vlm;
+use foveate::optim::Optim;
+use foveate::rollout::{self, Stage};
+use foveate::tasks::crop::Crop;
+
+use crate::tiny;
+
+const TEMPERATURE: f32 = 0.8;
+
+fn engine(model: &Vlm, change: impl FnOnce(&mut Options)) -> Embedded {
+    let mut options = Options { path: tiny::nano(), ..Options::default() };
+    change(&mut options);
+    let training = Training { optim: Optim::default(), steps: 10, temperature: TEMPERATURE, reference: true };
+    Embedded::with_model(model.clone(), &options, Some(&training)).unwrap()
+}
+
+/// Two groups of three two-turn conversations, each with a picture a turn.
+fn play(engine: &mut Embedded, samples: &[Sample]) -> Vec<Episode> {
+    let (chat, pictures, processor) = (engine.chat.clone(), engine.pictures.clone(), engine.processor.clone());
+    let task = Crop::new(tiny::task(), processor.budget.factor).unwrap();
+    let options =
+        rollout::Options { temperature: TEMPERATURE, max_new_tokens: 12, stop: tiny::soon(), ..rollout::Options::default() };
+    let stage = Stage {
+        task: &task,
+        chat: &chat,
+        pictures: &pictures,
+        processor: &processor,
+        convention: Convention::Qwen25,
+        options: &options,
+    };
+    let numbered: Vec<(u64, &Sample)> = samples.iter().enumerate().map(|(i, s)| (i as u64, s)).collect();
+    rollout::play(&stage, engine, &numbered, 3, 7, 1).unwrap()
+}
+
+fn samples(dir: &Path) -> Vec<Sample> {
+    data::read(&tiny::rows(dir, 2)).unwrap()
+}
+
+fn groups(episodes: &[Episode]) -> Vec<Group<'_>> {
+    episodes.chunks(3).map(|g| g.iter().map(|e| &e.stream).collect()).collect()
+}
+
+fn alone(episodes: &[Episode]) -> Vec<Group<'_>> {
+    episodes.iter().map(|e| e.stream.alone()).collect()
+}
+
+fn sampled(episode: &Episode) -> Vec<f32> {
+    let s = &episode.stream;
+    s.logprobs.iter().zip(&s.sampled).filter(|(_, t)| **t).map(|(l, _)| *l).collect()
+}
+
+/// A different weight for each token, of both signs, that depends on the stream and not on how it was packed.
+fn weights(scores: &Scores) -> Weights {
+    let weight = |(k, l): (usize, &f32)| (l * 3.0).sin() + 0.1 * (k as f32 - 2.0);
+    let logprobs: Vec<f32> = scores.logprobs.iter().enumerate().map(weight).collect();
+    Weights { entropies: Some(logprobs.iter().map(|w| 0.3 * w).collect()), logprobs }
+}
+
+fn gradient(engine: &mut Embedded, groups: &[Group]) -> Vec<f32> {
+    engine.accumulate(groups, &mut |_, _, scores| Ok(weights(scores))).unwrap();
+    let gradient = engine.gradients().unwrap().data.clone();
+    assert!(gradient.iter().any(|g| g.abs() > 1e-3), "a gradient of nothing proves nothing");
+    // A step of rate 0 forgets the gradient and leaves the weights.
+    engine.step(0.0).unwrap();
+    gradient
+}
+
+/// Largest difference within each tensor, relative to that tensor's largest entry of `a`, and the worst tensor's name.
+fn apart(model: &Vlm, a: &[f32], b: &[f32]) -> (f32, String) {
+    let mut worst = (0.0, String::new());
+    for e in &model.weights.layout.entries {
+        let (a, b) = (&a[e.range.clone()], &b[e.range.clone()]);
+        let size = a.iter().fold(1e-6f32, |m, x| m.max(x.abs()));
+        let far = a.iter().zip(b).fold(0.0f32, |m, (x, y)| m.max((x - y).abs())) / size;
+        if far > worst.0 {
+            worst = (far, e.name.clone());
+        }
+    }
+    worst
+}
+
+/// Sums of some hundred terms of mixed sign in another order: 1e-7 each, with cancellation to a hundredth of their size.
+const ROUNDING: f32 = 5e-5;
+
+#[test]
+fn sampling_and_training_agree_to_the_last_bit() {
+    let dir = tempfile::tempdir().unwrap();
+    let samples = samples(dir.path());
+    let model = tiny::model(5);
+    for freeze in [vec![], vec!["vision".to_owned(), "merger".to_owned()]] {
+        let mut engine = engine(&model, |o| o.freeze = freeze.clone());
+        let episodes = play(&mut engine, &samples);
+        assert_eq!(episodes.len(), 6);
+        let two_turns = episodes.iter().filter(|e| e.stream.images.len() == 2 && e.stop != Stop::Truncated).count();
+        assert!(two_turns >= 4, "{two_turns} of 6 episodes have two turns; the test needs most of them");
+        let different = episodes[0].stream.ids != episodes[1].stream.ids;
+        assert!(different, "the members of a group draw their own tokens");
+
+        // Without gradients (features from the cache), and as the update does it (a trained tower computes them anew).
+        let scored = engine.logprobs(&groups(&episodes), Who::Policy).unwrap();
+        let mut seen = Vec::new();
+        engine
+            .accumulate(&groups(&episodes), &mut |_, _, scores| {
+                seen.push(scores.clone());
+                Ok(weights(scores))
+            })
+            .unwrap();
+        for ((episode, scored), seen) in episodes.iter().zip(scored.iter().flatten()).zip(&seen) {
+            // Equal bits: the ratio before the first update is exactly 1.
+            assert_eq!(sampled(episode), scored.logprobs);
+            assert_eq!(sampled(episode), seen.logprobs);
+            assert_eq!(scored.entropies, seen.entropies);
+        }
+        // The reference is the policy until the first step, and stays behind after it.
+        let reference = engine.logprobs(&groups(&episodes), Who::Reference).unwrap();
+        assert_eq!(reference[0][0].logprobs, scored[0][0].logprobs);
+        engine.step(1e-2).unwrap();
+        let again = engine.logprobs(&groups(&episodes), Who::Reference).unwrap();
+        assert_eq!(again[1][2].logprobs, scored[1][2].logprobs);
+        let policy = engine.logprobs(&groups(&episodes), Who::Policy).unwrap();
+        assert_ne!(policy[1][2].logprobs, scored[1][2].logprobs);
+    }
+}
+
+#[test]
+fn members_that_are_played_alone_read_and_score_the_same() {
+    // A group of one has no shared prompt: another packing, another split of the attention, the same promise.
+    let dir = tempfile::tempdir().unwrap();
+    let samples = samples(dir.path());
+    let mut engine = engine(&tiny::model(5), |_| ());
+    let episodes = play(&mut engine, &samples);
+    let together = engine.logprobs(&groups(&episodes), Who::Policy).unwrap();
+    let apart = engine.logprobs(&alone(&episodes), Who::Policy).unwrap();
+    for (a, b) in together.iter().flatten().zip(apart.iter().flatten()) {
+        for (x, y) in a.logprobs.iter().zip(&b.logprobs) {
+            // The softmax is summed in another order.
+            assert!((x - y).abs() <= 1e-4 * x.abs().max(1.0), "{x} and {y}");
+        }
+    }
+}
+
+#[test]
+fn packing_splitting_and_recomputing_change_no_gradient() {
+    let dir = tempfile::tempdir().unwrap();
+    let samples = samples(dir.path());
+    let model = tiny::model(5);
+    let mut plain = engine(&model, |_| ());
+    let episodes = play(&mut plain, &samples);
+    let whole = gradient(&mut plain, &groups(&episodes));
+    assert_eq!(gradient(&mut plain, &groups(&episodes)), whole, "the same again");
+
+    let (far, name) = apart(&model, &whole, &gradient(&mut plain, &alone(&episodes)));
+    println!("each stream alone: {far:.1e} in {name}");
+    assert!(far < ROUNDING, "each stream alone: {far:e} in {name}");
+
+    let mut split = engine(&model, |o| o.micro_batch_tokens = 1);
+    let (far, name) = apart(&model, &whole, &gradient(&mut split, &groups(&episodes)));
+    println!("a group at a time: {far:.1e} in {name}");
+    assert!(far < ROUNDING, "a group at a time: {far:e} in {name}");
+
+    let mut again = engine(&model, |o| o.recompute = true);
+    assert_eq!(gradient(&mut again, &groups(&episodes)), whole, "recomputing gives the same bits");
+
+    let mut frozen = engine(&model, |o| o.freeze = vec!["vision".into(), "merger".into()]);
+    let text = gradient(&mut frozen, &groups(&episodes));
+    let (vision, text_part): (Vec<_>, Vec<_>) =
+        model.weights.layout.entries.iter().partition(|e| e.name.starts_with("visual."));
+    assert!(vision.iter().all(|e| text[e.range.clone()].iter().all(|g| *g == 0.0)));
+    assert!(text_part.iter().all(|e| text[e.range.clone()] == whole[e.range.clone()]), "kept features, same gradient");
+}
+
+#[test]
+fn features_do_not_depend_on_company() {
+    let dir = tempfile::tempdir().unwrap();
+    let samples = samples(dir.path());
+    let mut engine = engine(&tiny::model(5), |_| ());
+    let episodes = play(&mut engine, &samples);
+    let placed: Vec<_> = episodes.iter().flat_map(|e| &e.stream.images).collect();
+    let patches: Vec<_> = placed
+        .iter()
+        .map(|p| image::patches(&image::show(&engine.pictures.get(&p.path).unwrap(), &p.view).unwrap(), &engine.processor).unwrap())
+        .collect();
+    let all: Vec<f32> = patches.iter().flat_map(|p| p.data.iter().copied()).collect();
+    let grids: Vec<_> = patches.iter().map(|p| p.grid).collect();
+    let together = engine.model.encode(&all, &grids).unwrap();
+    let apart: Vec<f32> = patches.iter().flat_map(|p| engine.model.encode(&p.data, &[p.grid]).unwrap()).collect();
+    assert_eq!(together, apart);
+}
+
+#[test]
+fn one_thread_and_two_give_the_same_bits() {
+    let dir = tempfile::tempdir().unwrap();
+    let samples = samples(dir.path());
+    let model = tiny::model(5);
+    let run = |threads| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| {
+            let mut engine = engine(&model, |_| ());
+            let episodes = play(&mut engine, &samples);
+            let ids: Vec<Vec<u32>> = episodes.iter().map(|e| e.stream.ids.clone()).collect();
+            let logprobs: Vec<Vec<f32>> = episodes.iter().map(sampled).collect();
+            (ids, logprobs, gradient(&mut engine, &groups(&episodes)))
+        })
+    };
+    let (one, two) = (run(1), run(2));
+    assert_eq!(one.0, two.0);
+    assert_eq!(one.1, two.1);
+    assert!(one.2 == two.2, "the gradients differ by {:?}", apart(&model, &one.2, &two.2));
+}

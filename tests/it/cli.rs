@@ -1,0 +1,422 @@
+//! The program from outside: what it says about bad input, what it leaves behind, and what other programs read of it.
+//!
+//! A bad input gives one line on stderr that names the file, row or key, exit code 2 (bad usage or config) or 1 (anything
+//! else), and no half-written file.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use safetensors::SafeTensors;
+use safetensors::tensor::{Dtype, TensorView};
+use serde_json::Value;
+
+use crate::tiny;
+
+fn foveate(dir: &Path, args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_foveate"))
+        .current_dir(dir)
+        .env("NO_COLOR", "1")
+        .args(args)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+/// Runs what must succeed and gives its stdout.
+fn good(dir: &Path, args: &[&str]) -> String {
+    let out = foveate(dir, args);
+    assert!(out.status.success(), "{args:?}: {}", text(&out.stderr));
+    text(&out.stdout)
+}
+
+/// Runs what must fail: with this code, in one line that holds these words, on stderr alone.
+fn refused(dir: &Path, args: &[&str], code: i32, words: &[&str]) {
+    let out = foveate(dir, args);
+    let said = text(&out.stderr);
+    assert_eq!(out.status.code(), Some(code), "{args:?}: {said}");
+    let line = said.strip_prefix("error: ").unwrap_or_else(|| panic!("{args:?}: {said}"));
+    assert_eq!(line.trim_end().lines().count(), 1, "one line: {said}");
+    for word in words {
+        assert!(line.contains(word), "{word:?} is not in: {said}");
+    }
+    assert_eq!(text(&out.stdout), "", "{args:?}");
+}
+
+fn json(text: &str) -> Value {
+    serde_json::from_str(text).unwrap_or_else(|e| panic!("{e}: {text}"))
+}
+
+/// Everything below a folder, sorted.
+fn files(dir: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            found.extend(files(&path));
+        }
+        found.push(path);
+    }
+    found.sort();
+    found
+}
+
+/// A folder with a model, rows and a config of one short step.
+fn world() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    tiny::checkpoint(dir.path(), 9);
+    tiny::rows(dir.path(), 2);
+    std::fs::write(
+        dir.path().join("rl.toml"),
+        r#"
+[model]
+path = "model"
+[data]
+train = "train.jsonl"
+[task]
+template = "short"
+max_pixels = 6272
+min_pixels = 3136
+judge = "number"
+[rollout]
+max_new_tokens = 4
+max_tokens = 256
+[train]
+out = "run"
+steps = 1
+prompts = 2
+group = 2
+"#,
+    )
+    .unwrap();
+    dir
+}
+
+/// Two pictures at the ends of what there is, and two that are none.
+fn strange_pictures(dir: &Path) {
+    tiny::picture(&dir.join("dot.png"), 1, 1);
+    tiny::picture(&dir.join("thread.png"), 1, 10_000);
+    let whole = std::fs::read(dir.join("one.png")).unwrap();
+    std::fs::write(dir.join("cut.png"), &whole[..whole.len() / 2]).unwrap();
+    std::fs::write(dir.join("page.jpg"), "<!doctype html><p>404</p>").unwrap();
+}
+
+#[test]
+fn help_lists_every_command() {
+    let dir = tempfile::tempdir().unwrap();
+    let help = good(dir.path(), &["--help"]);
+    for command in
+        ["demo", "sft", "rl", "rollout", "eval", "ask", "report", "data", "model", "score", "trace", "bench", "doctor"]
+    {
+        assert!(help.lines().any(|l| l.trim_start().starts_with(&format!("{command} "))), "{command} in {help}");
+    }
+    assert_eq!(foveate(dir.path(), &["lr"]).status.code(), Some(2));
+    assert_eq!(foveate(dir.path(), &["ask", "--model", "m"]).status.code(), Some(2));
+}
+
+#[test]
+fn bad_configs_are_usage_errors() {
+    let world = world();
+    let dir = world.path();
+    let before = files(dir);
+    refused(dir, &["rl", "nowhere.toml"], 2, &["nowhere.toml", "config"]);
+    refused(dir, &["rl", "rl.toml", "train.stepz=3"], 2, &["unknown key `stepz`", "did you mean `steps`", "rl.toml"]);
+    refused(dir, &["rl", "rl.toml", "objective.clip_hihg=0.3"], 2, &["clip_hihg", "did you mean `clip_high`"]);
+    refused(dir, &["rl", "rl.toml", "optim.learning=1"], 2, &["unknown key `learning`"]);
+    refused(dir, &["rl", "rl.toml", "train.steps=many"], 2, &["steps", "many", "rl.toml"]);
+    refused(dir, &["rl", "rl.toml", "train.group=0"], 2, &["train.group"]);
+    refused(dir, &["rl", "rl.toml", "steps"], 2, &["key=value"]);
+    refused(dir, &["rl", "rl.toml", "rollout.temperature=0"], 2, &["rollout.temperature"]);
+    refused(dir, &["rl", "rl.toml", "task.turns=0"], 2, &["task.turns"]);
+    refused(dir, &["rl", "rl.toml", "task.pad_ratio=-1"], 2, &["task.pad_ratio"]);
+    refused(dir, &["rl", "rl.toml", "task.template=none"], 2, &["template", "none"]);
+    refused(dir, &["rl", "rl.toml", "model.freeze=['visoin']"], 2, &["visoin", "vision"]);
+    refused(dir, &["rl", "rl.toml", "optim.lr=-1"], 2, &["optim.lr"]);
+    refused(dir, &["rl", "rl.toml", "--threads", "0"], 2, &["--threads"]);
+    refused(dir, &["rollout", "rl.toml", "--resume"], 2, &["--resume"]);
+    refused(dir, &["rl", "rl.toml", "--resume"], 1, &["no run to resume", "run"]);
+    refused(dir, &["model", "new", "--preset", "giga", "--out", "m"], 2, &["giga", "nano"]);
+    refused(dir, &["data", "make", "plates", "--out", "d", "--size", "big"], 2, &["--size big"]);
+    assert_eq!(files(dir), before, "nothing was written");
+}
+
+#[test]
+fn bad_data_is_named_by_file_row_and_key() {
+    let world = world();
+    let dir = world.path();
+    strange_pictures(dir);
+    let row = |image: &str, rest: &str| format!(r#"{{"id": "a", "images": ["{image}"], "question": "?", "answer": "7"{rest}}}"#);
+    let cases: Vec<(String, &[&str])> = vec![
+        (String::new(), &["no rows"]),
+        ("{\"id\": 1".into(), &["row 1", "not JSON"]),
+        (row("one.png", ", \"choices\": \"A\""), &["row 1", "choices"]),
+        (row("one.png", ", \"targets\": [{\"image\": 2, \"bbox\": [1, 1, 9, 9]}]"), &["row 1", "targets[0].image"]),
+        (row("one.png", ", \"targets\": [{\"image\": 1, \"bbox\": [1, 1, 999, 9]}]"), &["row 1", "targets[0].bbox", "200x150"]),
+        (format!("{}\n{}", row("one.png", ""), row("one.png", "")), &["row 2", "id"]),
+        (row("lost.png", ""), &["row 1", "images[0]", "lost.png"]),
+        (row("page.jpg", ""), &["row 1", "images[0]", "page.jpg"]),
+        (row("thread.png", ""), &["row 1", "images[0]", "thread.png", "1x10000"]),
+    ];
+    let before = files(dir);
+    for (rows, words) in cases {
+        std::fs::write(dir.join("train.jsonl"), &rows).unwrap();
+        let words = [&["train.jsonl"], words].concat();
+        refused(dir, &["rl", "rl.toml"], 1, &words);
+        refused(dir, &["rollout", "rl.toml"], 1, &words);
+        assert_eq!(files(dir), before, "{rows}");
+        // `data check` lists the same on stdout, one line a problem, and fails.
+        let out = foveate(dir, &["data", "check", "train.jsonl"]);
+        assert_eq!(out.status.code(), Some(1), "{rows}");
+        let listed = text(&out.stdout);
+        assert_eq!(listed.lines().count(), 1, "{listed}");
+        assert!(words[1..].iter().all(|w| listed.contains(w)), "{words:?} in {listed}");
+        let out = foveate(dir, &["data", "check", "train.jsonl", "--json"]);
+        assert_eq!(json(&text(&out.stdout))["problems"].as_array().unwrap().len(), 1);
+    }
+    refused(dir, &["data", "check", "nowhere.jsonl"], 1, &["nowhere.jsonl"]);
+
+    // A picture whose header is whole is opened only when it is played: the row and the file are named, nothing is torn.
+    std::fs::write(dir.join("train.jsonl"), row("cut.png", "")).unwrap();
+    let out = foveate(dir, &["rl", "rl.toml"]);
+    let said = text(&out.stderr);
+    assert_eq!(out.status.code(), Some(1), "{said}");
+    assert!(said.contains("row a") && said.contains("cut.png") && said.contains("damaged"), "{said}");
+    assert!(files(dir).iter().all(|f| !f.to_string_lossy().contains("tmp")));
+    assert_eq!(std::fs::read_to_string(dir.join("run/metrics.jsonl")).unwrap(), "");
+    // The smallest picture is one.
+    std::fs::write(dir.join("train.jsonl"), row("dot.png", "")).unwrap();
+    let last = json(&good(dir, &["rl", "rl.toml", "train.out=dot", "--json"]));
+    assert_eq!(last["metrics"]["ratio/first_update_gap"], 0.0);
+
+    for (line, word) in [("{\"messages\": 3}", "row 1"), ("", "no dialogue")] {
+        std::fs::write(dir.join("talk.jsonl"), line).unwrap();
+        std::fs::write(dir.join("sft.toml"), "[model]\npath='model'\n[data]\ntrain='talk.jsonl'\n[train]\nout='sft'\n").unwrap();
+        refused(dir, &["sft", "sft.toml"], 1, &["talk.jsonl", word]);
+        assert!(!dir.join("sft").exists());
+    }
+}
+
+/// Writes the model's weights again after a change to its tensors (name, shape, bytes).
+fn rewrite(dir: &Path, change: impl FnOnce(&mut Vec<(String, Vec<usize>, Vec<u8>)>)) {
+    let path = dir.join("model/model.safetensors");
+    let bytes = std::fs::read(&path).unwrap();
+    let mut tensors: Vec<(String, Vec<usize>, Vec<u8>)> = SafeTensors::deserialize(&bytes)
+        .unwrap()
+        .iter()
+        .map(|(name, t)| (name.to_owned(), t.shape().to_vec(), t.data().to_vec()))
+        .collect();
+    change(&mut tensors);
+    let views = tensors.iter().map(|(n, s, d)| (n.as_str(), TensorView::new(Dtype::F32, s.clone(), d).unwrap()));
+    std::fs::write(&path, safetensors::serialize(views, None).unwrap()).unwrap();
+}
+
+#[test]
+fn damaged_checkpoints_are_named_by_tensor_and_file() {
+    let dir = world();
+    let weights = dir.path().join("model/model.safetensors");
+    let whole = std::fs::read(&weights).unwrap();
+    let fails = |words: &[&str]| {
+        let before = files(dir.path());
+        for args in [
+            &["rl", "rl.toml"][..],
+            &["ask", "--model", "model", "--image", "one.png", "What is it?"],
+            &["model", "export", "model", "--out", "exported"],
+        ] {
+            refused(dir.path(), args, 1, words);
+        }
+        assert_eq!(files(dir.path()), before);
+    };
+    let at = "model.layers.1.mlp.up_proj.weight";
+    rewrite(dir.path(), |t| t.retain(|(name, ..)| name != at));
+    fails(&[at, "missing", "[48, 32]", "model"]);
+    std::fs::write(&weights, &whole).unwrap();
+    rewrite(dir.path(), |t| t.iter_mut().find(|t| t.0 == at).unwrap().1.reverse());
+    fails(&[at, "[32, 48]", "expected [48, 32]", "model.safetensors"]);
+    std::fs::write(&weights, &whole[..whole.len() - 1000]).unwrap();
+    fails(&["model.safetensors", "complete"]);
+    std::fs::write(&weights, &whole[..100]).unwrap();
+    fails(&["model.safetensors"]);
+    std::fs::remove_file(&weights).unwrap();
+    fails(&["no weights", "model"]);
+    std::fs::write(&weights, &whole).unwrap();
+    std::fs::write(dir.path().join("model/config.json"), "{\"model_type\": \"llama\"}").unwrap();
+    fails(&["config.json", "llama"]);
+    std::fs::remove_file(dir.path().join("model/config.json")).unwrap();
+    fails(&["config.json"]);
+    std::fs::remove_file(dir.path().join("model/tokenizer.json")).unwrap();
+    refused(dir.path(), &["trace", "--model", "model", "--messages", "m.json", "--out", "t"], 1, &["tokenizer.json"]);
+}
+
+#[test]
+fn ask_shows_every_turn_and_names_a_bad_picture() {
+    let world = world();
+    let dir = world.path();
+    strange_pictures(dir);
+    let ask = |image: &'static str| ["ask", "--model", "model", "--max-new-tokens", "4", "--image", image, "What is it?"];
+    for (image, words) in [
+        ("lost.png", &["lost.png"][..]),
+        ("cut.png", &["cut.png", "damaged"]),
+        ("page.jpg", &["page.jpg", "web page"]),
+        ("thread.png", &["thread.png", "1x10000", "aspect"]),
+    ] {
+        refused(dir, &ask(image), 1, words);
+    }
+    refused(dir, &[&ask("one.png")[..], &["--turns", "0"]].concat(), 2, &["turns"]);
+    refused(dir, &[&ask("one.png")[..], &["--image", "two.png"]].concat(), 1, &["2 pictures"]);
+    let answer = json(&good(dir, &[&ask("dot.png")[..], &["--json"]].concat()));
+    assert_eq!((&answer["views"][0]["region"], &answer["stop"]), (&json("[0.0,0.0,1.0,1.0]"), &"truncated".into()));
+    let out = good(dir, &[&ask("one.png")[..], &["--save", "shown"]].concat());
+    assert!(out.contains("user") && out.contains("assistant"), "{out}");
+    let saved = |name: &str| foveate::image::decode(&dir.join("shown").join(name)).unwrap().size();
+    assert_eq!(saved("marked-1.jpg"), foveate::geometry::Size::new(200, 150));
+    // 200x150 in the tokenizer folder's budget of 38416 to 62720 pixels.
+    assert_eq!(saved("view-1.png"), foveate::geometry::Size::new(252, 196));
+}
+
+#[test]
+fn a_run_leaves_what_others_read() {
+    let world = world();
+    let dir = world.path();
+    let before = files(dir);
+    let plan = good(dir, &["rl", "rl.toml", "--dry-run", "train.steps=7"]);
+    let plan: toml::Table = toml::from_str(&plan).unwrap();
+    assert_eq!(plan["train"]["steps"].as_integer(), Some(7));
+    assert_eq!(plan["objective"]["clip_low"].as_float(), Some(0.2), "every default is written out");
+    assert_eq!(files(dir), before);
+
+    let out = json(&good(dir, &["rl", "rl.toml", "--json"]));
+    assert_eq!((&out["run"], &out["metrics"]["ratio/first_update_gap"]), (&"run".into(), &0.0.into()));
+    for file in ["config.toml", "environment.json", "metrics.jsonl", "episodes/1.jsonl", "checkpoints/1/model.safetensors"] {
+        assert!(dir.join("run").join(file).is_file(), "{file}");
+    }
+    let record = json(std::fs::read_to_string(dir.join("run/episodes/1.jsonl")).unwrap().lines().next().unwrap());
+    let ones: u64 = record["sampled"].as_array().unwrap().iter().map(|s| s.as_u64().unwrap()).sum();
+    let said: u64 = record["turns"].as_array().unwrap().iter().filter(|t| t["role"] == "assistant").map(|t| t["tokens"].as_u64().unwrap()).sum();
+    assert_eq!(ones, said);
+    refused(dir, &["rl", "rl.toml"], 1, &["already holds a run", "--resume", "run"]);
+    // The checkpoint is a model folder like any other.
+    let info = json(&good(dir, &["model", "info", "run/checkpoints/1", "--json"]));
+    assert_eq!(info["config"]["hidden_size"], 32);
+
+    std::fs::write(
+        dir.join("eval.toml"),
+        "[model]\npath='run/checkpoints/1'\n[data]\ntest='train.jsonl'\n[rollout]\nmax_new_tokens=4\n[tasks.one]\ntemplate='short'\nturns=1\nmax_pixels=6272\nmin_pixels=3136\njudge='number'\n[eval]\nout='eval'\n",
+    )
+    .unwrap();
+    refused(dir, &["eval", "eval.toml", "tasks.one.max_aspect=0"], 2, &["tasks.one", "max_aspect"]);
+    refused(dir, &["eval", "eval.toml", "eval.samples=0"], 2, &["eval.samples"]);
+    assert!(!dir.join("eval").exists());
+    let table = json(&good(dir, &["eval", "eval.toml", "--json"]));
+    assert_eq!((&table["rows"]["one"]["questions"], &table["rows"]["one"]["accuracy"]["n"]), (&2.into(), &2.into()));
+    assert_eq!(json(&std::fs::read_to_string(dir.join("eval/table.json")).unwrap()), table["table"]);
+    let played = json(&good(dir, &["rollout", "rl.toml", "train.out=played", "--json"]));
+    assert_eq!(played["run"], "played");
+}
+
+#[test]
+fn models_are_made_shown_and_exported() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    let nano = tiny::nano();
+    let new = ["model", "new", "--preset", "nano", "--out", "m", "--dtype", "bf16", "--tokenizer", nano.to_str().unwrap()];
+    good(dir, &new);
+    refused(dir, &new, 1, &["already", "m"]);
+    let info = json(&good(dir, &["model", "info", "m", "--json"]));
+    let parameters = info["memory"]["parameters"].as_u64().unwrap();
+    // bf16 numbers stay what they are in f32 and come back unchanged.
+    good(dir, &["model", "export", "m", "--out", "wide", "--dtype", "f32"]);
+    good(dir, &["model", "export", "wide", "--out", "narrow", "--dtype", "bf16"]);
+    let bytes = |name: &str| std::fs::read(dir.join(name).join("model.safetensors")).unwrap();
+    assert!(bytes("m") == bytes("narrow"));
+    let wide = bytes("wide");
+    let stored: usize = SafeTensors::deserialize(&wide).unwrap().iter().map(|(_, t)| t.data().len()).sum();
+    assert_eq!(stored as u64, 4 * parameters);
+    assert!(dir.join("narrow/tokenizer.json").is_file());
+    refused(dir, &["model", "export", "m", "--out", "q", "--dtype", "int4"], 2, &["int4", "bf16"]);
+    refused(dir, &["model", "info", "nothing"], 1, &["nothing", "config.json"]);
+}
+
+#[test]
+fn trace_writes_the_promised_tensors() {
+    let world = world();
+    let dir = world.path();
+    std::fs::write(
+        dir.join("m.json"),
+        r#"[{"role": "user", "content": [{"type": "image", "image": "one.png"}, {"type": "text", "text": "What is it?"}]}]"#,
+    )
+    .unwrap();
+    good(dir, &["trace", "--model", "model", "--messages", "m.json", "--out", "t.safetensors", "--greedy", "3"]);
+    let bytes = std::fs::read(dir.join("t.safetensors")).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let t = tensors.tensor("input_ids").unwrap().shape()[0];
+    let vocab = tiny::model(9).config.text.vocab;
+    // 252x196 pixels: 14 x 18 patches, 63 tokens.
+    for (name, dtype, shape) in [
+        ("input_ids", Dtype::I64, vec![t]),
+        ("position_ids", Dtype::I64, vec![3, t]),
+        ("pixel_values", Dtype::F32, vec![252, 1176]),
+        ("image_grid_thw", Dtype::I64, vec![1, 3]),
+        ("image_features", Dtype::F32, vec![63, 32]),
+        ("logits", Dtype::F32, vec![t, vocab]),
+        ("logprobs", Dtype::F32, vec![t]),
+        ("greedy_ids", Dtype::I64, vec![3]),
+    ] {
+        let tensor = tensors.tensor(name).unwrap_or_else(|e| panic!("{name}: {e}"));
+        assert_eq!((tensor.dtype(), tensor.shape()), (dtype, &shape[..]), "{name}");
+    }
+    let whole = |name: &str| -> Vec<i64> {
+        let tensor = tensors.tensor(name).unwrap();
+        tensor.data().chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().unwrap())).collect()
+    };
+    assert_eq!(whole("image_grid_thw"), [1, 14, 18]);
+    let pad = i64::from(tiny::chat().special.image_pad);
+    assert_eq!(whole("input_ids").iter().filter(|id| **id == pad).count(), 63);
+    for (file, body, word) in [("no.json", None, "no.json"), ("m.json", Some("{}"), "m.json"), ("m.json", Some(r#"[{"role": "user", "content": [{"type": "image"}]}]"#), "without a path")] {
+        if let Some(body) = body {
+            std::fs::write(dir.join(file), body).unwrap();
+        }
+        refused(dir, &["trace", "--model", "model", "--messages", file, "--out", "u.safetensors"], 1, &[word]);
+        assert!(!dir.join("u.safetensors").exists());
+    }
+}
+
+#[test]
+fn score_names_a_bad_row_and_goes_on() {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_foveate"))
+        .args(["score", "--json"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let rows = "{\"kind\": \"number\", \"prediction\": \"\\\\boxed{7}\", \"answer\": \"7\"}\n{\"kind\": \"colour\", \"prediction\": \"\", \"answer\": \"\"}\nnonsense\n{\"kind\": \"choice\", \"prediction\": \"\\\\boxed{B}\", \"answer\": \"A\"}\n";
+    child.stdin.take().unwrap().write_all(rows.as_bytes()).unwrap();
+    let out = child.wait_with_output().unwrap();
+    assert_eq!(out.status.code(), Some(1));
+    let lines: Vec<Value> = text(&out.stdout).lines().map(json).collect();
+    assert_eq!(lines.len(), 4);
+    assert_eq!((&lines[0]["total"], &lines[3]["total"]), (&1.0.into(), &0.0.into()));
+    assert!(lines[1]["error"].as_str().unwrap().starts_with("row 2: \"kind\" is \"colour\""));
+    assert!(lines[2]["error"].as_str().unwrap().starts_with("row 3"));
+    assert!(text(&out.stderr).contains("2 rows could not be judged"));
+}
+
+#[test]
+fn doctor_and_data_speak_json() {
+    let world = world();
+    let dir = world.path();
+    assert!(json(&good(dir, &["doctor", "--json"])).is_object());
+    let made = json(&good(
+        dir,
+        &["data", "make", "plates", "--out", "plates", "--train", "3", "--test", "2", "--size", "1008x756", "--json"],
+    ));
+    assert_eq!((&made["train_rows"], &made["test_rows"]), (&3.into(), &2.into()));
+    let checked = json(&good(dir, &["data", "check", "plates/train.jsonl", "--json"]));
+    assert_eq!((&checked["rows"], &checked["problems"]), (&3.into(), &json("[]")));
+    refused(dir, &["data", "make", "plates", "--out", "plates"], 1, &["plates", "--overwrite"]);
+    refused(dir, &["data", "make", "teapots", "--out", "x"], 2, &["teapots", "plates"]);
+}

@@ -1,0 +1,100 @@
+//! The whole loop learns: from rewards alone, a policy that says one of four numbers comes to say the right one.
+
+use foveate::config;
+use foveate::rl;
+use foveate::run::Interrupt;
+use foveate::sft;
+
+use crate::tiny;
+
+#[test]
+fn rewards_alone_teach_the_right_answer() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    let model = tiny::checkpoint(dir, 9);
+    let rows = tiny::rows(dir, 4);
+
+    // First the form: any of four numbers, equally often.
+    let question = r"\nQuestion: What number is it, 1? Put the final answer in \\boxed{}.";
+    let lines: Vec<String> = (0..8)
+        .map(|i| {
+            format!(
+                r#"{{"messages": [{{"role": "user", "content": [{{"type": "image", "image": "{}.png"}}, {{"type": "text", "text": "{question}"}}]}}, {{"role": "assistant", "content": "\\boxed{{{}}}"}}]}}"#,
+                ["one", "two"][i % 2],
+                [3, 7, 5, 9][i / 2]
+            )
+        })
+        .collect();
+    let dialogues = dir.join("dialogues.jsonl");
+    std::fs::write(&dialogues, lines.join("\n")).unwrap();
+    let plan: sft::Plan = config::parse(
+        &format!(
+            r#"
+            [model]
+            path = "{}"
+            [data]
+            train = "{}"
+            max_pixels = 6272
+            min_pixels = 3136
+            [optim]
+            lr = 1e-2
+            [train]
+            out = "{}"
+            steps = 40
+            batch = 8
+            "#,
+            model.display(),
+            dialogues.display(),
+            dir.join("sft").display()
+        ),
+        &[],
+    )
+    .unwrap();
+    sft::train(&plan, false, &Interrupt::none()).unwrap();
+
+    // Then which of them: the reward is all it is told.
+    let plan: rl::Plan = config::parse(
+        &format!(
+            r#"
+            [model]
+            path = "{}"
+            [data]
+            train = "{}"
+            [task]
+            template = "short"
+            turns = 1
+            judge = "number"
+            max_pixels = 6272
+            min_pixels = 3136
+            [rollout]
+            max_new_tokens = 8
+            max_tokens = 256
+            [objective]
+            kl_coef = 0.0
+            [optim]
+            lr = 5e-3
+            [train]
+            out = "{}"
+            steps = 20
+            prompts = 4
+            group = 8
+            checkpoint_every = 0
+            episodes_every = 0
+            "#,
+            dir.join("sft/checkpoints/40").display(),
+            rows.display(),
+            dir.join("rl").display()
+        ),
+        &[],
+    )
+    .unwrap();
+    let mut rewards = Vec::new();
+    rl::train(&plan, false, &Interrupt::none(), &mut |_, metrics| rewards.push(metrics["reward/mean"].as_f64().unwrap()))
+        .unwrap();
+    let mean = |r: &[f64]| r.iter().sum::<f64>() / r.len() as f64;
+    let (first, last) = (mean(&rewards[..3]), mean(&rewards[17..]));
+    println!("reward {first:.2} -> {last:.2}: {rewards:.2?}");
+    // It starts near one in four.
+    assert!((0.05..0.6).contains(&first), "{rewards:?}");
+    assert!(last > first + 0.3 && last > 0.8, "{rewards:?}");
+}

@@ -1,0 +1,197 @@
+//! Stopping and going on is as if one had not stopped: weights, optimiser and metrics, bit for bit.
+
+use std::path::{Path, PathBuf};
+
+use foveate::config;
+use foveate::rl;
+use foveate::run::{Interrupt, Interrupted};
+use foveate::sft;
+use serde_json::Value;
+
+use crate::tiny;
+
+/// A KL against the first weights and an entropy bonus, so that every step moves the weights whatever the rewards are.
+fn rl_plan(dir: &Path, out: &str, extra: &[&str]) -> rl::Plan {
+    let text = format!(
+        r#"
+        [model]
+        path = "{model}"
+        [data]
+        train = "{rows}"
+        [task]
+        template = "short"
+        max_pixels = 12544
+        min_pixels = 3136
+        judge = "number"
+        [rollout]
+        max_new_tokens = 8
+        max_tokens = 512
+        stop = ["e", "a", "o", "t", "1", "5"]
+        [objective]
+        kl_coef = 0.05
+        entropy_coef = 0.02
+        [optim]
+        lr = 3e-3
+        schedule = "linear"
+        [train]
+        out = "{out}"
+        steps = 4
+        prompts = 2
+        group = 2
+        checkpoint_every = 2
+        "#,
+        model = dir.join("model").display(),
+        rows = dir.join("train.jsonl").display(),
+        out = dir.join(out).display(),
+    );
+    let overrides: Vec<String> = extra.iter().map(|s| (*s).to_owned()).collect();
+    config::parse::<rl::Plan>(&text, &overrides).unwrap().resolve().unwrap()
+}
+
+fn sft_plan(dir: &Path, out: &str) -> sft::Plan {
+    let text = format!(
+        r#"
+        [model]
+        path = "{model}"
+        [data]
+        train = "{rows}"
+        max_pixels = 12544
+        min_pixels = 3136
+        [optim]
+        lr = 3e-3
+        schedule = "cosine"
+        [train]
+        out = "{out}"
+        steps = 4
+        batch = 2
+        checkpoint_every = 1
+        "#,
+        model = dir.join("model").display(),
+        rows = dir.join("dialogues.jsonl").display(),
+        out = dir.join(out).display(),
+    );
+    config::parse(&text, &[]).unwrap()
+}
+
+/// `metrics.jsonl` without what a clock or the system measured.
+fn metrics(run: &Path) -> Vec<Value> {
+    let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    text.lines()
+        .map(|line| {
+            let mut row: serde_json::Map<String, Value> = serde_json::from_str(line).unwrap();
+            row.retain(|name, _| !name.starts_with("timing_s/") && !name.starts_with("perf/"));
+            Value::Object(row)
+        })
+        .collect()
+}
+
+fn same_end(a: &Path, b: &Path) {
+    for file in ["model.safetensors", "optimizer.safetensors", "state.json"] {
+        let bytes = |run: &Path| std::fs::read(run.join("checkpoints/4").join(file)).unwrap();
+        assert!(bytes(a) == bytes(b), "{file} differs");
+    }
+    assert_eq!(metrics(a), metrics(b));
+    assert_eq!(metrics(a).len(), 4);
+}
+
+fn world() -> (tempfile::TempDir, PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().to_owned();
+    tiny::checkpoint(&path, 9);
+    tiny::rows(&path, 3);
+    (dir, path)
+}
+
+#[test]
+fn rl_goes_on_as_if_it_had_not_stopped() {
+    let (_dir, dir) = world();
+    let whole = rl_plan(&dir, "whole", &[]);
+    rl::train(&whole, false, &Interrupt::none(), &mut |_, _| ()).unwrap();
+    for row in metrics(&whole.train.out) {
+        // The policy that is trained is the one that sampled, to the last bit, at every step.
+        assert_eq!(row["ratio/first_update_gap"], 0.0, "{row}");
+        assert!(row["actor/grad_norm"].as_f64().unwrap() > 0.0, "nothing was learnt, so nothing is shown: {row}");
+    }
+    assert_ne!(metrics(&whole.train.out)[1]["actor/ref_kl"], 0.0, "the reference stays behind");
+
+    // Asked to stop during step 2: the step is finished, a checkpoint written, and the error says so.
+    let plan = rl_plan(&dir, "parts", &["train.checkpoint_every=0"]);
+    let interrupt = Interrupt::none();
+    let stopped = rl::train(&plan, false, &interrupt, &mut |step, _| {
+        if step == 2 {
+            interrupt.ask();
+        }
+    });
+    let error = stopped.unwrap_err();
+    assert!(error.is::<Interrupted>() && error.to_string().contains("after step 2"), "{error}");
+    assert!(plan.train.out.join("checkpoints/2/state.json").is_file());
+
+    // As a crash would leave it: half a checkpoint, one without its state, metrics and episodes of a step never finished, a torn line.
+    let checkpoints = plan.train.out.join("checkpoints");
+    for half in ["3.tmp", "4"] {
+        std::fs::create_dir(checkpoints.join(half)).unwrap();
+        std::fs::write(checkpoints.join(half).join("model.safetensors"), b"half").unwrap();
+    }
+    let log = plan.train.out.join("metrics.jsonl");
+    let torn = std::fs::read_to_string(&log).unwrap() + "{\"step\":3,\"reward/mean\":9}\n{\"step\":4,\"rew";
+    std::fs::write(&log, torn).unwrap();
+    std::fs::write(plan.train.out.join("episodes/3.jsonl"), b"{").unwrap();
+
+    rl::train(&plan, true, &Interrupt::none(), &mut |_, _| ()).unwrap();
+    same_end(&whole.train.out, &plan.train.out);
+    for step in 1..=4 {
+        let episodes = |run: &Path| std::fs::read_to_string(run.join(format!("episodes/{step}.jsonl"))).unwrap();
+        assert_eq!(episodes(&whole.train.out), episodes(&plan.train.out), "step {step}");
+    }
+    assert!(!checkpoints.join("3.tmp").exists());
+}
+
+#[test]
+fn several_updates_and_dynamic_sampling_run() {
+    let (_dir, dir) = world();
+    // Two updates a step: the second is off-policy, the first is not.
+    let plan = rl_plan(&dir, "updates", &["train.updates=2", "train.steps=2"]);
+    rl::train(&plan, false, &Interrupt::none(), &mut |_, _| ()).unwrap();
+    for row in metrics(&plan.train.out) {
+        assert_eq!(row["ratio/first_update_gap"], 0.0);
+        assert_ne!(row["ratio/max"], 1.0, "the second update sees other weights than those that sampled");
+    }
+    // Nobody is ever right here, so every group is flat: all are played and dropped, and the step still ends.
+    let plan = rl_plan(&dir, "dynamic", &["objective.drop_equal_groups=true", "train.refill=2", "train.steps=1"]);
+    rl::train(&plan, false, &Interrupt::none(), &mut |_, _| ()).unwrap();
+    let row = &metrics(&plan.train.out)[0];
+    assert_eq!((&row["dynamic_sampling/played_groups"], &row["dynamic_sampling/dropped_groups"]), (&4.into(), &4.into()));
+}
+
+#[test]
+fn sft_goes_on_as_if_it_had_not_stopped() {
+    let (_dir, dir) = world();
+    let lines: Vec<String> = (0..3)
+        .map(|i| {
+            format!(
+                r#"{{"messages": [{{"role": "user", "content": [{{"type": "image", "image": "{}.png"}}, {{"type": "text", "text": "What is it?"}}]}}, {{"role": "assistant", "content": "Number {i}."}}]}}"#,
+                ["one", "two"][i % 2]
+            )
+        })
+        .collect();
+    std::fs::write(dir.join("dialogues.jsonl"), lines.join("\n")).unwrap();
+    let whole = sft_plan(&dir, "whole");
+    sft::train(&whole, false, &Interrupt::none()).unwrap();
+
+    let plan = sft_plan(&dir, "parts");
+    for step in 1..=2 {
+        let interrupt = Interrupt::none();
+        interrupt.ask();
+        let error = sft::train(&plan, step > 1, &interrupt).unwrap_err();
+        assert!(error.is::<Interrupted>() && error.to_string().contains(&format!("after step {step}")), "{error}");
+    }
+    sft::train(&plan, true, &Interrupt::none()).unwrap();
+    same_end(&whole.train.out, &plan.train.out);
+    let losses: Vec<f64> = metrics(&whole.train.out).iter().map(|m| m["loss"].as_f64().unwrap()).collect();
+    assert!(losses[3] < losses[0], "{losses:?}");
+
+    // The order of rows is part of the state: a file that changed is noticed.
+    std::fs::write(dir.join("dialogues.jsonl"), lines[..2].join("\n")).unwrap();
+    let error = format!("{:#}", sft::train(&plan, true, &Interrupt::none()).unwrap_err());
+    assert!(error.contains("3 rows when the run was saved and has 2 now"), "{error}");
+}
