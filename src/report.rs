@@ -422,7 +422,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let root = folder.path().join("run");
         hostile_run(&root);
-        let out = write(&[root.clone()], None, EPISODES).unwrap();
+        let out = write(std::slice::from_ref(&root), None, EPISODES).unwrap();
         assert_eq!(out, root.join(REPORT));
         let page = fs::read_to_string(out).unwrap();
         // The one script is ours, and stands at the end.
@@ -438,7 +438,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let root = folder.path().join("run");
         hostile_run(&root);
-        let page = || fs::read(write(&[root.clone()], Some(&folder.path().join("page.html")), 7).unwrap()).unwrap();
+        let page = || fs::read(write(std::slice::from_ref(&root), Some(&folder.path().join("page.html")), 7).unwrap()).unwrap();
         assert_eq!(page(), page());
     }
 

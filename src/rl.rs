@@ -125,7 +125,7 @@ impl Plan {
         if t.prompts == 0 || t.group == 0 || t.updates == 0 || t.steps == 0 {
             return bad("train.steps, train.prompts, train.group and train.updates must be at least 1".into());
         }
-        if t.prompts % t.updates != 0 {
+        if !t.prompts.is_multiple_of(t.updates) {
             return bad(format!(
                 "train.prompts = {} cannot be dealt out to train.updates = {} evenly",
                 t.prompts, t.updates

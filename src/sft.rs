@@ -420,7 +420,16 @@ fn update(
     let mut sure = 0;
     let mut by_task: std::collections::BTreeMap<String, (f64, usize)> = Default::default();
     let mut fit = Fit::default();
-    engine.accumulate_examples(
+    let rows: Vec<Vec<(usize, u32)>> = match &head {
+        Some((_, head)) if dense_weight > 0.0 => examples
+            .iter()
+            .map(|e| head.hints(&e.stream.ids[..e.stream.prompt_len()], e.objects.first().map_or(&[][..], Vec::as_slice)))
+            .collect(),
+        _ => vec![Vec::new(); examples.len()],
+    };
+    let asked: usize = rows.iter().map(Vec::len).sum();
+    let hints = embedded::Hints { rows, weight: dense_weight / asked.max(1) as f32 };
+    let hinted = engine.accumulate_examples(
         examples,
         &mut |i, scores| {
             let entry = by_task.entry(examples[i].task.clone()).or_default();
@@ -437,6 +446,7 @@ fn update(
             };
             Ok(Weights { logprobs: vec![-1.0 / share as f32; scores.logprobs.len()], entropies: None })
         },
+        &hints,
         &mut |i, features, grids, table, dtable| {
             let (_, head) = head.as_mut()?;
             if dense_weight == 0.0 {
@@ -460,6 +470,7 @@ fn update(
     {
         head.update(options.learning_rate);
         metrics.insert("dense/loss".into(), json!(fit.loss));
+        metrics.insert("dense/hints".into(), json!(hinted / asked.max(1) as f64));
         metrics.insert("dense/named".into(), json!(fit.named as f64 / fit.on_object.max(1) as f64));
         metrics.insert("dense/sides".into(), json!(fit.sides / fit.on_object.max(1) as f64));
     }

@@ -25,7 +25,7 @@ use crate::image::{self, PictureCache, Processor};
 use crate::model;
 use crate::model::block::Keep;
 use crate::model::generate::{Cache, Extension, SequenceId};
-use crate::model::{Dtype, Gradients, Head, Trainable, Vlm};
+use crate::model::{Dtype, Gradients, Head, Slopes, Target, Trainable, Vlm};
 use crate::optim::{AdamW, Optim, Trained};
 use crate::sft::Example;
 
@@ -72,6 +72,12 @@ impl Options {
         }
         Ok(trainable)
     }
+}
+
+/// Answers that rows of a prompt are asked for beside the dialogue: for each example (row, token), and the weight of one.
+pub struct Hints {
+    pub rows: Vec<Vec<(usize, u32)>>,
+    pub weight: f32,
 }
 
 /// A loss on the visual tokens of example i: gets their features [tokens, D], their grids, the embedding table and its
@@ -399,13 +405,15 @@ impl Embedded {
     }
 
     /// Adds the gradient of written dialogues. `weigh` gives each trained token its weight; `look` may add a loss on the
-    /// visual tokens of an example.
+    /// visual tokens of an example. Returns minus the sum of the log-probs of the hints.
     pub fn accumulate_examples(
         &mut self,
         examples: &[Example],
         weigh: &mut dyn FnMut(usize, &Scores) -> Result<Weights>,
+        hints: &Hints,
         look: &mut Look,
-    ) -> Result<()> {
+    ) -> Result<f64> {
+        let mut hinted = 0.0;
         let keep = if self.options.recompute { Keep::Inputs } else { Keep::Everything };
         let groups: Vec<Group> = examples.iter().map(|e| e.stream.alone()).collect();
         for run in batch::micro_batches(&groups, self.options.micro_batch_tokens) {
@@ -414,11 +422,20 @@ impl Embedded {
             for patches in examples[run.clone()].iter().flat_map(|e| &e.patches) {
                 batch.packed.patches.extend_from_slice(&patches.data);
             }
+            let spoken = batch.packed.targets.len();
+            let mut base = 0;
+            for i in run.clone() {
+                let asked = hints.rows[i].iter();
+                batch.packed.targets.extend(asked.map(|&(row, token)| Target { row: base + row, token }));
+                base += examples[i].stream.len();
+            }
             let out = self.model.evaluate(&batch.packed, Head::PLAIN, keep, self.trainable)?;
             let mut weights = Vec::with_capacity(out.logprobs.len());
             for (g, group) in split(&batch, &out.logprobs, &out.entropies).iter().enumerate() {
                 weights.extend(weigh(first + g, &group[0])?.logprobs);
             }
+            hinted -= out.logprobs[spoken..].iter().map(|&l| f64::from(l)).sum::<f64>();
+            weights.resize(out.logprobs.len(), -hints.weight);
             let tape = out.tape.context("the forward pass kept nothing for the backward pass")?;
             let training = self.training.as_mut().context("the engine was opened for sampling only")?;
             let vocabulary = self.model.weights.layout.text.embed.clone();
@@ -443,14 +460,12 @@ impl Embedded {
             self.model.backward(
                 &batch.packed,
                 tape,
-                &weights,
-                None,
-                asked.then_some(on_features.as_slice()),
+                &Slopes { logprobs: &weights, entropies: None, features: asked.then_some(on_features.as_slice()) },
                 self.trainable,
                 &mut training.gradients,
             )?;
         }
-        Ok(())
+        Ok(hinted)
     }
 
     /// Whether the text written so far ends a turn by a stop text.
@@ -586,9 +601,7 @@ impl Trainer for Embedded {
             self.model.backward(
                 &batch.packed,
                 tape,
-                &weights,
-                entropies,
-                None,
+                &Slopes { logprobs: &weights, entropies, features: None },
                 self.trainable,
                 &mut training.gradients,
             )?;

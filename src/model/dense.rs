@@ -172,6 +172,31 @@ impl DenseHead {
         (dfeatures, fit)
     }
 
+    /// Words of a prompt that name one object of its picture are asked, with the three rows behind them, where that object is:
+    /// x1 of the word's own row, then y1, x2, y2. Nothing is ever sampled from a prompt's rows, so they are free to answer;
+    /// finding the thing that a word names is then one step of attention, and the answer later a second.
+    pub fn hints(&self, prompt: &[u32], objects: &[(String, BBox)]) -> Vec<(usize, u32)> {
+        let mut hints = Vec::new();
+        for (name, bbox) in objects {
+            let alone = objects.iter().filter(|(other, _)| other == name).count() == 1;
+            let Some(&word) = self.words.names.get(name).filter(|_| alone) else { continue };
+            for (row, _) in prompt.iter().enumerate().filter(|(_, id)| **id == word) {
+                if row + 3 < prompt.len() {
+                    hints.extend(self.sides(bbox).into_iter().enumerate().map(|(k, token)| (row + k, token)));
+                }
+            }
+        }
+        hints
+    }
+
+    /// The tokens of a box's four sides.
+    fn sides(&self, bbox: &BBox) -> [u32; 4] {
+        [bbox.x1, bbox.y1, bbox.x2, bbox.y2].map(|x| {
+            let k = (x / self.words.snap).round().clamp(0.0, (self.words.numbers.len() - 1) as f64);
+            self.words.numbers[k as usize]
+        })
+    }
+
     /// Writes the head beside a checkpoint, so that pretraining can go on.
     pub fn save(&self, dir: &Path) -> Result<()> {
         let bytes =
@@ -208,11 +233,8 @@ impl DenseHead {
         let mut labels: Vec<Option<Label>> = vec![None; rows * cols];
         for (name, bbox) in view.objects {
             let Some(&name) = self.words.names.get(name) else { continue };
-            let number = |x: f64| {
-                let k = (x / self.words.snap).round().clamp(0.0, (self.words.numbers.len() - 1) as f64);
-                self.words.numbers[k as usize]
-            };
-            let words = [name, number(bbox.x1), number(bbox.y1), number(bbox.x2), number(bbox.y2)];
+            let [x1, y1, x2, y2] = self.sides(bbox);
+            let words = [name, x1, y1, x2, y2];
             let (ox, oy) = bbox.center();
             for row in 0..rows {
                 for col in 0..cols {
@@ -261,6 +283,14 @@ mod tests {
         // Two tokens of the first row lie on the cat; the dog covers no token's centre and takes the one it stands in.
         let (cat, dog) = (Some([10, 0, 0, 8, 4]), Some([11, 9, 4, 9, 5]));
         assert_eq!(labels, [cat, cat, None, None, None, dog]);
+    }
+
+    #[test]
+    fn words_that_name_one_object_are_asked_for_its_place() {
+        let fox = |x: f64| ("cat".to_owned(), BBox { x1: x, y1: 7.0, x2: x + 14.0, y2: 21.0 });
+        assert_eq!(head().hints(&[5, 10, 5, 5, 5], &[fox(7.0)]), [(1, 1), (2, 1), (3, 3), (4, 3)]);
+        assert!(head().hints(&[5, 10, 5, 5, 5], &[fox(7.0), fox(28.0)]).is_empty(), "two of them: which one?");
+        assert!(head().hints(&[5, 5, 5, 10], &[fox(7.0)]).is_empty(), "no rows behind the word");
     }
 
     #[test]

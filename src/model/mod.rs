@@ -209,6 +209,24 @@ pub struct Evaluation {
     pub tape: Option<Tape>,
 }
 
+/// The derivatives of a loss by what the forward pass gave.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Slopes<'a> {
+    /// By each target's log-prob, `[N]`.
+    pub logprobs: &'a [f32],
+    /// By each target's entropy, `[N]`.
+    pub entropies: Option<&'a [f32]>,
+    /// By the images' features, `[tokens, D]`: of a loss on the visual tokens themselves.
+    pub features: Option<&'a [f32]>,
+}
+
+impl<'a> Slopes<'a> {
+    /// Of a weighted sum of log-probs.
+    pub fn of(logprobs: &'a [f32]) -> Slopes<'a> {
+        Slopes { logprobs, ..Slopes::default() }
+    }
+}
+
 /// What [`Vlm::backward`] needs of a forward pass.
 pub struct Tape {
     vision: Option<VisionTape>,
@@ -357,22 +375,17 @@ impl Vlm {
         Ok(Evaluation { logprobs, entropies, tape })
     }
 
-    /// Adds to `grads` the gradient of `Σ weights[i]·logprob[i] + Σ entropy_weights[i]·entropy[i]` by every trained
-    /// parameter. `packed` is the one that was evaluated. `on_features` is added to the gradient by the features: what a
-    /// loss on the visual tokens themselves asks for.
-    ///
-    /// # Shapes
-    /// weights, entropy_weights `[N]`
+    /// Adds to `grads` the gradient by every trained parameter of a loss whose derivatives by the forward pass's results
+    /// are `slopes`. `packed` is the one that was evaluated.
     pub fn backward(
         &self,
         packed: &Packed,
         tape: Tape,
-        weights: &[f32],
-        entropy_weights: Option<&[f32]>,
-        on_features: Option<&[f32]>,
+        slopes: &Slopes,
         train: Trainable,
         grads: &mut Gradients,
     ) -> Result<()> {
+        let Slopes { logprobs: weights, entropies: entropy_weights, features: on_features } = *slopes;
         let n = packed.targets.len();
         ensure!(weights.len() == n, "{} weights for {n} targets", weights.len());
         if let Some(e) = entropy_weights {

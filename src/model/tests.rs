@@ -97,7 +97,13 @@ fn gradient_of_everything_agrees_with_differences() {
     let e = model.evaluate(&packed, head, Keep::Everything, Trainable::ALL).unwrap();
     let mut grads = Gradients::zeros(&model.weights.layout);
     model
-        .backward(&packed, e.tape.unwrap(), &weights, Some(&entropy_weights), None, Trainable::ALL, &mut grads)
+        .backward(
+            &packed,
+            e.tape.unwrap(),
+            &Slopes { logprobs: &weights, entropies: Some(&entropy_weights), features: None },
+            Trainable::ALL,
+            &mut grads,
+        )
         .unwrap();
 
     let step = 2e-2f32;
@@ -126,7 +132,7 @@ fn computing_layers_again_changes_no_bit() {
     let gradient = |keep| {
         let e = model.evaluate(&packed, Head::PLAIN, keep, Trainable::ALL).unwrap();
         let mut grads = Gradients::zeros(&model.weights.layout);
-        model.backward(&packed, e.tape.unwrap(), &weights, None, None, Trainable::ALL, &mut grads).unwrap();
+        model.backward(&packed, e.tape.unwrap(), &Slopes::of(&weights), Trainable::ALL, &mut grads).unwrap();
         (e.logprobs, grads.data)
     };
     let (a, b) = (gradient(Keep::Everything), gradient(Keep::Inputs));
@@ -143,7 +149,7 @@ fn frozen_groups_get_nothing_and_change_nothing() {
     let gradient = |train: Trainable| {
         let e = model.evaluate(&packed, Head::PLAIN, Keep::Everything, train).unwrap();
         let mut grads = Gradients::zeros(&model.weights.layout);
-        model.backward(&packed, e.tape.unwrap(), &weights, None, None, train, &mut grads).unwrap();
+        model.backward(&packed, e.tape.unwrap(), &Slopes::of(&weights), train, &mut grads).unwrap();
         grads
     };
     let all = gradient(Trainable::ALL);
@@ -308,7 +314,7 @@ fn a_shared_prompt_is_a_repeated_prompt() {
     let weights = noise(5, 5);
     let run = |packed: &Packed, weights: &[f32], grads: &mut Gradients| {
         let e = model.evaluate(packed, Head::PLAIN, Keep::Everything, Trainable::ALL).unwrap();
-        model.backward(packed, e.tape.unwrap(), weights, None, None, Trainable::ALL, grads).unwrap();
+        model.backward(packed, e.tape.unwrap(), &Slopes::of(weights), Trainable::ALL, grads).unwrap();
         e.logprobs
     };
 

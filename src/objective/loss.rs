@@ -395,8 +395,8 @@ mod tests {
         for o in variants() {
             let mut f = fixture();
             let analytic = evaluate(&o, &f.sequences()).gradient;
-            for i in 0..3 {
-                for t in 0..f.new[i].len() {
+            for (i, analytic) in analytic.iter().enumerate() {
+                for (t, &found) in analytic.iter().enumerate() {
                     let at = |f: &Fixture| match o.surrogate {
                         // The loss holds the capped ratio fixed: take it from the unmoved point.
                         Surrogate::Cispo => cispo_value(&o, f),
@@ -409,7 +409,7 @@ mod tests {
                     let down = at(&f);
                     f.new[i][t] = x;
                     let slope = (up - down) / (2.0 * f64::from(h));
-                    let found = f64::from(analytic[i][t]);
+                    let found = f64::from(found);
                     assert!((slope - found).abs() < 2e-6, "{o:?}\nsequence {i} token {t}: {found} against {slope}");
                 }
             }

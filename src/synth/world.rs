@@ -52,8 +52,8 @@ impl Default for WorldOptions {
         WorldOptions {
             objects: 4,
             digits: 1,
-            object_size: [0.13, 0.18],
-            digit_height: 0.0165,
+            object_size: [0.15, 0.21],
+            digit_height: 0.018,
             plate_ratio: 1.35,
             gap: 0.008,
             apart: 0.02,

@@ -10,7 +10,7 @@ use foveate::chat::{Chat, Message, Part};
 use foveate::geometry::{Grid, View};
 use foveate::image::{Processor, decode, patches, show};
 use foveate::model::trace::{Greedy, trace};
-use foveate::model::{Arena, Gradients, Head, Keep, Packed, Target, Trainable, Vlm};
+use foveate::model::{Arena, Gradients, Head, Keep, Packed, Slopes, Target, Trainable, Vlm};
 use foveate_kernels::adamw;
 use safetensors::SafeTensors;
 use safetensors::tensor::Dtype;
@@ -123,7 +123,7 @@ impl Case {
         let scored = self.model.evaluate(packed, Head::PLAIN, keep, Trainable::ALL).unwrap();
         let loss = scored.logprobs.iter().zip(weights).map(|(l, w)| l * w).sum();
         let mut grads = Arena::zeros(&self.model.weights.layout);
-        self.model.backward(packed, scored.tape.unwrap(), weights, None, None, Trainable::ALL, &mut grads).unwrap();
+        self.model.backward(packed, scored.tape.unwrap(), &Slopes::of(weights), Trainable::ALL, &mut grads).unwrap();
         (loss, grads)
     }
 }
