@@ -78,9 +78,10 @@ pub fn nano(vocab: usize) -> Config {
             mlp: 384,
             eps: 1e-6,
             // Not Qwen's 1e6. The sections hand frequencies out from fast to slow: time, height, width. With 16 of them
-            // and a base of 1e6 the width axis gets angles from 2e-4 to 2e-6 a column, which no model can tell from 0;
-            // with 100 the slowest is 0.013, and the width axis starts at 0.056.
-            theta: 100.0,
+            // and a base of 1e6 the width axis gets angles from 2e-4 to 2e-6 a column, which no model can tell from 0. With
+            // 100 it can, but then no frequency is slow enough to match words with patches by content alone, wherever
+            // they stand. 1e4 leaves the first half of the head to places and the second to content (LOG.md).
+            theta: 10_000.0,
             sections: [4, 6, 6],
             tied: true,
             max_positions: 32_768,
