@@ -29,8 +29,12 @@ fn engine(model: &Vlm, change: impl FnOnce(&mut Options)) -> Embedded {
 fn play(engine: &mut Embedded, samples: &[Sample]) -> Vec<Episode> {
     let (chat, pictures, processor) = (engine.chat.clone(), engine.pictures.clone(), engine.processor.clone());
     let task = Crop::new(tiny::task(), processor.budget.factor).unwrap();
-    let options =
-        rollout::Options { temperature: TEMPERATURE, max_new_tokens: 24, stop: tiny::soon(), ..rollout::Options::default() };
+    let options = rollout::Options {
+        temperature: TEMPERATURE,
+        max_new_tokens: 24,
+        stop: tiny::soon(),
+        ..rollout::Options::default()
+    };
     let stage = Stage {
         task: &task,
         chat: &chat,
@@ -189,7 +193,10 @@ fn features_do_not_depend_on_company() {
     let placed: Vec<_> = episodes.iter().flat_map(|e| &e.stream.images).collect();
     let patches: Vec<_> = placed
         .iter()
-        .map(|p| image::patches(&image::show(&engine.pictures.get(&p.path).unwrap(), &p.view).unwrap(), &engine.processor).unwrap())
+        .map(|p| {
+            image::patches(&image::show(&engine.pictures.get(&p.path).unwrap(), &p.view).unwrap(), &engine.processor)
+                .unwrap()
+        })
         .collect();
     let all: Vec<f32> = patches.iter().flat_map(|p| p.data.iter().copied()).collect();
     let grids: Vec<_> = patches.iter().map(|p| p.grid).collect();

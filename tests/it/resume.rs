@@ -170,7 +170,10 @@ fn several_updates_and_dynamic_sampling_run() {
     let plan = rl_plan(&dir, "dynamic", &["objective.drop_equal_groups=true", "train.refill=2", "train.steps=1"]);
     rl::train(&plan, false, &Interrupt::none(), &mut |_, _| ()).unwrap();
     let row = &metrics(&plan.train.out)[0];
-    assert_eq!((&row["dynamic_sampling/played_groups"], &row["dynamic_sampling/dropped_groups"]), (&4.into(), &4.into()));
+    assert_eq!(
+        (&row["dynamic_sampling/played_groups"], &row["dynamic_sampling/dropped_groups"]),
+        (&4.into(), &4.into())
+    );
 }
 
 #[test]
