@@ -273,7 +273,8 @@ pub fn main(invocation: &Invocation) -> Result<()> {
         .tasks
         .iter()
         .map(|(name, options)| {
-            let task = Crop::new(options.clone(), processor.budget.factor).with_context(|| format!("[tasks.{name}]"))?;
+            let task =
+                Crop::new(options.clone(), processor.budget.factor).with_context(|| format!("[tasks.{name}]"))?;
             Ok((name, task))
         })
         .collect::<Result<_>>()?;

@@ -438,7 +438,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let root = folder.path().join("run");
         hostile_run(&root);
-        let page = || fs::read(write(std::slice::from_ref(&root), Some(&folder.path().join("page.html")), 7).unwrap()).unwrap();
+        let page = || {
+            fs::read(write(std::slice::from_ref(&root), Some(&folder.path().join("page.html")), 7).unwrap()).unwrap()
+        };
         assert_eq!(page(), page());
     }
 

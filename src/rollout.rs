@@ -164,7 +164,13 @@ fn open<'a>(stage: &Stage, sample: &'a Sample, group: u64) -> Result<Playing<'a>
         sizes.push(picture.size());
         paths.push(Arc::from(path.as_path()));
     }
-    let named = || format!("row {} ({})", sample.id, sample.images.first().map_or("no picture".into(), |p| p.display().to_string()));
+    let named = || {
+        format!(
+            "row {} ({})",
+            sample.id,
+            sample.images.first().map_or("no picture".into(), |p| p.display().to_string())
+        )
+    };
     let opening = stage.task.open(sample, &sizes).with_context(named)?;
     let mut messages = Vec::new();
     let mut turns = Vec::new();

@@ -423,7 +423,9 @@ fn update(
     let rows: Vec<Vec<(usize, u32)>> = match &head {
         Some((_, head)) if dense_weight > 0.0 => examples
             .iter()
-            .map(|e| head.hints(&e.stream.ids[..e.stream.prompt_len()], e.objects.first().map_or(&[][..], Vec::as_slice)))
+            .map(|e| {
+                head.hints(&e.stream.ids[..e.stream.prompt_len()], e.objects.first().map_or(&[][..], Vec::as_slice))
+            })
             .collect(),
         _ => vec![Vec::new(); examples.len()],
     };

@@ -29,8 +29,12 @@ fn engine(model: &Vlm, change: impl FnOnce(&mut Options)) -> Embedded {
 fn play(engine: &mut Embedded, samples: &[Sample]) -> Vec<Episode> {
     let (chat, pictures, processor) = (engine.chat.clone(), engine.pictures.clone(), engine.processor.clone());
     let task = Crop::new(tiny::task(), processor.budget.factor).unwrap();
-    let options =
-        rollout::Options { temperature: TEMPERATURE, max_new_tokens: 24, stop: tiny::soon(), ..rollout::Options::default() };
+    let options = rollout::Options {
+        temperature: TEMPERATURE,
+        max_new_tokens: 24,
+        stop: tiny::soon(),
+        ..rollout::Options::default()
+    };
     let stage = Stage {
         task: &task,
         chat: &chat,
@@ -90,8 +94,8 @@ fn apart(model: &Vlm, a: &[f32], b: &[f32]) -> (f32, String) {
     worst
 }
 
-/// Sums of some hundred terms of mixed sign in another order: 1e-7 each, with cancellation to a hundredth of their size.
-const ROUNDING: f32 = 5e-5;
+/// Sums of some hundred terms of mixed sign in another order: 1e-7 each, with some cancellation (measured: 1e-6).
+const ROUNDING: f32 = 1e-5;
 
 #[test]
 fn sampling_and_training_agree_to_the_last_bit() {
@@ -130,6 +134,19 @@ fn sampling_and_training_agree_to_the_last_bit() {
         assert_eq!(again[1][2].logprobs, scored[1][2].logprobs);
         let policy = engine.logprobs(&groups(&episodes), Who::Policy).unwrap();
         assert_ne!(policy[1][2].logprobs, scored[1][2].logprobs);
+
+        // And after the update: nothing of the old weights (features of a trained tower, above all) is left anywhere.
+        play(&mut engine, &samples);
+        engine.step(1e-2).unwrap();
+        let later = play(&mut engine, &samples);
+        let mut seen = Vec::new();
+        engine
+            .accumulate(&groups(&later), &mut |_, _, scores| {
+                seen.push(scores.logprobs.clone());
+                Ok(weights(scores))
+            })
+            .unwrap();
+        assert_eq!(later.iter().map(sampled).collect::<Vec<_>>(), seen);
     }
 }
 
@@ -189,7 +206,10 @@ fn features_do_not_depend_on_company() {
     let placed: Vec<_> = episodes.iter().flat_map(|e| &e.stream.images).collect();
     let patches: Vec<_> = placed
         .iter()
-        .map(|p| image::patches(&image::show(&engine.pictures.get(&p.path).unwrap(), &p.view).unwrap(), &engine.processor).unwrap())
+        .map(|p| {
+            image::patches(&image::show(&engine.pictures.get(&p.path).unwrap(), &p.view).unwrap(), &engine.processor)
+                .unwrap()
+        })
         .collect();
     let all: Vec<f32> = patches.iter().flat_map(|p| p.data.iter().copied()).collect();
     let grids: Vec<_> = patches.iter().map(|p| p.grid).collect();

@@ -149,13 +149,18 @@ fn bad_data_is_named_by_file_row_and_key() {
     let world = world();
     let dir = world.path();
     strange_pictures(dir);
-    let row = |image: &str, rest: &str| format!(r#"{{"id": "a", "images": ["{image}"], "question": "?", "answer": "7"{rest}}}"#);
+    let row = |image: &str, rest: &str| {
+        format!(r#"{{"id": "a", "images": ["{image}"], "question": "?", "answer": "7"{rest}}}"#)
+    };
     let cases: Vec<(String, &[&str])> = vec![
         (String::new(), &["no rows"]),
         ("{\"id\": 1".into(), &["row 1", "not JSON"]),
         (row("one.png", ", \"choices\": \"A\""), &["row 1", "choices"]),
         (row("one.png", ", \"targets\": [{\"image\": 2, \"bbox\": [1, 1, 9, 9]}]"), &["row 1", "targets[0].image"]),
-        (row("one.png", ", \"targets\": [{\"image\": 1, \"bbox\": [1, 1, 999, 9]}]"), &["row 1", "targets[0].bbox", "200x150"]),
+        (
+            row("one.png", ", \"targets\": [{\"image\": 1, \"bbox\": [1, 1, 999, 9]}]"),
+            &["row 1", "targets[0].bbox", "200x150"],
+        ),
         (format!("{}\n{}", row("one.png", ""), row("one.png", "")), &["row 2", "id"]),
         (row("lost.png", ""), &["row 1", "images[0]", "lost.png"]),
         (row("page.jpg", ""), &["row 1", "images[0]", "page.jpg"]),
@@ -194,7 +199,8 @@ fn bad_data_is_named_by_file_row_and_key() {
 
     for (line, word) in [("{\"messages\": 3}", "row 1"), ("", "no dialogue")] {
         std::fs::write(dir.join("talk.jsonl"), line).unwrap();
-        std::fs::write(dir.join("sft.toml"), "[model]\npath='model'\n[data]\ntrain='talk.jsonl'\n[train]\nout='sft'\n").unwrap();
+        std::fs::write(dir.join("sft.toml"), "[model]\npath='model'\n[data]\ntrain='talk.jsonl'\n[train]\nout='sft'\n")
+            .unwrap();
         refused(dir, &["sft", "sft.toml"], 1, &["talk.jsonl", word]);
         assert!(!dir.join("sft").exists());
     }
@@ -256,7 +262,8 @@ fn ask_shows_every_turn_and_names_a_bad_picture() {
     let world = world();
     let dir = world.path();
     strange_pictures(dir);
-    let ask = |image: &'static str| ["ask", "--model", "model", "--max-new-tokens", "4", "--image", image, "What is it?"];
+    let ask =
+        |image: &'static str| ["ask", "--model", "model", "--max-new-tokens", "4", "--image", image, "What is it?"];
     for (image, words) in [
         ("lost.png", &["lost.png"][..]),
         ("cut.png", &["cut.png", "damaged"]),
@@ -290,12 +297,20 @@ fn a_run_leaves_what_others_read() {
 
     let out = json(&good(dir, &["rl", "rl.toml", "--json"]));
     assert_eq!((&out["run"], &out["metrics"]["ratio/first_update_gap"]), (&"run".into(), &0.0.into()));
-    for file in ["config.toml", "environment.json", "metrics.jsonl", "episodes/1.jsonl", "checkpoints/1/model.safetensors"] {
+    for file in
+        ["config.toml", "environment.json", "metrics.jsonl", "episodes/1.jsonl", "checkpoints/1/model.safetensors"]
+    {
         assert!(dir.join("run").join(file).is_file(), "{file}");
     }
     let record = json(std::fs::read_to_string(dir.join("run/episodes/1.jsonl")).unwrap().lines().next().unwrap());
     let ones: u64 = record["sampled"].as_array().unwrap().iter().map(|s| s.as_u64().unwrap()).sum();
-    let said: u64 = record["turns"].as_array().unwrap().iter().filter(|t| t["role"] == "assistant").map(|t| t["tokens"].as_u64().unwrap()).sum();
+    let said: u64 = record["turns"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|t| t["role"] == "assistant")
+        .map(|t| t["tokens"].as_u64().unwrap())
+        .sum();
     assert_eq!(ones, said);
     refused(dir, &["rl", "rl.toml"], 1, &["already holds a run", "--resume", "run"]);
     // The checkpoint is a model folder like any other.
@@ -322,7 +337,8 @@ fn models_are_made_shown_and_exported() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
     let nano = tiny::nano();
-    let new = ["model", "new", "--preset", "nano", "--out", "m", "--dtype", "bf16", "--tokenizer", nano.to_str().unwrap()];
+    let new =
+        ["model", "new", "--preset", "nano", "--out", "m", "--dtype", "bf16", "--tokenizer", nano.to_str().unwrap()];
     good(dir, &new);
     refused(dir, &new, 1, &["already", "m"]);
     let info = json(&good(dir, &["model", "info", "m", "--json"]));
@@ -375,7 +391,11 @@ fn trace_writes_the_promised_tensors() {
     assert_eq!(whole("image_grid_thw"), [1, 14, 18]);
     let pad = i64::from(tiny::chat().special.image_pad);
     assert_eq!(whole("input_ids").iter().filter(|id| **id == pad).count(), 63);
-    for (file, body, word) in [("no.json", None, "no.json"), ("m.json", Some("{}"), "m.json"), ("m.json", Some(r#"[{"role": "user", "content": [{"type": "image"}]}]"#), "without a path")] {
+    for (file, body, word) in [
+        ("no.json", None, "no.json"),
+        ("m.json", Some("{}"), "m.json"),
+        ("m.json", Some(r#"[{"role": "user", "content": [{"type": "image"}]}]"#), "without a path"),
+    ] {
         if let Some(body) = body {
             std::fs::write(dir.join(file), body).unwrap();
         }

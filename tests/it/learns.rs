@@ -89,8 +89,10 @@ fn rewards_alone_teach_the_right_answer() {
     )
     .unwrap();
     let mut rewards = Vec::new();
-    rl::train(&plan, false, &Interrupt::none(), &mut |_, metrics| rewards.push(metrics["reward/mean"].as_f64().unwrap()))
-        .unwrap();
+    rl::train(&plan, false, &Interrupt::none(), &mut |_, metrics| {
+        rewards.push(metrics["reward/mean"].as_f64().unwrap())
+    })
+    .unwrap();
     let mean = |r: &[f64]| r.iter().sum::<f64>() / r.len() as f64;
     let (first, last) = (mean(&rewards[..2]), mean(&rewards[17..]));
     println!("reward {first:.2} -> {last:.2}: {rewards:.2?}");

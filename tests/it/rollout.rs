@@ -63,7 +63,13 @@ fn looking(bbox: [i64; 4]) -> String {
 }
 
 fn options() -> Options {
-    Options { template: "short".into(), max_pixels: 62_720, min_pixels: 38_416, judge: Judge::Number, ..Options::default() }
+    Options {
+        template: "short".into(),
+        max_pixels: 62_720,
+        min_pixels: 38_416,
+        judge: Judge::Number,
+        ..Options::default()
+    }
 }
 
 impl World {
@@ -267,7 +273,8 @@ fn boxes_at_the_limits_are_good() {
 #[test]
 fn only_the_first_box_counts() {
     let world = World::new();
-    let said = "```json\n[{\"bbox_2d\":[28,28,84,84],\"label\":\"a\"},{\"bbox_2d\":[0,0,100,100],\"label\":\"b\"}]\n```";
+    let said =
+        "```json\n[{\"bbox_2d\":[28,28,84,84],\"label\":\"a\"},{\"bbox_2d\":[0,0,100,100],\"label\":\"b\"}]\n```";
     let e = world.play(&options(), &[said, ANSWER]);
     assert_eq!(regions(&e)[1].0, [112.0, 112.0, 336.0, 336.0]);
 }
@@ -296,11 +303,7 @@ fn free_turns_nest_and_stop_early() {
     // The second box is in pixels of the crop, which shows the original one to one from (112, 112).
     assert_eq!(
         regions(&e),
-        [
-            ALL,
-            ([112.0, 112.0, 336.0, 336.0], Size::new(224, 224)),
-            ([168.0, 168.0, 280.0, 280.0], Size::new(196, 196)),
-        ]
+        [ALL, ([112.0, 112.0, 336.0, 336.0], Size::new(224, 224)), ([168.0, 168.0, 280.0, 280.0], Size::new(196, 196)),]
     );
     assert_eq!((e.stop, e.reward), (Stop::Answered, 1.0));
     let placed: Vec<usize> = e.record().views.iter().map(|v| v.turn).collect();
@@ -400,7 +403,9 @@ fn choices_wait_for_the_second_turn_and_a_boxed_prompt_earns_nothing() {
     let heard: Vec<String> = script.heard.iter().map(|ids| world.chat.decode(ids, false).unwrap()).collect();
     assert!(heard[0].contains("\\boxed{A}") && !heard[0].contains("(A)") && !heard[0].contains("seven"));
     assert!(heard[1].contains("(A) seven\n(B) eight"));
-    for (said, reward) in [("\\boxed{A}", 1.0), ("\\boxed{seven}", 1.0), ("\\boxed{B}", 0.0), ("A", 0.0), ("\\boxed{B} \\boxed{A}", 1.0)] {
+    for (said, reward) in
+        [("\\boxed{A}", 1.0), ("\\boxed{seven}", 1.0), ("\\boxed{B}", 0.0), ("A", 0.0), ("\\boxed{B} \\boxed{A}", 1.0)]
+    {
         assert_eq!(world.play(&task, &[&look, said]).reward, reward, "{said}");
     }
     let early = Options { choices_in_turn_1: true, ..task };

@@ -24,7 +24,15 @@ pub fn model(seed: u64) -> Vlm {
     let s = &chat.special;
     let base = presets::nano(chat.vocabulary().next_multiple_of(64));
     let config = Config {
-        vision: VisionConfig { depth: 2, hidden: 32, heads: 2, mlp: 48, full_blocks: vec![1], out_hidden: 32, ..base.vision },
+        vision: VisionConfig {
+            depth: 2,
+            hidden: 32,
+            heads: 2,
+            mlp: 48,
+            full_blocks: vec![1],
+            out_hidden: 32,
+            ..base.vision
+        },
         text: TextConfig { hidden: 32, layers: 2, heads: 4, kv_heads: 2, mlp: 48, sections: [1, 1, 2], ..base.text },
         ids: TokenIds {
             image_pad: s.image_pad,
