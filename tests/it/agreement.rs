@@ -94,8 +94,8 @@ fn apart(model: &Vlm, a: &[f32], b: &[f32]) -> (f32, String) {
     worst
 }
 
-/// Sums of some hundred terms of mixed sign in another order: 1e-7 each, with cancellation to a hundredth of their size.
-const ROUNDING: f32 = 5e-5;
+/// Sums of some hundred terms of mixed sign in another order: 1e-7 each, with some cancellation (measured: 1e-6).
+const ROUNDING: f32 = 1e-5;
 
 #[test]
 fn sampling_and_training_agree_to_the_last_bit() {
@@ -134,6 +134,19 @@ fn sampling_and_training_agree_to_the_last_bit() {
         assert_eq!(again[1][2].logprobs, scored[1][2].logprobs);
         let policy = engine.logprobs(&groups(&episodes), Who::Policy).unwrap();
         assert_ne!(policy[1][2].logprobs, scored[1][2].logprobs);
+
+        // And after the update: nothing of the old weights (features of a trained tower, above all) is left anywhere.
+        play(&mut engine, &samples);
+        engine.step(1e-2).unwrap();
+        let later = play(&mut engine, &samples);
+        let mut seen = Vec::new();
+        engine
+            .accumulate(&groups(&later), &mut |_, _, scores| {
+                seen.push(scores.logprobs.clone());
+                Ok(weights(scores))
+            })
+            .unwrap();
+        assert_eq!(later.iter().map(sampled).collect::<Vec<_>>(), seen);
     }
 }
 

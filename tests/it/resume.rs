@@ -157,15 +157,29 @@ fn rl_goes_on_as_if_it_had_not_stopped() {
 }
 
 #[test]
-fn several_updates_and_dynamic_sampling_run() {
+fn several_updates_masks_and_dynamic_sampling_run() {
     let (_dir, dir) = world();
-    // Two updates a step: the second is off-policy, the first is not.
-    let plan = rl_plan(&dir, "updates", &["train.updates=2", "train.steps=2"]);
+    // Two updates a step: the second is off-policy, the first is not. Held-out rows are
+    // played after each step, between the update and the next sampling.
+    let held_out = format!("data.eval={}", dir.join("train.jsonl").display());
+    let plan = rl_plan(
+        &dir,
+        "updates",
+        &["train.updates=2", "train.steps=2", "objective.kl_coef=0", "train.eval_every=1", &held_out],
+    );
     rl::train(&plan, false, &Interrupt::none(), &mut |_, _| ()).unwrap();
     for row in metrics(&plan.train.out) {
-        assert_eq!(row["ratio/first_update_gap"], 0.0);
+        assert_eq!((&row["ratio/first_update_gap"], &row["val/accuracy"]), (&0.0.into(), &0.0.into()));
         assert_ne!(row["ratio/max"], 1.0, "the second update sees other weights than those that sampled");
     }
+    // Every turn is cut and cut turns are masked: nothing is trained, and nothing breaks.
+    let cut = ["rollout.stop=[]", "rollout.max_new_tokens=2", "train.mask_truncated=true", "train.steps=1"];
+    let plan = rl_plan(&dir, "masked", &cut);
+    rl::train(&plan, false, &Interrupt::none(), &mut |_, _| ()).unwrap();
+    let row = &metrics(&plan.train.out)[0];
+    assert_eq!((&row["response_length/clip_ratio"], &row["actor/grad_norm"]), (&1.0.into(), &0.0.into()));
+    let weights = |model: &Path| std::fs::read(model.join("model.safetensors")).unwrap();
+    assert!(weights(&plan.model.path) == weights(&plan.train.out.join("checkpoints/1")));
     // Nobody is ever right here, so every group is flat: all are played and dropped, and the step still ends.
     let plan = rl_plan(&dir, "dynamic", &["objective.drop_equal_groups=true", "train.refill=2", "train.steps=1"]);
     rl::train(&plan, false, &Interrupt::none(), &mut |_, _| ()).unwrap();
