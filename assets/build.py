@@ -76,6 +76,11 @@ NOTICES = """
 - Twemoji graphics: Copyright Twitter, Inc and other contributors, CC-BY 4.0. EmojiOne/EmojiTwo: CC-BY 4.0. Both were trimmed and rasterised.
 - scikit-learn digits: Copyright (c) 2007-2026 The scikit-learn developers. BSD 3-clause licence, https://opensource.org/license/bsd-3-clause; the
   pictures come from E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository (1998), CC-BY 4.0.
+
+## The nano model (`nano/`)
+
+- `model.safetensors`, `config.json`: trained by this project from random weights on the pictures above, MIT OR Apache-2.0 (LOG.md, 2026-11-21).
+- Tokenizer and settings: made by `nano_tokenizer.py` from this project's own prompts. Special-token names and the chat template's form are Qwen2.5-VL's.
 """
 
 
