@@ -3,7 +3,7 @@
 //! All conversations of a step advance together, so that the engine works on many rows at once. Tokens go in and tokens come
 //! out; text is only a view for the task. A length limit is checked before an image is appended and never splits one.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result, ensure};
@@ -293,12 +293,4 @@ fn finish(stage: &Stage, playing: Playing, step: u64) -> Result<Episode> {
     episode.parts = stage.task.judge(sample, &episode);
     episode.reward = episode.parts.iter().map(|(_, value)| value).sum();
     Ok(episode)
-}
-
-/// Paths of the pictures of some samples, each once; for reading ahead.
-pub fn picture_paths(samples: &[(u64, &Sample)]) -> Vec<PathBuf> {
-    let mut paths: Vec<PathBuf> = samples.iter().flat_map(|(_, s)| s.images.iter().cloned()).collect();
-    paths.sort();
-    paths.dedup();
-    paths
 }
