@@ -8,7 +8,6 @@
 //! uninterrupted one would have.
 
 use std::collections::BTreeMap;
-use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
@@ -253,12 +252,7 @@ pub fn train(
         let asked = interrupt.asked();
         let due = plan.train.checkpoint_every > 0 && step % plan.train.checkpoint_every == 0;
         if asked || due || step == plan.train.steps {
-            let draft = folder.checkpoint(step)?;
-            engine.save(draft.folder())?;
-            draft.finish(&state)?;
-            if let Some(keep) = NonZeroUsize::new(plan.train.keep_checkpoints) {
-                folder.keep_last_checkpoints(keep)?;
-            }
+            folder.checkpoint(step, plan.train.keep_checkpoints, &state, |to| engine.save(to))?;
         }
         if asked {
             return Err(Interrupted::after(step, &plan.train.out).into());

@@ -12,7 +12,8 @@ mod checkpoint;
 mod metrics;
 mod process;
 
-pub use checkpoint::{Checkpoint, Draft, STATE};
+use checkpoint::Draft;
+pub use checkpoint::{Checkpoint, STATE};
 pub use metrics::{Metrics, MetricsFile, MetricsLog};
 pub use process::{EXIT_INTERRUPTED, Environment, Interrupt, Interrupted, Invocation, Stopwatch, peak_rss};
 
@@ -139,20 +140,25 @@ impl RunFolder {
         write_atomic(&path, &bytes)
     }
 
-    /// Opens the checkpoint of `step` for writing.
+    /// Writes the checkpoint of `step`, whole or not at all: what `write` puts into the folder it is given, and the loop's own
+    /// `state`. Then all but the newest `keep` checkpoints go; 0 keeps every one.
     ///
     /// # Errors
-    /// When the folder cannot be made.
-    pub fn checkpoint(&self, step: u64) -> Result<Draft> {
-        Draft::open(&self.root.join(CHECKPOINTS), step)
-    }
-
-    /// Removes all but the newest `keep` checkpoints.
-    ///
-    /// # Errors
-    /// When a folder cannot be removed.
-    pub fn keep_last_checkpoints(&self, keep: NonZeroUsize) -> Result<()> {
-        checkpoint::keep_last(&self.root.join(CHECKPOINTS), keep)
+    /// When `write` fails, or a folder cannot be made or removed.
+    pub fn checkpoint<S: Serialize>(
+        &self,
+        step: u64,
+        keep: usize,
+        state: &S,
+        write: impl FnOnce(&Path) -> Result<()>,
+    ) -> Result<()> {
+        let draft = Draft::open(&self.root.join(CHECKPOINTS), step)?;
+        write(draft.folder())?;
+        draft.finish(state)?;
+        match NonZeroUsize::new(keep) {
+            Some(keep) => checkpoint::keep_last(&self.root.join(CHECKPOINTS), keep),
+            None => Ok(()),
+        }
     }
 }
 
@@ -311,7 +317,7 @@ mod tests {
             run.write_episodes(step, &[json!({"id": "a", "step": step}), json!({"id": "b", "step": step})]).unwrap();
             log.append(step, &step_metrics(step as f64 / 10.0)).unwrap();
             if saved.contains(&step) {
-                run.checkpoint(step).unwrap().finish(&json!({"done": step})).unwrap();
+                run.checkpoint(step, 0, &json!({"done": step}), |_| Ok(())).unwrap();
             }
         }
     }

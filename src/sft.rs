@@ -3,7 +3,6 @@
 //! Trained are the assistant's tokens, the end of turn included. The loss is the mean over the trained tokens of the whole
 //! step, so splitting a step into micro-batches changes nothing.
 
-use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -361,15 +360,10 @@ pub fn train(plan: &Plan, resume: bool, interrupt: &Interrupt) -> Result<Metrics
         let asked = interrupt.asked();
         let due = plan.train.checkpoint_every > 0 && step % plan.train.checkpoint_every == 0;
         if asked || due || step == plan.train.steps {
-            let draft = folder.checkpoint(step)?;
-            engine.save(draft.folder())?;
-            if let Some((_, head)) = &head {
-                head.save(draft.folder())?;
-            }
-            draft.finish(&state)?;
-            if let Some(keep) = NonZeroUsize::new(plan.train.keep_checkpoints) {
-                folder.keep_last_checkpoints(keep)?;
-            }
+            folder.checkpoint(step, plan.train.keep_checkpoints, &state, |to| {
+                engine.save(to)?;
+                head.as_ref().map_or(Ok(()), |(_, head)| head.save(to))
+            })?;
         }
         if asked {
             return Err(Interrupted::after(step, &plan.train.out).into());

@@ -5,6 +5,10 @@
 //! at which coordinates are its four sides? Because the answers are words of the language model, visual tokens come to speak
 //! its language: "the word of the question" and "the patch that shows it" become alike, and attention can match them.
 //! (Which tokens belong to an object is decided as one-stage detectors do, FCOS, arXiv 1904.01355.)
+//!
+//! Words alone are a slow start: the vocabulary knows nothing yet either, and a side's coordinate asks where in the picture one
+//! is. From random weights 5 % of the tokens were named after 500 steps. So the same tokens also answer to a plain classifier, and
+//! say how far the four sides are from where they stand; that gets the tower going (LOG.md).
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -60,10 +64,16 @@ const FILE: &str = "dense_head.json";
 /// What is it, x1, y1, x2, y2.
 const QUESTIONS: usize = 5;
 
+/// Distances to the sides are counted in so many sides of a token, and errors above the knee count linearly (Huber).
+const REACH: f64 = 2.0;
+const KNEE: f32 = 0.1;
+
 pub struct DenseHead {
     words: Words,
+    /// Names that the plain classifier tells apart, ascending; the class after the last is background.
+    classes: Vec<u32>,
     d: usize,
-    /// One map [D, D] a question.
+    /// One map [D, D] a question, then the plain map [O, D] with its bias [O]: O = classes, background, four distances.
     params: Vec<f32>,
     grads: Vec<f32>,
     m: Vec<f32>,
@@ -95,9 +105,13 @@ impl DenseHead {
     pub fn new(words: Words, d: usize, seed: u64) -> DenseHead {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let scale = (1.0 / d as f32).sqrt();
-        let n = QUESTIONS * d * d;
+        let mut classes: Vec<u32> = words.names.values().copied().collect();
+        classes.sort_unstable();
+        classes.dedup();
+        let outputs = classes.len() + 5;
+        let n = (QUESTIONS * d + outputs) * d + outputs;
         let params = (0..n).map(|_| rng.random_range(-scale..scale)).collect();
-        DenseHead { words, d, params, grads: vec![0.0; n], m: vec![0.0; n], v: vec![0.0; n], step: 0 }
+        DenseHead { words, classes, d, params, grads: vec![0.0; n], m: vec![0.0; n], v: vec![0.0; n], step: 0 }
     }
 
     /// Loss and its derivative by the features, scaled by `scale`. The gradient of the vocabulary is added to `dtable`, that
@@ -169,7 +183,48 @@ impl DenseHead {
                 dfeatures[r * d..(r + 1) * d].iter_mut().zip(row).for_each(|(a, b)| *a += b);
             }
         }
+        fit.loss += self.plain(features, &labels, scale, &mut dfeatures);
         (dfeatures, fit)
+    }
+
+    /// The plain classifier and the distances to the sides: returns their loss, adds its derivative to `dfeatures`.
+    fn plain(&mut self, features: &[f32], labels: &[Option<Label>], scale: f32, dfeatures: &mut [f32]) -> f64 {
+        let (d, c, t) = (self.d, self.classes.len(), labels.len());
+        let outputs = c + 5;
+        let (w, b) = self.params[QUESTIONS * d * d..].split_at(outputs * d);
+        let mut out = vec![0.0; t * outputs];
+        linear::forward(&mut out, features, w, Some(b), t, d, outputs);
+        let on = labels.iter().flatten().count();
+        // Most tokens show background: both kinds get half of the weight.
+        let (on_weight, off_weight) = (0.5 / on.max(1) as f32, 0.5 / (t - on).max(1) as f32);
+        let mut loss = 0.0;
+        let mut dout = vec![0.0; t * outputs];
+        for ((row, drow), label) in out.chunks_exact(outputs).zip(dout.chunks_exact_mut(outputs)).zip(labels) {
+            let class = label.as_ref().and_then(|l| self.classes.binary_search(&l.words[0]).ok()).unwrap_or(c);
+            let weight = if label.is_some() { on_weight } else { off_weight };
+            let logits = &row[..=c];
+            let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let sum: f32 = logits.iter().map(|x| (x - max).exp()).sum();
+            loss += f64::from(weight * (max + sum.ln() - logits[class]));
+            for (j, (g, x)) in drow.iter_mut().zip(logits).enumerate() {
+                *g = scale * weight * ((x - max).exp() / sum - f32::from(u8::from(j == class)));
+            }
+            let Some(label) = label else { continue };
+            // Weighted so that an error of one token's side is worth about as much as a wrong name.
+            let weight = 4.0 * on_weight;
+            for ((g, x), wanted) in drow[c + 1..].iter_mut().zip(&row[c + 1..]).zip(label.distances) {
+                let off = x - wanted;
+                let size = off.abs();
+                loss += f64::from(weight * if size < KNEE { off * off / (2.0 * KNEE) } else { size - KNEE / 2.0 });
+                *g = scale * weight * (off / KNEE).clamp(-1.0, 1.0);
+            }
+        }
+        let mut dx = vec![0.0; t * d];
+        linear::backward_input(&mut dx, &dout, w, t, d, outputs, false);
+        dfeatures.iter_mut().zip(dx).for_each(|(a, b)| *a += b);
+        let (dw, db) = self.grads[QUESTIONS * d * d..].split_at_mut(outputs * d);
+        linear::backward_weight(dw, Some(db), &dout, features, t, d, outputs);
+        loss
     }
 
     /// Words of a prompt that name one object of its picture are asked, with the three rows behind them, where that object is:
@@ -243,7 +298,9 @@ impl DenseHead {
                     let home = (ox - x).abs() <= view.side / 2.0 && (oy - y).abs() <= view.side / 2.0;
                     let slot = &mut labels[row * cols + col];
                     if (over || home) && slot.as_ref().is_none_or(|l| l.area > bbox.area()) {
-                        *slot = Some(Label { words, area: bbox.area() });
+                        let reach = REACH * view.side;
+                        let distances = [bbox.x1 - x, bbox.y1 - y, bbox.x2 - x, bbox.y2 - y].map(|s| (s / reach) as f32);
+                        *slot = Some(Label { words, distances, area: bbox.area() });
                     }
                 }
             }
@@ -255,6 +312,8 @@ impl DenseHead {
 #[derive(Clone, Debug)]
 struct Label {
     words: [u32; QUESTIONS],
+    /// From the token's centre to x1, y1, x2, y2, in [`REACH`] sides of a token.
+    distances: [f32; 4],
     area: f64,
 }
 

@@ -117,6 +117,10 @@ impl Canvas {
         let origin = (origin.0 as f32, origin.1 as f32);
         let step = 1.0 / samples as f32;
         let weight = step * step;
+        // From a pixel to -1 .. 1 over the box, for the light.
+        let shown = frame.pixels(object.bbox);
+        let span = |from: f64, to: f64| ((2.0 / (to - from)) as f32, (-(from + to) / (to - from)) as f32);
+        let (across, downward) = (span(shown.x1, shown.x2), span(shown.y1, shown.y2));
         for y in ys {
             for x in xs.clone() {
                 let mut sum = [0f32; 4];
@@ -137,9 +141,11 @@ impl Canvas {
                 }
                 let alpha = sum[3] * weight;
                 let cover = 1.0 - alpha / 255.0;
+                let (u, v) = (x as f32 * across.0 + across.1, y as f32 * downward.0 + downward.1);
+                let light = weight * (1.0 + object.shade[0] * u + object.shade[1] * v);
                 let at = (y * self.width + x) * 3;
                 for ((under, sum), gain) in self.rgb[at..at + 3].iter_mut().zip(sum).zip(object.gain) {
-                    *under = *under * cover + (sum * weight * gain).min(alpha);
+                    *under = *under * cover + (sum * light * gain).min(alpha);
                 }
             }
         }
@@ -187,18 +193,25 @@ fn plate_colour(library: &Library, plate: &Plate, x: f64, y: f64) -> Option<[f32
     let (cx, cy) = b.center();
     let left = cx - plate.text_width() / 2.0;
     let v = (y - (cy - height / 2.0)) / height;
+    let hand = &plate.hand;
     let mut ink = 0f32;
     for (i, &digit) in plate.digits.iter().enumerate() {
         let u = (x - (left + i as f64 * plate.advance())) / height;
         if !(0.0..1.0).contains(&u) || !(0.0..1.0).contains(&v) {
             continue;
         }
+        let (du, dv) = (u as f32 - 0.5, v as f32 - 0.5);
+        let u = 0.5 + hand.shift[0] + hand.to_scan[0] * du + hand.to_scan[1] * dv;
+        let v = 0.5 + hand.shift[1] + hand.to_scan[2] * du + hand.to_scan[3] * dv;
+        if !(0.0..1.0).contains(&u) || !(0.0..1.0).contains(&v) {
+            continue;
+        }
         if let Some(digit) = library.digits.get(digit) {
             // Cells of neighbouring digits overlap a little; the darker stroke is seen.
-            ink = ink.max(ink_at(&digit.ink, u as f32, v as f32));
+            ink = ink.max(ink_at(&digit.ink, u, v));
         }
     }
-    let ink = (ink * plate.contrast).min(1.0);
+    let ink = ((ink - hand.cut) * hand.contrast).clamp(0.0, 1.0);
     Some(std::array::from_fn(|c| plate.paper[c] * (1.0 - ink) + plate.ink[c] * ink))
 }
 

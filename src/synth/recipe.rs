@@ -143,24 +143,6 @@ impl Default for Phase {
 
 impl Default for Recipe {
     fn default() -> Recipe {
-        let first = Phase {
-            until_step: Some(600),
-            tasks: Weights { locate: 2.0, list: 2.0, name: 1.0, read: 3.0, two_turns: 0.0 },
-            objects: [1, 1],
-            object_size: [0.25, 0.45],
-            plates: [0, 0],
-            digit_pixels: [32.0, 60.0],
-            ..Phase::default()
-        };
-        let second = Phase {
-            until_step: Some(1400),
-            tasks: Weights { locate: 3.0, list: 2.0, name: 1.0, read: 3.0, two_turns: 1.0 },
-            objects: [1, 3],
-            object_size: [0.16, 0.32],
-            plates: [0, 3],
-            digit_pixels: [16.0, 60.0],
-            ..Phase::default()
-        };
         Recipe {
             system: String::new(),
             view_tokens: 80,
@@ -169,7 +151,7 @@ impl Default for Recipe {
             snap: 7,
             min_side: 28,
             picture: [2016, 1512],
-            phases: vec![first, second, Phase::default()],
+            phases: vec![Phase::default()],
         }
     }
 }
@@ -268,7 +250,9 @@ mod tests {
 
     #[test]
     fn phases_follow_steps_and_bad_ones_are_named() {
-        let recipe = Recipe::default();
+        let until = |step, objects| Phase { until_step: Some(step), objects, ..Phase::default() };
+        let phases = vec![until(600, [1, 1]), until(1400, [1, 3]), Phase::default()];
+        let recipe = Recipe { phases, ..Recipe::default() };
         recipe.validate().unwrap();
         assert_eq!(recipe.phase(599).unwrap().objects, [1, 1]);
         assert_eq!(recipe.phase(600).unwrap().objects, [1, 3]);

@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# One MGPO step against the Python stack (benches/peer.py: transformers on PyTorch), interleaved, medians and ratios.
+#
+#   PYTHON=/path/to/venv/bin/python benches/peer.sh MODEL [ROUNDS] [-- extra arguments of both]
+#
+# MODEL is a preset of `foveate model new` (nano, mini) or a checkpoint folder. The virtual environment needs torch,
+# torchvision, transformers, pillow. Everything is drawn and written under runs/bench; THREADS (default 2) holds for both.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:?set PYTHON to an interpreter that has torch and transformers}
+model=${1:?usage: benches/peer.sh MODEL [ROUNDS] [-- ARGUMENTS]}
+rounds=3
+shift
+if [[ $# -gt 0 && $1 != -- ]]; then rounds=$1; shift; fi
+[[ ${1:-} == -- ]] && shift
+threads=${THREADS:-2}
+micro=${PEER_MICRO_BATCH:-8}
+out=runs/bench
+mkdir -p "$out"
+
+cargo build --release --quiet
+foveate=target/release/foveate
+if [[ ! -d $model ]]; then
+  [[ -d $out/$model ]] || "$foveate" model new --preset "$model" --out "$out/$model" >/dev/null
+  name=$model
+  model=$out/$model
+else
+  name=$(basename "$model")
+fi
+[[ -d $out/plates ]] || "$foveate" data make plates --train 64 --test 4 --out "$out/plates" >/dev/null
+# Eight boxes a row, about a sixth of the picture's width, spread around the target.
+"$python" - "$out" <<'PY'
+import json, random, sys
+out, random_ = sys.argv[1], random.Random(1)
+with open(f"{out}/rows.jsonl", "w") as f:
+    seen = set()
+    for line in open(f"{out}/plates/train.jsonl"):
+        row = json.loads(line)
+        if row["images"][0] in seen:
+            continue
+        seen.add(row["images"][0])
+        x1, y1, x2, y2 = row["targets"][0]["bbox"]
+        boxes = []
+        for _ in range(8):
+            w, h = random_.randint(280, 440), random_.randint(280, 440)
+            cx, cy = (x1 + x2) // 2 + random_.randint(-60, 60), (y1 + y2) // 2 + random_.randint(-60, 60)
+            left, top = max(0, min(2016 - w, cx - w // 2)), max(0, min(1512 - h, cy - h // 2))
+            boxes.append([left, top, left + w, top + h])
+        f.write(json.dumps({"image": f"plates/{row['images'][0]}", "question": row["question"], "boxes": boxes}) + "\n")
+PY
+sed "s|\"image\": \"plates/|\"image\": \"$PWD/$out/plates/|" "$out/rows.jsonl" > "$out/peer_rows.jsonl"
+
+results=$out/$name.jsonl
+: > "$results"
+for _ in $(seq "$rounds"); do
+  "$foveate" bench step --threads "$threads" --model "$model" --rows "$out/rows.jsonl" --steps 2 "$@" >> "$results"
+  "$python" benches/peer.py --threads "$threads" --model "$model" --rows "$out/peer_rows.jsonl" --steps 1 \
+    --micro-batch "$micro" "$@" 2>/dev/null >> "$results"
+done
+
+"$python" - "$results" <<'PY'
+import json, statistics, sys
+rows = [json.loads(line) for line in open(sys.argv[1])]
+ours = [r for r in rows if r["impl"] == "foveate"]
+peer = [r for r in rows if r["impl"] != "foveate"]
+first = ours[0]
+print(f"{first['params'] / 1e6:.1f} M parameters, {first['prompts']} prompts x {first['group']}, new tokens {first['new_tokens']}, "
+      f"{first['threads']} threads, medians of {len(ours)} interleaved rounds")
+print(f"mean tokens of a conversation: foveate {first['mean_sequence_tokens']}, peer {peer[0]['mean_sequence_tokens']}")
+print(f"{'':8}{'foveate s':>12}{'peer s':>12}{'ratio':>9}")
+for part in ("turn1", "turn2", "ref", "update", "total"):
+    a, b = (statistics.median(r["seconds"][part] for r in side) for side in (ours, peer))
+    print(f"{part:8}{a:12.3f}{b:12.3f}{b / a if a else float('nan'):9.1f}")
+a, b = (max(r["peak_rss_mib"] for r in side) for side in (ours, peer))
+print(f"{'MiB':8}{a:12}{b:12}{b / a:9.1f}")
+PY
