@@ -7,7 +7,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use crate::config;
@@ -20,11 +20,14 @@ use crate::progress::{self, Progress};
 use crate::report;
 use crate::rl::{self, Plan};
 use crate::rollout;
-use crate::run::{Environment, Interrupt, RunFolder, peak_rss};
+use crate::run::{Interrupt, Interrupted, RunFolder, Start, holds_run, peak_rss};
 use crate::stats;
 use crate::synth::assets_dir;
 use crate::synth::make::{MakeOptions, Set, make};
 use crate::tasks::crop::{Crop, Options as CropOptions, Show};
+
+/// Written last: its presence says that a demo is finished.
+const SUMMARY: &str = "summary.json";
 
 const GRPO: &str = include_str!("../configs/demo_grpo.toml");
 const MGPO: &str = include_str!("../configs/demo_mgpo.toml");
@@ -46,12 +49,25 @@ const QUICK: Scale = Scale {
     plan: &["train.steps=3", "train.prompts=4", "train.group=4"],
 };
 
-pub fn main(out: &Path, quick: bool, seed: u64) -> Result<()> {
+pub fn main(out: &Path, quick: bool, seed: u64, overwrite: bool) -> Result<()> {
     let started = Instant::now();
     let scale = if quick { &QUICK } else { &FULL };
     let interrupt = Interrupt::install()?;
-    // Claimed first, so that an old demo in the same place is noticed before any work is done.
-    let evals = RunFolder::create(out.join("eval"))?;
+    // Looked at first, so that an old demo in the same place is noticed before any work is done.
+    let eval_folder = out.join("eval");
+    if overwrite {
+        for part in ["data", "grpo", "mgpo", "eval"].map(|part| out.join(part)) {
+            if part.exists() {
+                std::fs::remove_dir_all(&part)
+                    .with_context(|| format!("removing the earlier demo's {}", part.display()))?;
+            }
+        }
+    }
+    ensure!(
+        !eval_folder.join(SUMMARY).exists(),
+        "this folder holds a finished demo; look at its report.html, choose another --out, or add --overwrite: {}",
+        out.display()
+    );
 
     progress::say("1/4  drawing photographs with small numbered plates: what is on the plate under the fox?");
     let data = draw(out, scale, seed)?;
@@ -61,17 +77,20 @@ pub fn main(out: &Path, quick: bool, seed: u64) -> Result<()> {
     let grpo = plan("demo_grpo.toml", GRPO, out, "grpo", &data, scale, seed)?;
     let mgpo = plan("demo_mgpo.toml", MGPO, out, "mgpo", &data, scale, seed)?;
     progress::say("2/4  GRPO: answer at a glance, rewarded for the right answer");
-    rl::train(&grpo, false, &interrupt, &mut |_, _| {})?;
+    train(&grpo, &interrupt, out)?;
     progress::say(
         "3/4  MGPO: name a region, see it enlarged, answer; rewarded for the right answer, never for the box",
     );
-    rl::train(&mgpo, false, &interrupt, &mut |_, _| {})?;
+    train(&mgpo, &interrupt, out)?;
 
     progress::say(&format!(
         "4/4  {} held-out questions: other photographs, other pictures of the things, other digits",
         test.len()
     ));
-    evals.save_plan(&config::to_toml(&mgpo)?, &Environment::now())?;
+    let start = if holds_run(&eval_folder) { Start::Resume } else { Start::New };
+    let resolved = config::to_toml(&mgpo)?;
+    let (evals, _) = RunFolder::open(&eval_folder, start, &resolved)?;
+    evals.begin(&resolved, None)?;
     let after_grpo = rl::newest_checkpoint(&grpo.train.out)?;
     let after_mgpo = rl::newest_checkpoint(&mgpo.train.out)?;
     let showing = |show: Show| CropOptions { show, ..mgpo.task.clone() };
@@ -90,7 +109,7 @@ pub fn main(out: &Path, quick: bool, seed: u64) -> Result<()> {
         let episodes = judge(name, model, task, &mgpo.rollout, &test, seed)?;
         let records: Vec<_> = episodes.iter().map(Episode::record).collect();
         evals.write_episodes(k as u64 + 1, &records)?;
-        right.push(episodes.iter().map(|e| e.reward > 0.5).collect());
+        right.push(episodes.iter().map(|e| e.right()).collect());
         rows.push((name.to_string(), eval::summarise(&episodes)));
     }
     let seconds = started.elapsed().as_secs_f64();
@@ -98,14 +117,23 @@ pub fn main(out: &Path, quick: bool, seed: u64) -> Result<()> {
     let title = format!("What number is on the plate? {} held-out questions, 95 % intervals", test.len());
     let table = eval::table(&title, &rows, &notes);
     evals.save("table.json", &serde_json::to_vec_pretty(&table)?)?;
-    evals.save("summary.json", &serde_json::to_vec_pretty(&summary(&rows, seconds))?)?;
+    evals.save(SUMMARY, &serde_json::to_vec_pretty(&summary(&rows, seconds))?)?;
     eval::print_table(&table);
     let page = report::write(&[out.to_owned()], Some(&out.join("report.html")), report::EPISODES)?;
     println!("report: {}", page.display());
     Ok(())
 }
 
-/// Draws the data set, or takes the one that is there.
+/// Trains, or goes on with a run of this demo that was interrupted.
+fn train(plan: &Plan, interrupt: &Interrupt, out: &Path) -> Result<()> {
+    let start = if holds_run(&plan.train.out) { Start::Resume } else { Start::New };
+    match rl::train(plan, start, interrupt, &mut |_, _| {}) {
+        Err(error) if error.is::<Interrupted>() => Err(Interrupted::in_demo(out).into()),
+        result => result.map(|_| ()),
+    }
+}
+
+/// Draws the data set; the same seed gives the same pictures.
 fn draw(out: &Path, scale: &Scale, seed: u64) -> Result<PathBuf> {
     let data = out.join("data");
     let options = MakeOptions {

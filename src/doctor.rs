@@ -6,9 +6,14 @@ use anyhow::Result;
 use serde_json::{Value, json};
 
 use crate::config;
-use crate::model::{Config, presets};
+use crate::engine::embedded;
+use crate::eval;
+use crate::model::{Config, Trainable, presets};
 use crate::rl;
+use crate::rollout;
 use crate::run::Environment;
+use crate::sft;
+use crate::tasks::crop;
 
 pub fn main(path: Option<&Path>, as_json: bool) -> Result<()> {
     let machine = Environment::now();
@@ -45,33 +50,67 @@ pub fn main(path: Option<&Path>, as_json: bool) -> Result<()> {
     Ok(())
 }
 
-/// Rough sizes in bytes of what an RL config holds at its peak.
+/// Rough sizes in bytes of what a config holds at its peak. Which kind of run it is, its sections say.
 fn needs(path: &Path) -> Result<Value> {
+    let sections: toml::Table = config::load(path, &[])?;
+    if sections.contains_key("tasks") {
+        let plan: eval::Plan = config::load(path, &[])?;
+        let memory = presets::memory(&Config::load(&plan.model.path)?, Trainable::ALL);
+        let episode = plan.tasks.values().map(|task| episode_rows(task, &plan.rollout)).max().unwrap_or(0);
+        let cache = memory.cache_bytes_per_row * episode * (plan.eval.batch * plan.eval.samples) as u64;
+        return Ok(sum(&[
+            ("weights", memory.weights_bytes),
+            ("cache", cache),
+            ("pictures", plan.model.picture_cache_mib << 20),
+        ]));
+    }
+    if !sections.contains_key("task") {
+        let plan: sft::Plan = config::load(path, &[])?;
+        let memory = presets::memory(&Config::load(&plan.model.path)?, plan.model.trainable()?);
+        return Ok(sum(&[
+            ("weights", memory.weights_bytes),
+            ("training_state", memory.training_bytes),
+            ("activations", activations(&plan.model, &memory)?),
+        ]));
+    }
     let plan: rl::Plan = config::load::<rl::Plan>(path, &[])?.resolve()?;
     let model = Config::load(&plan.model.path)?;
     let memory = presets::memory(&model, plan.model.trainable()?);
     let objective = plan.objective()?;
-    let rows = plan.model.micro_batch_tokens as u64;
-    let per_row = if plan.model.recompute { memory.recompute_bytes_per_row } else { memory.tape_bytes_per_row };
-    // An image token is four patches; at most every row is one.
-    let patches = if plan.model.trainable()?.tower() { 4 * rows * memory.tape_bytes_per_patch } else { 0 };
     let reference = if objective.needs_reference() { 4 * memory.trained as u64 } else { 0 };
-    let episode =
-        (plan.task.max_pixels / 784) * plan.task.turns as u64 + (plan.rollout.max_new_tokens * plan.task.turns) as u64;
-    let cache = memory.cache_bytes_per_row * episode * (plan.train.prompts * plan.train.group) as u64;
-    let parts = [
+    let episodes = (plan.train.prompts * plan.train.group) as u64;
+    let cache = memory.cache_bytes_per_row * episode_rows(&plan.task, &plan.rollout) * episodes;
+    Ok(sum(&[
         ("weights", memory.weights_bytes),
         ("training_state", memory.training_bytes),
         ("reference", reference),
-        ("activations", rows * per_row + patches),
+        ("activations", activations(&plan.model, &memory)?),
         ("cache", cache),
         ("pictures", plan.model.picture_cache_mib << 20),
-    ];
-    // Sampling and learning alternate: the cache is gone when activations are kept.
-    let total: u64 = parts.iter().map(|(_, b)| b).sum::<u64>() - cache.min(rows * per_row + patches);
+    ]))
+}
+
+/// Tokens of the longest conversation.
+fn episode_rows(task: &crop::Options, rollout: &rollout::Options) -> u64 {
+    ((task.max_pixels / 784) + rollout.max_new_tokens as u64) * task.turns as u64
+}
+
+/// Bytes that one forward pass keeps for its backward pass.
+fn activations(options: &embedded::Options, memory: &presets::Memory) -> Result<u64> {
+    let rows = options.micro_batch_tokens as u64;
+    let per_row = if options.recompute { memory.recompute_bytes_per_row } else { memory.tape_bytes_per_row };
+    // An image token is four patches; at most every row is one.
+    let patches = if options.trainable()?.tower() { 4 * rows * memory.tape_bytes_per_patch } else { 0 };
+    Ok(rows * per_row + patches)
+}
+
+/// The parts and their total. Sampling and learning alternate: the cache is gone when activations are kept.
+fn sum(parts: &[(&str, u64)]) -> Value {
+    let part = |name: &str| parts.iter().find(|(n, _)| *n == name).map_or(0, |(_, bytes)| *bytes);
+    let total: u64 = parts.iter().map(|(_, bytes)| bytes).sum::<u64>() - part("cache").min(part("activations"));
     let mut out: serde_json::Map<String, Value> = parts.iter().map(|(k, b)| ((*k).to_owned(), json!(b))).collect();
     out.insert("total".into(), json!(total));
-    Ok(Value::Object(out))
+    Value::Object(out)
 }
 
 /// What the kernels will choose from on this processor.

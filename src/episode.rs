@@ -190,6 +190,13 @@ pub struct Episode {
     pub advantage: Option<f64>,
 }
 
+impl Episode {
+    /// Whether the answer was right: the part of the judgement that says so, or, for a task without one, more than half of the reward.
+    pub fn right(&self) -> bool {
+        self.parts.iter().find(|(name, _)| *name == "accuracy").map_or(self.reward, |(_, value)| value) > 0.5
+    }
+}
+
 /// The turn of the conversation and the region it showed; what the report draws.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ShownView {

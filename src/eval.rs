@@ -16,10 +16,10 @@ use crate::episode::{BoxOutcome, Episode, Stop};
 use crate::image::{PictureCache, Processor};
 use crate::progress::Progress;
 use crate::rollout::{self, Stage};
-use crate::run::{Environment, Interrupt, Interrupted, Invocation, RunFolder};
+use crate::run::{Interrupt, Interrupted, Invocation, RunFolder, Start};
 use crate::stats;
-use crate::tasks::Task;
 use crate::tasks::crop::{Crop, Options as CropOptions};
+use crate::tasks::{Task, check_rows};
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -93,7 +93,7 @@ pub fn contains_target(episode: &Episode) -> Option<bool> {
 
 pub fn summarise(episodes: &[Episode]) -> Summary {
     let share = |items: Vec<(u64, bool)>| (!items.is_empty()).then(|| share_by_question(&items));
-    let right = |e: &Episode| e.reward > 0.5;
+    let right = Episode::right;
     let grounded: Vec<(&Episode, BoxOutcome)> =
         episodes.iter().filter_map(|e| e.turns.iter().find_map(|t| t.outcome).map(|o| (e, o))).collect();
     let held: Vec<(&Episode, bool)> = episodes.iter().filter_map(|e| contains_target(e).map(|c| (e, c))).collect();
@@ -159,7 +159,7 @@ pub struct Bench<'a> {
     pub interrupt: &'a Interrupt,
 }
 
-/// Plays all samples under one task.
+/// Plays all samples under one task; the episodes carry `name` as theirs.
 pub fn play_all(
     bench: &Bench,
     name: &str,
@@ -188,6 +188,9 @@ pub fn play_all(
         progress.note(format!("right {:.1} %", 100.0 * right));
     }
     progress.finish();
+    for episode in &mut episodes {
+        name.clone_into(&mut episode.task);
+    }
     Ok(episodes)
 }
 
@@ -250,14 +253,30 @@ pub fn main(invocation: &Invocation) -> Result<()> {
     let plan: Plan = config::load(&invocation.config, &invocation.overrides)?;
     ensure!(!plan.tasks.is_empty(), BadConfig("the config has no task; add a section [tasks.NAME]".into()));
     ensure!(plan.eval.samples > 0, BadConfig("eval.samples is 0, expected at least 1".into()));
-    ensure!(!invocation.resume, BadConfig("an evaluation keeps no checkpoint, so there is nothing to --resume".into()));
+    ensure!(
+        invocation.start == Start::New,
+        BadConfig("an evaluation keeps no checkpoint, so there is nothing to --resume".into())
+    );
+    ensure!(plan.data.limit != Some(0), BadConfig("data.limit is 0, which leaves no question to ask".into()));
+    plan.rollout.validate()?;
+    let mut samples = data::read(&plan.data.test)?;
+    samples.truncate(plan.data.limit.unwrap_or(usize::MAX));
+    let factor = Processor::load(&plan.model.path)?.budget.factor;
+    let tasks: Vec<(&String, Crop)> = plan
+        .tasks
+        .iter()
+        .map(|(name, options)| {
+            let task = Crop::new(options.clone(), factor).with_context(|| format!("[tasks.{name}]"))?;
+            check_rows(&task, &samples, &plan.data.test).with_context(|| format!("[tasks.{name}]"))?;
+            Ok((name, task))
+        })
+        .collect::<Result<_>>()?;
     if invocation.dry_run {
-        print!("{}", config::to_toml(&plan)?);
+        invocation.show(&plan)?;
+        eprintln!("{} questions, {} tasks, {} answers each", samples.len(), tasks.len(), plan.eval.samples);
         return Ok(());
     }
     let interrupt = Interrupt::install()?;
-    let mut samples = data::read(&plan.data.test)?;
-    samples.truncate(plan.data.limit.unwrap_or(usize::MAX));
     let mut engine = Embedded::open(&plan.model, None)?;
     let (chat, pictures, processor) = (engine.chat.clone(), engine.pictures.clone(), engine.processor.clone());
     let bench = Bench {
@@ -269,18 +288,9 @@ pub fn main(invocation: &Invocation) -> Result<()> {
         options: &plan.eval,
         interrupt: &interrupt,
     };
-    let tasks: Vec<(&String, Crop)> = plan
-        .tasks
-        .iter()
-        .map(|(name, options)| {
-            let task =
-                Crop::new(options.clone(), processor.budget.factor).with_context(|| format!("[tasks.{name}]"))?;
-            Ok((name, task))
-        })
-        .collect::<Result<_>>()?;
     // Claimed only now that everything a person can get wrong has been read: a failed start leaves no folder behind.
     let folder = RunFolder::create(&plan.eval.out)?;
-    folder.save_plan(&config::to_toml(&plan)?, &Environment::now())?;
+    folder.begin(&config::to_toml(&plan)?, None)?;
     let mut rows = Vec::new();
     for (k, (name, task)) in tasks.iter().enumerate() {
         let episodes = play_all(&bench, name, task, &mut engine, &samples)?;

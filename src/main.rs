@@ -30,6 +30,9 @@ enum Command {
         /// Seed of data, sampling and training order
         #[arg(long, default_value_t = 1)]
         seed: u64,
+        /// Replace an earlier demo in the same folder
+        #[arg(long)]
+        overwrite: bool,
     },
     /// Supervised fine-tuning
     Sft(RunArgs),
@@ -86,6 +89,9 @@ struct RunArgs {
     /// Go on from the newest checkpoint of the run folder
     #[arg(long)]
     resume: bool,
+    /// With --resume: go on although the config has changed since the run began
+    #[arg(long, requires = "resume")]
+    accept_changes: bool,
     /// One JSON object on stdout
     #[arg(long)]
     json: bool,
@@ -97,7 +103,11 @@ impl RunArgs {
             config: self.config,
             overrides: self.overrides,
             dry_run: self.dry_run,
-            resume: self.resume,
+            start: match (self.resume, self.accept_changes) {
+                (false, _) => run::Start::New,
+                (true, false) => run::Start::Resume,
+                (true, true) => run::Start::ResumeChanged,
+            },
             json: self.json,
         }
     }
@@ -122,7 +132,7 @@ fn main() -> ExitCode {
 fn dispatch(cli: Cli) -> anyhow::Result<()> {
     commands::use_threads(cli.threads)?;
     match cli.command {
-        Command::Demo { out, quick, seed } => demo::main(&out, quick, seed),
+        Command::Demo { out, quick, seed, overwrite } => demo::main(&out, quick, seed, overwrite),
         Command::Sft(args) => sft::main(&args.invocation()),
         Command::Rl(args) => rl::main(&args.invocation()),
         Command::Rollout(args) => rl::rollout_main(&args.invocation()),

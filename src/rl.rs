@@ -22,13 +22,13 @@ use crate::engine::{Group, Scores, Trainer, Weights, Who};
 use crate::episode::{BoxOutcome, Episode, Stop};
 use crate::eval;
 use crate::image::{PictureCache, Processor};
-use crate::objective::{Objective, Outcome, Sequence, Tally};
+use crate::objective::{Correction, Objective, Outcome, Sequence, Tally};
 use crate::optim::Optim;
 use crate::progress::{self, Progress};
 use crate::rollout::{self, Stage};
-use crate::run::{Environment, Interrupt, Interrupted, Invocation, Metrics, RunFolder, Stopwatch, peak_rss};
-use crate::tasks::Task;
+use crate::run::{Interrupt, Interrupted, Invocation, Metrics, RunFolder, Start, Stopwatch, peak_rss};
 use crate::tasks::crop::{Crop, Options as CropOptions};
+use crate::tasks::{Task, check_rows};
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -44,17 +44,27 @@ pub struct Plan {
     #[serde(default)]
     pub optim: Optim,
     pub train: TrainOptions,
+    #[serde(default)]
+    pub eval: EvalOptions,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DataOptions {
     pub train: PathBuf,
-    /// Held-out rows, played greedily-or-not as `rollout` says, every `eval_every` steps.
-    #[serde(default)]
-    pub eval: Option<PathBuf>,
-    #[serde(default)]
-    pub eval_limit: Option<usize>,
+}
+
+/// Held-out questions during training, played as `[rollout]` says but for the temperature.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct EvalOptions {
+    pub rows: Option<PathBuf>,
+    /// Only the first so many.
+    pub limit: Option<usize>,
+    /// Every so many steps, and after the last; 0 never.
+    pub every: u64,
+    /// 0 is greedy.
+    pub temperature: f32,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -77,9 +87,8 @@ pub struct TrainOptions {
     /// 0 writes a checkpoint at the end only.
     pub checkpoint_every: u64,
     pub keep_checkpoints: usize,
-    /// Write the episodes of every so many steps; 0 writes none.
+    /// Write the episodes of every so many steps, and of the last; 0 writes none.
     pub episodes_every: u64,
-    pub eval_every: u64,
 }
 
 impl Default for TrainOptions {
@@ -96,7 +105,6 @@ impl Default for TrainOptions {
             checkpoint_every: 20,
             keep_checkpoints: 2,
             episodes_every: 1,
-            eval_every: 0,
         }
     }
 }
@@ -117,10 +125,15 @@ impl Plan {
 
     /// Refuses what cannot work, before anything is loaded, and writes every default of the objective out.
     pub fn resolve(mut self) -> Result<Plan> {
-        let objective = self.objective()?;
+        let mut objective = self.objective()?;
+        // Dr. GRPO's constant is the longest response that could have been written.
+        objective.norm_length.get_or_insert((self.rollout.max_new_tokens * self.task.turns) as f64);
         self.objective = toml::Table::try_from(&objective).context("writing out the objective")?;
         let t = &self.train;
         let bad = |text: String| Err(BadConfig(text).into());
+        self.rollout.validate()?;
+        self.optim.validate().map_err(|e| BadConfig(e.to_string()))?;
+        self.model.trainable()?;
         if t.prompts == 0 || t.group == 0 || t.updates == 0 || t.steps == 0 {
             return bad("train.steps, train.prompts, train.group and train.updates must be at least 1".into());
         }
@@ -130,6 +143,19 @@ impl Plan {
                 t.prompts, t.updates
             ));
         }
+        if t.group == 1 && objective.needs_siblings() {
+            return bad(
+                "train.group = 1: the objective compares the episodes of a question with each other, so every advantage would be 0; \
+                 take at least 2"
+                    .into(),
+            );
+        }
+        if self.eval.every > 0 && self.eval.rows.is_none() {
+            return bad(format!("eval.every = {}, but eval.rows names no file with held-out rows", self.eval.every));
+        }
+        rollout::Options { temperature: self.eval.temperature, ..self.rollout.clone() }
+            .validate()
+            .map_err(|e| BadConfig(format!("in [eval]: {e}")))?;
         if self.rollout.temperature <= 0.0 {
             return bad(format!(
                 "rollout.temperature = {}: training needs a distribution, so more than 0",
@@ -149,21 +175,49 @@ impl Plan {
 pub fn main(invocation: &Invocation) -> Result<()> {
     let plan: Plan = config::load::<Plan>(&invocation.config, &invocation.overrides)?.resolve()?;
     if invocation.dry_run {
-        print!("{}", config::to_toml(&plan)?);
+        let Ready { rows, held_out, .. } = Ready::of(&plan)?;
+        invocation.show(&plan)?;
+        let asked = plan.train.prompts as u64 * plan.train.steps;
         eprintln!(
-            "{} episodes a step, {} questions in all",
+            "{} rows to train on, {} held out; {} episodes and {} updates a step, {asked} questions in all, each row about {:.1} times",
+            rows.len(),
+            held_out.len(),
             plan.train.prompts * plan.train.group,
-            plan.train.prompts as u64 * plan.train.steps
+            plan.train.updates,
+            asked as f64 / rows.len() as f64
         );
         return Ok(());
     }
-    let last = train(&plan, invocation.resume, &Interrupt::install()?, &mut |_, _| {})?;
+    let last = train(&plan, invocation.start, &Interrupt::install()?, &mut |_, _| {})?;
     if invocation.json {
         println!("{}", json!({"run": plan.train.out, "metrics": last}));
     } else {
         println!("{}", plan.train.out.display());
     }
     Ok(())
+}
+
+/// What can be read and checked before any weight is.
+struct Ready {
+    rows: Vec<Sample>,
+    held_out: Vec<Sample>,
+    task: Crop,
+    objective: Objective,
+}
+
+impl Ready {
+    fn of(plan: &Plan) -> Result<Ready> {
+        let task = Crop::new(plan.task.clone(), Processor::load(&plan.model.path)?.budget.factor)?;
+        let rows = data::read(&plan.data.train)?;
+        check_rows(&task, &rows, &plan.data.train)?;
+        let mut held_out = Vec::new();
+        if let Some(path) = &plan.eval.rows {
+            held_out = data::read(path)?;
+            held_out.truncate(plan.eval.limit.unwrap_or(usize::MAX));
+            check_rows(&task, &held_out, path)?;
+        }
+        Ok(Ready { rows, held_out, task, objective: plan.objective()? })
+    }
 }
 
 /// Everything that a step needs beside the engine.
@@ -180,17 +234,11 @@ struct Loop<'a> {
 /// Trains as planned and returns the metrics of the last step. `watch` sees the metrics of each step as it ends.
 pub fn train(
     plan: &Plan,
-    resume: bool,
+    start: Start,
     interrupt: &Interrupt,
     watch: &mut dyn FnMut(u64, &Metrics),
 ) -> Result<Metrics> {
-    let objective = plan.objective()?;
-    let rows = data::read(&plan.data.train)?;
-    let mut held_out = match &plan.data.eval {
-        Some(path) => data::read(path)?,
-        None => Vec::new(),
-    };
-    held_out.truncate(plan.data.eval_limit.unwrap_or(usize::MAX));
+    let Ready { rows, held_out, task, objective } = Ready::of(plan)?;
     let settings = embedded::Training {
         optim: plan.optim.clone(),
         steps: plan.train.steps * plan.train.updates as u64,
@@ -199,22 +247,20 @@ pub fn train(
     };
     let mut engine = Embedded::open(&plan.model, Some(&settings))?;
     let (chat, pictures, processor) = (engine.chat.clone(), engine.pictures.clone(), engine.processor.clone());
-    let task = Crop::new(plan.task.clone(), processor.budget.factor)?;
     // Claimed only now that everything a person can get wrong has been read: a failed start leaves no folder behind.
-    let (folder, checkpoint) = match resume {
-        true => RunFolder::resume(&plan.train.out)?,
-        false => (RunFolder::create(&plan.train.out)?, None),
-    };
-    folder.save_plan(&config::to_toml(plan)?, &Environment::now())?;
+    let written_plan = config::to_toml(plan)?;
+    let (folder, checkpoint) = RunFolder::open(&plan.train.out, start, &written_plan)?;
     let mut state = State { order: Order::new(rows.len(), plan.train.seed)?, groups: 0 };
     let mut done = 0;
-    if let Some(checkpoint) = checkpoint {
+    if let Some(checkpoint) = &checkpoint {
+        checkpoint.leaves_steps(plan.train.steps)?;
         engine.load(&checkpoint.path)?;
         let saved: State = checkpoint.state()?;
         state = State { order: saved.order.resume(rows.len())?, ..saved };
         done = checkpoint.step;
         progress::say(&format!("resuming after step {done}"));
     }
+    folder.begin(&written_plan, checkpoint.map(|c| c.step))?;
     let context = Loop {
         plan,
         objective: &objective,
@@ -231,12 +277,13 @@ pub fn train(
         let mut watch_time = Stopwatch::start();
         let mut metrics = Metrics::new();
         let episodes = context.step(&mut engine, &rows, &mut state, step, &mut watch_time, &mut metrics)?;
-        if plan.train.eval_every > 0 && step % plan.train.eval_every == 0 && !held_out.is_empty() {
+        let last_step = step == plan.train.steps;
+        if plan.eval.every > 0 && (step % plan.eval.every == 0 || last_step) {
             watch_time.time("eval", || context.evaluate(&mut engine, &held_out, &mut metrics))?;
         }
         watch_time.write(&mut metrics);
         metrics.insert("perf/max_memory_gb".into(), json!(peak_rss() as f64 / 1e9));
-        if plan.train.episodes_every > 0 && step % plan.train.episodes_every == 0 {
+        if plan.train.episodes_every > 0 && (step % plan.train.episodes_every == 0 || last_step) {
             let records: Vec<_> = episodes.iter().map(Episode::record).collect();
             folder.write_episodes(step, &records)?;
         }
@@ -251,7 +298,7 @@ pub fn train(
         last = metrics;
         let asked = interrupt.asked();
         let due = plan.train.checkpoint_every > 0 && step % plan.train.checkpoint_every == 0;
-        if asked || due || step == plan.train.steps {
+        if asked || due || last_step {
             folder.checkpoint(step, plan.train.keep_checkpoints, &state, |to| engine.save(to))?;
         }
         if asked {
@@ -334,7 +381,8 @@ impl Loop<'_> {
                     masked: masked[i],
                     new: &scores.logprobs,
                     old: &old[i],
-                    sampler: Some(&old[i]),
+                    // This engine's sampler is its trainer: there is nothing to correct, and no mismatch to report.
+                    sampler: (self.objective.correction != Correction::Off).then_some(old[i].as_slice()),
                     reference: reference.as_ref().map(|r| r[i].as_slice()),
                     entropy: Some(&scores.entropies),
                 };
@@ -354,7 +402,7 @@ impl Loop<'_> {
             tally.merge(&of_update);
         }
         watch.add("update_actor", update_watch.elapsed());
-        for (name, value) in tally.report() {
+        for (name, value) in tally.of_steps(norms.len()).report() {
             metrics.insert(name.into(), json!(value));
         }
         // Before the first update the policy is the one that sampled: anything but 0 here is a bug of the engine.
@@ -418,12 +466,13 @@ impl Loop<'_> {
 
     fn evaluate(&self, engine: &mut Embedded, rows: &[Sample], metrics: &mut Metrics) -> Result<()> {
         let options = eval::EvalOptions { seed: self.plan.train.seed, ..eval::EvalOptions::default() };
+        let rollout = rollout::Options { temperature: self.plan.eval.temperature, ..self.plan.rollout.clone() };
         let bench = eval::Bench {
             chat: self.chat,
             pictures: self.pictures,
             processor: self.processor,
             convention: self.convention,
-            rollout: &self.plan.rollout,
+            rollout: &rollout,
             options: &options,
             interrupt: &Interrupt::none(),
         };
@@ -523,19 +572,18 @@ fn count(episodes: &[Episode], metrics: &mut Metrics) {
 /// `foveate rollout CONFIG`: plays one step's worth of questions per step and writes the episodes; nothing is trained.
 pub fn rollout_main(invocation: &Invocation) -> Result<()> {
     let plan: Plan = config::load::<Plan>(&invocation.config, &invocation.overrides)?.resolve()?;
-    if invocation.resume {
+    if invocation.start != Start::New {
         return Err(BadConfig("a rollout keeps no checkpoint, so there is nothing to --resume".into()).into());
     }
+    let Ready { rows, task, objective, .. } = Ready::of(&plan)?;
     if invocation.dry_run {
-        print!("{}", config::to_toml(&plan)?);
+        invocation.show(&plan)?;
+        eprintln!("{} rows; {} episodes a step", rows.len(), plan.train.prompts * plan.train.group);
         return Ok(());
     }
     let interrupt = Interrupt::install()?;
-    let objective = plan.objective()?;
-    let rows = data::read(&plan.data.train)?;
     let mut engine = Embedded::open(&plan.model, None)?;
     let (chat, pictures, processor) = (engine.chat.clone(), engine.pictures.clone(), engine.processor.clone());
-    let task = Crop::new(plan.task.clone(), processor.budget.factor)?;
     let context = Loop {
         plan: &plan,
         objective: &objective,
@@ -546,7 +594,7 @@ pub fn rollout_main(invocation: &Invocation) -> Result<()> {
         convention: engine.convention,
     };
     let folder = RunFolder::create(&plan.train.out)?;
-    folder.save_plan(&config::to_toml(&plan)?, &Environment::now())?;
+    folder.begin(&config::to_toml(&plan)?, None)?;
     let mut state = State { order: Order::new(rows.len(), plan.train.seed)?, groups: 0 };
     let mut log = folder.metrics_log()?;
     let bar = Progress::start("playing", "step", 0, plan.train.steps);

@@ -12,6 +12,7 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
 use crate::chat::{Action, Chat, Convention, Message, Reading as Reader};
+use crate::config::BadConfig;
 use crate::data::Sample;
 use crate::engine::{Finish, Prompt, Sampler, Sampling};
 use crate::episode::{Episode, Stop, Stream, Turn};
@@ -44,6 +45,34 @@ impl Default for Options {
 }
 
 impl Options {
+    /// # Errors
+    /// A value that nothing can be sampled with, named.
+    pub fn validate(&self) -> Result<()> {
+        let bad = |text: String| Err(BadConfig(text).into());
+        if !(self.temperature.is_finite() && (0.0..=100.0).contains(&self.temperature)) {
+            return bad(format!(
+                "rollout.temperature = {}: expected 0 (greedy) to 100, 1 for training",
+                self.temperature
+            ));
+        }
+        if self.top_k == Some(0) {
+            return bad("rollout.top_k = 0 leaves no token to choose from; leave it out to choose from all".into());
+        }
+        if let Some(p) = self.top_p.filter(|p| !(*p > 0.0 && *p <= 1.0)) {
+            return bad(format!("rollout.top_p = {p}: expected more than 0 and at most 1"));
+        }
+        if self.max_new_tokens == 0 || self.max_new_tokens >= self.max_tokens {
+            return bad(format!(
+                "rollout.max_new_tokens = {} (of a turn): expected at least 1 and less than rollout.max_tokens = {} (of a conversation)",
+                self.max_new_tokens, self.max_tokens
+            ));
+        }
+        if self.stop.iter().any(String::is_empty) {
+            return bad("rollout.stop holds an empty text, which would end every turn at once".into());
+        }
+        Ok(())
+    }
+
     fn sampling(&self) -> Sampling {
         Sampling {
             temperature: self.temperature,

@@ -8,6 +8,7 @@
 //! either the old one or the new one (only the last line of `metrics.jsonl` may be torn, and readers know), no step appears twice in
 //! `metrics.jsonl`, and one folder belongs to one process at a time.
 
+mod changes;
 mod checkpoint;
 mod metrics;
 mod process;
@@ -23,6 +24,17 @@ use std::fs::{self, File, TryLockError};
 use std::io::{ErrorKind, Write};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
+
+/// Whether a run begins or goes on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Start {
+    #[default]
+    New,
+    /// From the newest checkpoint, with the plan it was begun with.
+    Resume,
+    /// From the newest checkpoint, with another plan, on purpose.
+    ResumeChanged,
+}
 
 /// The resolved plan of the run.
 pub const CONFIG: &str = "config.toml";
@@ -51,7 +63,7 @@ impl RunFolder {
         let root = path.as_ref();
         if holds_run(root) {
             bail!(
-                "this folder already holds a run; go on with it by adding `--resume`, choose another folder, or remove it: {}",
+                "this folder already holds a run; choose another folder, remove this one, or go on training in it with --resume: {}",
                 root.display()
             );
         }
@@ -62,33 +74,52 @@ impl RunFolder {
         Ok(RunFolder { root: root.to_owned(), _lock: lock(root)? })
     }
 
-    /// Goes on with the run in `path`: finds the newest complete checkpoint, and takes back whatever was written after it (metrics, episodes,
-    /// half-written checkpoints), so that those steps can be done again. With no checkpoint yet, the run starts over in the same folder.
+    /// Claims the folder of a run as `start` says; for a resumed one, also gives its newest complete checkpoint. Nothing in the
+    /// folder is changed before [`RunFolder::begin`], so that whatever fails until then (a checkpoint that does not fit, say)
+    /// leaves the run as it was.
     ///
     /// # Errors
-    /// When there is no run, another process holds it, or a file is damaged before its last line.
-    pub fn resume(path: impl AsRef<Path>) -> Result<(Self, Option<Checkpoint>)> {
+    /// When there is a run where none should be or the other way round, another process holds it, `plan` (the resolved config) differs
+    /// from the saved one in what a resumed run must keep, or a file is damaged.
+    pub fn open(path: impl AsRef<Path>, start: Start, plan: &str) -> Result<(Self, Option<Checkpoint>)> {
         let root = path.as_ref();
+        if start == Start::New {
+            return Ok((RunFolder::create(root)?, None));
+        }
         if !holds_run(root) {
             bail!("there is no run to resume here; leave out `--resume` to start one: {}", root.display());
         }
         let run = RunFolder { root: root.to_owned(), _lock: lock(root)? };
-        checkpoint::sweep(&run.root.join(CHECKPOINTS))?;
-        let latest = latest_checkpoint(root)?;
-        let done = latest.as_ref().map(|checkpoint| checkpoint.step);
-        metrics::cut_after(&run.root.join(METRICS), done)?;
-        for step in episode_steps(root)? {
+        let saved = root.join(CONFIG);
+        if start == Start::Resume && saved.exists() {
+            let text =
+                fs::read_to_string(&saved).with_context(|| format!("reading the run's config: {}", saved.display()))?;
+            changes::refuse(&text, plan).with_context(|| format!("resuming {}", root.display()))?;
+        }
+        Ok((run, latest_checkpoint(root)?))
+    }
+
+    /// From here on the run is written to: takes back whatever is there beyond step `done` (metrics, episodes, half-written
+    /// checkpoints), so that those steps can be done again, and saves the plan and where it runs. With no checkpoint (`None`)
+    /// the run starts over.
+    ///
+    /// # Errors
+    /// When the disk refuses, or a line of the metrics before the last is damaged.
+    pub fn begin(&self, plan: &str, done: Option<u64>) -> Result<()> {
+        for folder in [EPISODES, CHECKPOINTS] {
+            let path = self.root.join(folder);
+            fs::create_dir_all(&path).with_context(|| format!("making the run folder: {}", path.display()))?;
+        }
+        checkpoint::sweep(&self.root.join(CHECKPOINTS))?;
+        metrics::cut_after(&self.root.join(METRICS), done)?;
+        for step in episode_steps(&self.root)? {
             if done.is_none_or(|done| step > done) {
-                let path = episodes_path(root, step);
+                let path = episodes_path(&self.root, step);
                 fs::remove_file(&path)
                     .with_context(|| format!("taking back the episodes of step {step}: {}", path.display()))?;
             }
         }
-        for folder in [EPISODES, CHECKPOINTS] {
-            let path = root.join(folder);
-            fs::create_dir_all(&path).with_context(|| format!("making the run folder: {}", path.display()))?;
-        }
-        Ok((run, latest))
+        self.save_plan(plan, &Environment::now())
     }
 
     /// The folder itself.
@@ -162,10 +193,11 @@ impl RunFolder {
     }
 }
 
-/// Whether a folder holds what a run leaves behind.
+/// Whether a folder holds what a run leaves behind: steps, episodes or checkpoints. A plan alone is a start that failed.
 pub fn holds_run(root: &Path) -> bool {
     let has_entries = |folder| checkpoint::entries(&root.join(folder)).is_ok_and(|entries| !entries.is_empty());
-    root.join(CONFIG).exists() || root.join(METRICS).exists() || has_entries(EPISODES) || has_entries(CHECKPOINTS)
+    let has_metrics = fs::metadata(root.join(METRICS)).is_ok_and(|file| file.len() > 0);
+    has_metrics || has_entries(EPISODES) || has_entries(CHECKPOINTS)
 }
 
 fn lock(root: &Path) -> Result<File> {
@@ -327,12 +359,16 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("run");
         let run = RunFolder::create(&path).unwrap();
-        run.save_plan("seed = 1\n", &Environment::now()).unwrap();
+        run.begin("seed = 1\n", None).unwrap();
+        drop(run);
+        // A plan without a step is a start that failed: it is no obstacle.
+        let run = RunFolder::create(&path).unwrap();
+        play(&run, 1..=1, &[]);
         drop(run);
         let error = format!("{:#}", RunFolder::create(&path).unwrap_err());
         assert!(error.contains("already holds a run") && error.contains("--resume"), "{error}");
         let elsewhere = folder.path().join("nothing");
-        let error = format!("{:#}", RunFolder::resume(&elsewhere).unwrap_err());
+        let error = format!("{:#}", RunFolder::open(&elsewhere, Start::Resume, "").unwrap_err());
         assert!(error.contains("no run to resume"), "{error}");
     }
 
@@ -340,11 +376,11 @@ mod tests {
     fn one_process_at_a_time() {
         let folder = tempfile::tempdir().unwrap();
         let run = RunFolder::create(folder.path()).unwrap();
-        run.save(CONFIG, b"seed = 1").unwrap();
-        let error = format!("{:#}", RunFolder::resume(folder.path()).unwrap_err());
+        play(&run, 1..=1, &[]);
+        let error = format!("{:#}", RunFolder::open(folder.path(), Start::Resume, "").unwrap_err());
         assert!(error.contains("another process"), "{error}");
         drop(run);
-        RunFolder::resume(folder.path()).unwrap();
+        RunFolder::open(folder.path(), Start::Resume, "").unwrap();
     }
 
     #[test]
@@ -356,8 +392,15 @@ mod tests {
         fs::create_dir(folder.path().join("checkpoints/6.tmp")).unwrap();
         drop(run);
 
-        let (run, latest) = RunFolder::resume(folder.path()).unwrap();
+        // Another plan is refused, and then nothing is touched.
+        let error = format!("{:#}", RunFolder::open(folder.path(), Start::Resume, "seed = 2").unwrap_err());
+        assert!(error.contains("seed was 1 and is now 2"), "{error}");
+        assert_eq!(episode_steps(folder.path()).unwrap(), [1, 2, 3, 4, 5]);
+        let (run, latest) = RunFolder::open(folder.path(), Start::Resume, "seed = 1").unwrap();
         let latest = latest.unwrap();
+        assert!(latest.leaves_steps(3).is_ok());
+        assert!(latest.leaves_steps(2).unwrap_err().to_string().contains("train.steps = 2"));
+        run.begin("seed = 1", Some(3)).unwrap();
         assert_eq!((latest.step, latest.state::<Value>().unwrap()), (3, json!({"done": 3})));
         assert_eq!(episode_steps(folder.path()).unwrap(), [1, 2, 3]);
         play(&run, 4..=6, &[]);
@@ -373,8 +416,9 @@ mod tests {
         let run = RunFolder::create(folder.path()).unwrap();
         play(&run, 1..=2, &[]);
         drop(run);
-        let (run, latest) = RunFolder::resume(folder.path()).unwrap();
+        let (run, latest) = RunFolder::open(folder.path(), Start::Resume, "").unwrap();
         assert_eq!(latest, None);
+        run.begin("", None).unwrap();
         assert!(metrics(run.root()).unwrap().rows.is_empty());
         assert!(episode_steps(run.root()).unwrap().is_empty());
     }

@@ -22,7 +22,7 @@ use crate::image::{self, Patches, PictureCache, Processor};
 use crate::model::dense::{self, DenseHead, Fit};
 use crate::optim::Optim;
 use crate::progress::{self, Progress};
-use crate::run::{Environment, Interrupt, Interrupted, Invocation, Metrics, RunFolder, Stopwatch, peak_rss};
+use crate::run::{Interrupt, Interrupted, Invocation, Metrics, RunFolder, Start, Stopwatch, peak_rss};
 use crate::synth::pretrain::{self, Pretrain};
 use crate::synth::recipe::Recipe;
 use crate::synth::{Split, assets_dir};
@@ -258,11 +258,13 @@ fn spoken(message: &pretrain::Message) -> Message {
 /// `foveate sft CONFIG`.
 pub fn main(invocation: &Invocation) -> Result<()> {
     let plan: Plan = config::load(&invocation.config, &invocation.overrides)?;
+    plan.check()?;
     if invocation.dry_run {
-        print!("{}", config::to_toml(&plan)?);
+        invocation.show(&plan)?;
+        eprintln!("{} dialogues a step, {} in all", plan.train.batch, plan.train.batch as u64 * plan.train.steps);
         return Ok(());
     }
-    let last = train(&plan, invocation.resume, &Interrupt::install()?)?;
+    let last = train(&plan, invocation.start, &Interrupt::install()?)?;
     if invocation.json {
         println!("{}", json!({"run": plan.train.out, "metrics": last}));
     } else {
@@ -271,11 +273,24 @@ pub fn main(invocation: &Invocation) -> Result<()> {
     Ok(())
 }
 
-pub fn train(plan: &Plan, resume: bool, interrupt: &Interrupt) -> Result<Metrics> {
-    ensure!(
-        plan.train.steps > 0 && plan.train.batch > 0,
-        BadConfig("train.steps and train.batch must be at least 1".into())
-    );
+impl Plan {
+    /// Refuses what cannot work, before anything is loaded.
+    fn check(&self) -> Result<()> {
+        ensure!(
+            self.train.steps > 0 && self.train.batch > 0,
+            BadConfig("train.steps and train.batch must be at least 1".into())
+        );
+        self.optim.validate().map_err(|e| BadConfig(e.to_string()))?;
+        self.model.trainable()?;
+        if let Some(recipe) = &self.data.pretrain {
+            recipe.validate().map_err(|e| BadConfig(format!("in [data.pretrain]: {e:#}")))?;
+        }
+        Ok(())
+    }
+}
+
+pub fn train(plan: &Plan, start: Start, interrupt: &Interrupt) -> Result<Metrics> {
+    plan.check()?;
     let training =
         embedded::Training { optim: plan.optim.clone(), steps: plan.train.steps, temperature: 1.0, reference: false };
     let mut engine = Embedded::open(&plan.model, Some(&training))?;
@@ -301,13 +316,11 @@ pub fn train(plan: &Plan, resume: bool, interrupt: &Interrupt) -> Result<Metrics
         (None, _) => None,
     };
     // Claimed only now that everything a person can get wrong has been read: a failed start leaves no folder behind.
-    let (folder, checkpoint) = match resume {
-        true => RunFolder::resume(&plan.train.out)?,
-        false => (RunFolder::create(&plan.train.out)?, None),
-    };
-    folder.save_plan(&config::to_toml(plan)?, &Environment::now())?;
+    let written_plan = config::to_toml(plan)?;
+    let (folder, checkpoint) = RunFolder::open(&plan.train.out, start, &written_plan)?;
     let mut done = 0;
-    if let Some(checkpoint) = checkpoint {
+    if let Some(checkpoint) = &checkpoint {
+        checkpoint.leaves_steps(plan.train.steps)?;
         engine.load(&checkpoint.path)?;
         if let Some((_, head)) = &mut head {
             head.load(&checkpoint.path)?;
@@ -322,6 +335,7 @@ pub fn train(plan: &Plan, resume: bool, interrupt: &Interrupt) -> Result<Metrics
         done = checkpoint.step;
         progress::say(&format!("resuming after step {done}"));
     }
+    folder.begin(&written_plan, checkpoint.map(|c| c.step))?;
     let mut log = folder.metrics_log()?;
     let bar = Progress::start("fine-tuning", "step", done, plan.train.steps);
     let mut last = Metrics::new();
@@ -468,6 +482,9 @@ fn update(
         metrics.insert("dense/loss".into(), json!(fit.loss));
         metrics.insert("dense/hints".into(), json!(hinted / asked.max(1) as f64));
         metrics.insert("dense/named".into(), json!(fit.named as f64 / fit.on_object.max(1) as f64));
+        if fit.on_digit > 0 {
+            metrics.insert("dense/read".into(), json!(fit.read as f64 / fit.on_digit as f64));
+        }
         metrics.insert("dense/sides".into(), json!(fit.sides / fit.on_object.max(1) as f64));
     }
     metrics.insert("loss".into(), json!(loss / total as f64));

@@ -72,6 +72,8 @@ pub struct DenseHead {
     words: Words,
     /// Names that the plain classifier tells apart, ascending; the class after the last is background.
     classes: Vec<u32>,
+    /// The digits among them, for the figures.
+    digits: Vec<u32>,
     d: usize,
     /// One map [D, D] a question, then the plain map [O, D] with its bias [O]: O = classes, background, four distances.
     params: Vec<f32>,
@@ -88,6 +90,9 @@ pub struct Fit {
     pub on_object: usize,
     /// Named with more than half of the probability.
     pub named: usize,
+    /// The same for those that lie on a digit.
+    pub on_digit: usize,
+    pub read: usize,
     /// Minus log-prob of the four sides, mean of the four.
     pub sides: f64,
 }
@@ -97,6 +102,8 @@ impl Fit {
         self.loss += other.loss;
         self.on_object += other.on_object;
         self.named += other.named;
+        self.on_digit += other.on_digit;
+        self.read += other.read;
         self.sides += other.sides;
     }
 }
@@ -111,7 +118,9 @@ impl DenseHead {
         let outputs = classes.len() + 5;
         let n = (QUESTIONS * d + outputs) * d + outputs;
         let params = (0..n).map(|_| rng.random_range(-scale..scale)).collect();
-        DenseHead { words, classes, d, params, grads: vec![0.0; n], m: vec![0.0; n], v: vec![0.0; n], step: 0 }
+        let digits =
+            words.names.iter().filter(|(name, _)| name.starts_with("digit:")).map(|(_, token)| *token).collect();
+        DenseHead { words, classes, digits, d, params, grads: vec![0.0; n], m: vec![0.0; n], v: vec![0.0; n], step: 0 }
     }
 
     /// Loss and its derivative by the features, scaled by `scale`. The gradient of the vocabulary is added to `dtable`, that
@@ -159,8 +168,12 @@ impl DenseHead {
             let out = logprob::forward(&said, table, &targets, 1.0, &[], d, v);
             for ((logprob, w), &r) in out.logprob.iter().zip(&weights).zip(&rows) {
                 fit.loss -= f64::from(w * logprob);
-                if question == 0 && labels[r].is_some() {
-                    fit.named += usize::from(*logprob > -std::f32::consts::LN_2);
+                if let (0, Some(label)) = (question, &labels[r]) {
+                    let sure = usize::from(*logprob > -std::f32::consts::LN_2);
+                    let digit = usize::from(self.digits.contains(&label.words[0]));
+                    fit.named += sure;
+                    fit.on_digit += digit;
+                    fit.read += sure * digit;
                 } else if question > 0 {
                     fit.sides -= f64::from(*logprob) / 4.0;
                 }
@@ -299,7 +312,8 @@ impl DenseHead {
                     let slot = &mut labels[row * cols + col];
                     if (over || home) && slot.as_ref().is_none_or(|l| l.area > bbox.area()) {
                         let reach = REACH * view.side;
-                        let distances = [bbox.x1 - x, bbox.y1 - y, bbox.x2 - x, bbox.y2 - y].map(|s| (s / reach) as f32);
+                        let distances =
+                            [bbox.x1 - x, bbox.y1 - y, bbox.x2 - x, bbox.y2 - y].map(|s| (s / reach) as f32);
                         *slot = Some(Label { words, distances, area: bbox.area() });
                     }
                 }

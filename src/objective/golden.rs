@@ -112,7 +112,7 @@ fn losses_and_gradients_are_verls() {
         // verl takes the padded length as the constant where none is given: 5 here.
         ("clip seq-mean-token-sum-norm", Aggregation::FixedNorm),
     ] {
-        let objective = Objective { aggregation, norm_length: 5.0, ..dual.clone() };
+        let objective = Objective { aggregation, norm_length: Some(5.0), ..dual.clone() };
         let found = compare(name, &losses[name], &objective, true);
         let report = found.tally.report();
         let metric = |name: &str| report.iter().find(|(n, _)| *n == name).unwrap().1;

@@ -238,7 +238,7 @@ impl Objective {
             Aggregation::TokenMean => 1.0 / totals.tokens as f64,
             Aggregation::SeqMeanTokenSum => 1.0 / b,
             Aggregation::SeqMeanTokenMean => 1.0 / (b * n),
-            Aggregation::FixedNorm => 1.0 / (b * self.norm_length),
+            Aggregation::FixedNorm => 1.0 / (b * self.norm_length.context("objective.norm_length is not set")?),
             Aggregation::GroupTokenMean => 1.0 / (groups * group_tokens as f64),
             Aggregation::GroupMeanTokenMean => 1.0 / (groups * members as f64 * n),
         })
@@ -534,7 +534,7 @@ mod tests {
     fn aggregation_by_hand() {
         let f = fixture();
         let weights = |aggregation| {
-            let o = Objective { aggregation, norm_length: 10.0, ..Objective::default() };
+            let o = Objective { aggregation, norm_length: Some(10.0), ..Objective::default() };
             let all = f.sequences();
             let totals = count(&o, &all);
             [0, 1, 2].map(|i| o.token_weight(&all[i], &totals).unwrap())

@@ -153,8 +153,9 @@ pub struct Objective {
     /// CISPO's cap on the ratio.
     pub ratio_cap: f64,
     pub aggregation: Aggregation,
-    /// The constant of `aggregation = "fixed_norm"`, in tokens: normally the longest response allowed.
-    pub norm_length: f64,
+    /// The constant of `aggregation = "fixed_norm"`, in tokens. Unset: the longest response allowed, `max_new_tokens` of every turn.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub norm_length: Option<f64>,
     pub kl: KlKind,
     /// 0 switches the KL off; then no reference model is needed.
     pub kl_coef: f64,
@@ -182,7 +183,7 @@ impl Default for Objective {
             dual_clip: None,
             ratio_cap: 5.0,
             aggregation: Aggregation::TokenMean,
-            norm_length: 1024.0,
+            norm_length: None,
             kl: KlKind::K3,
             kl_coef: 0.01,
             kl_in: KlPlace::Loss,
@@ -294,9 +295,11 @@ impl Objective {
         finite_at_least("kl_coef", self.kl_coef, 0.0)?;
         finite_at_least("correction_floor", self.correction_floor, 0.0)?;
         ensure!(self.entropy_coef.is_finite(), "objective.entropy_coef = {}: expected a number", self.entropy_coef);
-        for (key, value) in
-            [("ratio_cap", self.ratio_cap), ("norm_length", self.norm_length), ("correction_cap", self.correction_cap)]
-        {
+        for (key, value) in [
+            ("ratio_cap", self.ratio_cap),
+            ("norm_length", self.norm_length.unwrap_or(1.0)),
+            ("correction_cap", self.correction_cap),
+        ] {
             ensure!(value.is_finite() && value > 0.0, "objective.{key} = {value}: expected a number above 0");
         }
         ensure!(self.clip_low <= 1.0, "objective.clip_low = {}: a ratio is never below 0, so at most 1", self.clip_low);
@@ -322,9 +325,15 @@ impl Objective {
         self.kl_coef != 0.0
     }
 
-    /// Whether the sampler's own log-probs are needed (they are welcome for the mismatch metrics in any case).
-    pub fn needs_sampler(&self) -> bool {
-        self.correction != Correction::Off
+    /// Whether an advantage compares an episode with others of its prompt.
+    pub fn needs_siblings(&self) -> bool {
+        match self.advantage {
+            AdvantageKind::GroupStd
+            | AdvantageKind::GroupMean
+            | AdvantageKind::Rloo
+            | AdvantageKind::BatchNormAfterGroupMean => true,
+            AdvantageKind::BatchNorm => false,
+        }
     }
 }
 

@@ -102,6 +102,16 @@ impl Tally {
         self.corrected += corrected;
     }
 
+    /// The tally of several optimiser steps as that of one: each step's loss has its own denominators, so losses are averaged; the other
+    /// figures are sums over tokens already.
+    pub fn of_steps(mut self, steps: usize) -> Tally {
+        let n = steps.max(1) as f64;
+        self.pg_loss /= n;
+        self.kl_loss /= n;
+        self.entropy_loss /= n;
+        self
+    }
+
     /// Metrics of the whole step. What was not measured (no reference, no sampler, no entropy) is left out.
     ///
     /// Fractions are of counted tokens: `pg_clipfrac_high` and `_low` where the upper or lower bound stopped the gradient,

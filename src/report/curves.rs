@@ -32,7 +32,7 @@ const SECTIONS: &[Section] = &[
     },
     Section {
         title: "What it learns",
-        words: &["reward", "val/", "acc", "correct", "loss/"],
+        words: &["reward", "val/", "acc", "loss/"],
         first: &["reward/mean", "val/accuracy", "val/contains_target", "loss", "accuracy"],
         folded: false,
     },
@@ -44,7 +44,20 @@ const SECTIONS: &[Section] = &[
     },
     Section {
         title: "How it is optimised",
-        words: &["actor/", "loss", "entropy", "kl", "grad_norm", "lr", "clip", "ratio", "advantage", "sft/"],
+        words: &[
+            "actor/",
+            "loss",
+            "entropy",
+            "kl",
+            "grad_norm",
+            "lr",
+            "clip",
+            "ratio",
+            "advantage",
+            "mismatch",
+            "correction",
+            "sft/",
+        ],
         first: &["actor/entropy", "actor/kl_loss", "actor/grad_norm", "actor/pg_loss", "actor/pg_clipfrac", "actor/lr"],
         folded: false,
     },
@@ -151,7 +164,7 @@ fn points(rows: &[Metrics], name: &str) -> Vec<(f64, f64)> {
 /// Whether the metric is a share, to be drawn between 0 and 1: its name says so and its values agree.
 fn is_share(name: &str, series: &[Series]) -> bool {
     const WORDS: &[&str] =
-        &["reward/mean", "rewards/", "acc", "contain", "frac", "rate", "share", "correct", "ratio", "iou", "valid"];
+        &["reward/mean", "rewards/", "acc", "contain", "frac", "rate", "share", "clip_ratio", "iou", "valid"];
     let named = WORDS.iter().any(|word| name.contains(word)) && !name.contains("std") && !name.starts_with("actor/");
     named
         && series.iter().flat_map(|one| &one.points).all(|point| !point.1.is_finite() || (0.0..=1.0).contains(&point.1))

@@ -4,7 +4,8 @@
 //! is synced, and only then does it get its name. What must stay true: a folder with a number for a name and a `state.json` in it is complete.
 
 use super::{sync_folder, write_atomic};
-use anyhow::{Context, Result, bail};
+use crate::config::BadConfig;
+use anyhow::{Context, Result, bail, ensure};
 use serde::{Serialize, de::DeserializeOwned};
 use std::fs::{self, File};
 use std::num::NonZeroUsize;
@@ -23,6 +24,19 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
+    /// # Errors
+    /// When the plan asks for fewer steps than are done.
+    pub fn leaves_steps(&self, planned: u64) -> Result<()> {
+        ensure!(
+            self.step <= planned,
+            BadConfig(format!(
+                "train.steps = {planned}, but this run has done {} already; raise it to go on",
+                self.step
+            ))
+        );
+        Ok(())
+    }
+
     /// Reads the loop's state.
     ///
     /// # Errors

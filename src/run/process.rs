@@ -88,6 +88,14 @@ impl Interrupted {
         ))
     }
 
+    /// In the demo, which goes on by itself when it is called again.
+    pub fn in_demo(out: &std::path::Path) -> Interrupted {
+        Interrupted(format!(
+            "interrupted; the same command goes on where the training stopped (--overwrite starts over): {}",
+            out.display()
+        ))
+    }
+
     /// In work that keeps no checkpoint.
     pub fn without_checkpoint() -> Interrupted {
         Interrupted("interrupted; this command keeps no checkpoint, start it again".into())
@@ -110,8 +118,20 @@ pub struct Invocation {
     pub overrides: Vec<String>,
     /// Print the resolved plan, do nothing.
     pub dry_run: bool,
-    pub resume: bool,
+    pub start: super::Start,
     pub json: bool,
+}
+
+impl Invocation {
+    /// What `--dry-run` prints: the resolved plan, as TOML or as one JSON object.
+    pub fn show<P: Serialize>(&self, plan: &P) -> Result<()> {
+        if self.json {
+            println!("{}", json!({"config": plan}));
+        } else {
+            print!("{}", crate::config::to_toml(plan)?);
+        }
+        Ok(())
+    }
 }
 
 /// Seconds of one step by part, for the `timing_s/*` metrics.

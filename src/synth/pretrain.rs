@@ -202,7 +202,7 @@ impl Pretrain {
             rng.random_range(region.y1..=(region.y2 - h).max(region.y1)),
         );
         let text = numbers(rng, 1, digits).concat();
-        let shown = plate(&self.library, rng, text.clone(), corner, digit_height, PLATE_RATIO, self.augment());
+        let shown = plate(&self.library, rng, text.clone(), corner, digit_height, PLATE_RATIO, self.variation(phase));
         if rng.random_bool(0.6) {
             // Something stands above it, as large as things are beside their plates in a picture.
             let class = rng.random_range(0..self.library.classes.len());
@@ -256,7 +256,7 @@ impl Pretrain {
         if scene.loose.is_empty() {
             let corner = (rng.random_range(0.01..=0.99 - w), rng.random_range(0.01..=self.aspect() - 0.01 - h));
             let text = numbers(rng, 1, digits).concat();
-            scene.loose.push(plate(&self.library, rng, text, corner, digit_height, PLATE_RATIO, self.augment()));
+            scene.loose.push(plate(&self.library, rng, text, corner, digit_height, PLATE_RATIO, self.variation(phase)));
         }
         let chosen = rng.random_range(0..scene.loose.len());
         let target = frame.pixels(scene.loose[chosen].bbox);
@@ -322,7 +322,7 @@ impl Pretrain {
                 continue;
             };
             taken.push(BBox::new(corner.0, corner.1, corner.0 + size.0, corner.1 + size.1));
-            scene.loose.push(plate(&self.library, rng, text, corner, digit_height, PLATE_RATIO, self.augment()));
+            scene.loose.push(plate(&self.library, rng, text, corner, digit_height, PLATE_RATIO, self.variation(phase)));
         }
         scene
     }
@@ -330,6 +330,10 @@ impl Pretrain {
     /// Height over width of scenes.
     fn aspect(&self) -> f64 {
         f64::from(self.picture.height) / f64::from(self.picture.width)
+    }
+
+    fn variation(&self, phase: &Phase) -> f64 {
+        if self.augment() { phase.handwriting } else { 0.0 }
     }
 
     fn augment(&self) -> bool {

@@ -95,6 +95,8 @@ pub struct Phase {
     pub digit_pixels: [f64; 2],
     /// Height of a digit on the plates of scenes of the other tasks.
     pub digit_height: [f64; 2],
+    /// How much the scanned digits are turned, slanted, stretched and thickened: 0 as they are, 1 in full.
+    pub handwriting: f64,
     pub careless: Careless,
 }
 
@@ -136,6 +138,7 @@ impl Default for Phase {
             digits: [1, 1],
             digit_pixels: [8.0, 60.0],
             digit_height: [0.014, 0.024],
+            handwriting: 1.0,
             careless: Careless::default(),
         }
     }
@@ -223,6 +226,7 @@ impl Phase {
         range("digits", count(self.digits), 1.0, 4.0)?;
         range("digit_pixels", self.digit_pixels, 5.0, 120.0)?;
         range("digit_height", self.digit_height, 0.004, 0.1)?;
+        range("handwriting", [0.0, self.handwriting], 0.0, 1.0)?;
         range("careless.scale", self.careless.scale, 0.2, 4.0)?;
         range("careless.shift", [0.0, self.careless.shift], 0.0, 1.0)
     }

@@ -120,17 +120,18 @@ impl Hand {
     /// As scanned, a little stronger.
     pub const SCANNED: Hand = Hand { to_scan: [1.0, 0.0, 0.0, 1.0], shift: [0.0; 2], cut: 0.0, contrast: 1.15 };
 
-    /// Turned by up to 10 degrees, slanted, stretched, thinner or bolder.
-    fn random(rng: &mut ChaCha8Rng) -> Hand {
-        let (sin, cos) = rng.random_range(-10f32..=10.0).to_radians().sin_cos();
-        let slant = rng.random_range(-0.25f32..=0.25);
+    /// Turned by up to 10 degrees, slanted, stretched, thinner or bolder; all that times `amount` (0 is as scanned).
+    fn random(rng: &mut ChaCha8Rng, amount: f32) -> Hand {
+        let mut off = |from: f32, to: f32| amount * rng.random_range(from..=to);
+        let (sin, cos) = off(-10.0, 10.0).to_radians().sin_cos();
+        let slant = off(-0.25, 0.25);
         // Above 1 the digit is smaller than its cell.
-        let (across, down) = (rng.random_range(0.92f32..=1.25), rng.random_range(0.95f32..=1.2));
+        let (across, down) = (1.0 + off(-0.08, 0.25), 1.0 + off(-0.05, 0.2));
         Hand {
             to_scan: [across * (cos + slant * sin), across * (slant * cos - sin), down * sin, down * cos],
-            shift: std::array::from_fn(|_| rng.random_range(-0.05f32..=0.05)),
-            cut: rng.random_range(0.0f32..=0.12),
-            contrast: rng.random_range(0.95f32..=1.7),
+            shift: [off(-0.05, 0.05), off(-0.05, 0.05)],
+            cut: off(0.0, 0.12),
+            contrast: Hand::SCANNED.contrast + off(-0.2, 0.5),
         }
     }
 }
@@ -271,7 +272,7 @@ impl World {
                     (x - plate_w / 2.0, y),
                     options.digit_height,
                     options.plate_ratio,
-                    augment,
+                    f64::from(u8::from(augment)),
                 ));
             }
             scene.objects = objects;
@@ -343,7 +344,7 @@ pub(crate) fn object(library: &Library, rng: &mut ChaCha8Rng, class: usize, long
     }
 }
 
-/// A plate with its upper left corner at `corner`; the digits' pictures are chosen here.
+/// A plate with its upper left corner at `corner`; the digits' pictures are chosen here, and varied by `variation` (see [`Hand`]).
 pub(crate) fn plate(
     library: &Library,
     rng: &mut ChaCha8Rng,
@@ -351,7 +352,7 @@ pub(crate) fn plate(
     corner: (f64, f64),
     digit_height: f64,
     ratio: f64,
-    augment: bool,
+    variation: f64,
 ) -> Plate {
     let digits: Vec<usize> = text
         .bytes()
@@ -368,7 +369,7 @@ pub(crate) fn plate(
         border: digit_height * 0.06,
         paper: std::array::from_fn(|_| (light + rng.random_range(-8f32..=8.0)).min(255.0)),
         ink: std::array::from_fn(|_| dark + rng.random_range(-5f32..=20.0)),
-        hand: if augment { Hand::random(rng) } else { Hand::SCANNED },
+        hand: Hand::random(rng, variation as f32),
     }
 }
 

@@ -5,7 +5,7 @@
 //! whether to look again or to answer. The controls of spec 1.14 (a random region, the true region, none) are settings of
 //! what is shown, never of what is rewarded.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
@@ -54,6 +54,27 @@ pub enum Judge {
 }
 
 impl Judge {
+    /// Whether a row's own answer is one that this judge could ever find right.
+    fn check(self, sample: &Sample) -> Result<()> {
+        let known = match self {
+            Judge::Choice => reward::letter(&sample.answer, &sample.choices).is_some(),
+            Judge::Text => !sample.answer.trim().is_empty(),
+            Judge::Number => reward::number(&sample.answer).is_some(),
+        };
+        let expected = match self {
+            Judge::Choice => format!("the letter or the text of one of its {} choices", sample.choices.len()),
+            Judge::Text => "some text".into(),
+            Judge::Number => "a number".into(),
+        };
+        ensure!(
+            known,
+            "the answer is {:?}, and task.judge = \"{}\" expects {expected}",
+            sample.answer,
+            format!("{self:?}").to_lowercase()
+        );
+        Ok(())
+    }
+
     /// Whether the last turn's `\boxed{}` is the answer; nothing else in the turn counts (spec 1.7).
     fn right(self, said: &str, answer: &str, choices: &[String]) -> bool {
         let Some(declared) = reward::extract(said, Place::Boxed) else { return false };
@@ -127,6 +148,14 @@ impl Crop {
         let smallest = u64::from(factor) * u64::from(factor);
         ensure!(options.turns >= 1, BadConfig("task.turns is 0, expected at least 1".into()));
         ensure!(
+            options.turns <= 2 || options.free,
+            BadConfig(format!(
+                "task.turns = {}: the fixed conversation has two turns (name a region, answer); set task.free = true to let the \
+                 policy look again",
+                options.turns
+            ))
+        );
+        ensure!(
             options.min_pixels <= options.max_pixels && options.max_pixels >= smallest,
             BadConfig(format!(
                 "task.min_pixels = {} and task.max_pixels = {} leave no size for a view; the smallest view has {smallest} pixels",
@@ -169,26 +198,24 @@ impl Crop {
     }
 
     /// The region that is shown for the region that was named; both in original pixels.
-    fn region(&self, named: BBox, context: &Context, image: usize) -> Option<BBox> {
+    fn region(&self, named: BBox, context: &Context, image: usize) -> Result<Option<BBox>> {
         let size = context.sizes[image];
         let (w, h) = (named.width(), named.height());
         let (room_x, room_y) = (f64::from(size.width) - w, f64::from(size.height) - h);
         let at = |x1: f64, y1: f64| BBox { x1, y1, x2: x1 + w, y2: y1 + h };
-        match self.options.show {
+        Ok(match self.options.show {
             Show::Region => Some(named),
             Show::Nothing => None,
             Show::Random => {
                 let mut rng = ChaCha8Rng::seed_from_u64(context.seed);
                 Some(at(rng.random_range(0.0..=room_x.max(0.0)), rng.random_range(0.0..=room_y.max(0.0))))
             }
-            Show::Target => match context.sample.targets.iter().find(|t| t.image == image + 1) {
-                Some(target) => {
-                    let (cx, cy) = target.bbox.center();
-                    Some(at((cx - w / 2.0).clamp(0.0, room_x.max(0.0)), (cy - h / 2.0).clamp(0.0, room_y.max(0.0))))
-                }
-                None => Some(named),
-            },
-        }
+            Show::Target => {
+                let target = context.sample.targets.iter().find(|t| t.image == image + 1);
+                let (cx, cy) = target.context("task.show = \"target\" needs a row with a target")?.bbox.center();
+                Some(at((cx - w / 2.0).clamp(0.0, room_x.max(0.0)), (cy - h / 2.0).clamp(0.0, room_y.max(0.0))))
+            }
+        })
     }
 
     /// What is said after an unusable box, or after none.
@@ -233,6 +260,19 @@ impl Task for Crop {
         self.options.turns
     }
 
+    fn check(&self, sample: &Sample) -> Result<()> {
+        ensure!(
+            sample.images.len() == 1,
+            "there are {} pictures, and this task shows exactly one",
+            sample.images.len()
+        );
+        ensure!(
+            self.options.show != Show::Target || sample.targets.iter().any(|t| t.image == 1),
+            "the row has no target, and task.show = \"target\" moves the crop onto it"
+        );
+        self.options.judge.check(sample)
+    }
+
     fn open(&self, sample: &Sample, sizes: &[Size]) -> Result<Opening> {
         let &[size] = sizes else {
             anyhow::bail!("there are {} pictures, and this task shows exactly one", sizes.len())
@@ -262,15 +302,15 @@ impl Task for Crop {
         let (Some(BoxOutcome::Valid), Some(named)) = (reading.outcome, reading.bbox) else {
             return self.refuse(context, reading.outcome.unwrap_or(BoxOutcome::Missing));
         };
-        let seen = context.views[context.views.len() - 1];
+        let image = context.views[context.views.len() - 1].image;
         let fill = self.fill(context.sample, true, "");
-        let Some(region) = self.region(named, context, seen.image) else {
-            return Ok(Reply::Show(self.shown(&self.template.invalid_text, &fill, None), reading));
+        let Some(region) = self.region(named, context, image)? else {
+            return Ok(Reply::Show(self.shown(&self.template.withheld, &fill, None), reading));
         };
-        let original = context.sizes[seen.image];
+        let original = context.sizes[image];
         let view = {
             // A view of the original at its own size: its pixels are the original's.
-            let itself = View { image: seen.image, region: original.bounds(), size: original };
+            let itself = View { image, region: original.bounds(), size: original };
             itself.crop(region.pad(self.options.pad_ratio).clamp(&original.bounds()), original, self.budget)?
         };
         if self.options.free && context.views.contains(&view) {
@@ -284,9 +324,13 @@ impl Task for Crop {
         Ok(Reply::Show(self.shown(slot, &fill, Some(view)), reading))
     }
 
+    /// The answer of the last turn. In the fixed conversation an episode that ended before its last turn has none, whatever stands
+    /// in the turns it had: else a policy could earn the reward without ever looking closer.
     fn judge(&self, sample: &Sample, episode: &Episode) -> Parts {
-        let said = episode.turns.iter().rev().find(|t| t.role == "assistant").map_or("", |t| t.text.as_str());
-        let right = self.options.judge.right(said, &sample.answer, &sample.choices);
+        let said: Vec<&str> = episode.turns.iter().filter(|t| t.role == "assistant").map(|t| t.text.as_str()).collect();
+        let complete = self.options.free || said.len() == self.options.turns;
+        let last = said.last().filter(|_| complete);
+        let right = last.is_some_and(|said| self.options.judge.right(said, &sample.answer, &sample.choices));
         Parts::from([("accuracy", f64::from(u8::from(right)))])
     }
 }
@@ -297,7 +341,13 @@ impl Crop {
         let Some(claim) = action.boxes().first() else {
             return Reading { outcome: Some(unread(action)), bbox: None };
         };
-        let seen = context.views[context.views.len() - 1];
+        // Which view the numbers are measured in: the last one, or, when the policy may look as often as it likes, the one that it
+        // names (`"source": 1` is the whole picture, 2 the first crop).
+        let source =
+            claim.source.filter(|_| self.options.free).map_or(Some(context.views.len()), |k| k.try_into().ok());
+        let Some(seen) = source.and_then(|k: usize| context.views.get(k.checked_sub(1)?)) else {
+            return Reading { outcome: Some(BoxOutcome::OutOfRange), bbox: None };
+        };
         let named = context.convention.box_in_view(claim.bbox_2d, seen.size);
         let limits = BoxLimits { min_side: self.options.min_side, max_aspect: self.options.max_aspect };
         let outcome = match judge_box(&named, seen.size, limits) {

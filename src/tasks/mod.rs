@@ -4,7 +4,9 @@
 pub mod crop;
 pub mod template;
 
-use anyhow::Result;
+use std::path::Path;
+
+use anyhow::{Context as _, Result};
 
 use crate::chat::{Action, Convention, Part};
 use crate::data::Sample;
@@ -57,10 +59,23 @@ pub struct Context<'a> {
     pub seed: u64,
 }
 
+/// Checks every row of a file against the task that will ask it.
+///
+/// # Errors
+/// The first row that cannot be asked or judged, named.
+pub fn check_rows(task: &dyn Task, rows: &[Sample], file: &Path) -> Result<()> {
+    for row in rows {
+        task.check(row).with_context(|| format!("row {} of {}", row.id, file.display()))?;
+    }
+    Ok(())
+}
+
 pub trait Task: Sync {
     fn name(&self) -> &'static str;
     /// The most turns the policy can take.
     fn max_turns(&self) -> usize;
+    /// Whether this row can be asked and judged at all; looked at before a run begins. The error says what the row lacks.
+    fn check(&self, sample: &Sample) -> Result<()>;
     fn open(&self, sample: &Sample, sizes: &[Size]) -> Result<Opening>;
     fn reply(&self, context: &Context, action: &Action) -> Result<Reply>;
     /// Scores the finished episode. Pure: the same episode gives the same parts.

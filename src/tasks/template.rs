@@ -22,6 +22,8 @@ pub struct Template {
     pub invalid: String,
     /// The box was unusable and only words come back; `{reason}` says why.
     pub invalid_text: String,
+    /// The box was fine, but no crop is shown (a control).
+    pub withheld: String,
     /// The one-turn baseline.
     pub one_turn: String,
     /// First turn when the policy decides itself how often to look.
@@ -55,6 +57,7 @@ impl Template {
             ("found", &template.found, true),
             ("invalid", &template.invalid, true),
             ("invalid_text", &template.invalid_text, false),
+            ("withheld", &template.withheld, false),
             ("one_turn", &template.one_turn, true),
             ("free", &template.free, true),
         ] {

@@ -132,6 +132,13 @@ fn bad_configs_are_usage_errors() {
     refused(dir, &["rl", "rl.toml", "steps"], 2, &["key=value"]);
     refused(dir, &["rl", "rl.toml", "rollout.temperature=0"], 2, &["rollout.temperature"]);
     refused(dir, &["rl", "rl.toml", "task.turns=0"], 2, &["task.turns"]);
+    refused(dir, &["rl", "rl.toml", "task.turns=3"], 2, &["task.turns = 3", "task.free"]);
+    refused(dir, &["rl", "rl.toml", "rollout.temperature=nan"], 2, &["rollout.temperature"]);
+    refused(dir, &["rl", "rl.toml", "rollout.max_new_tokens=0"], 2, &["rollout.max_new_tokens"]);
+    refused(dir, &["rl", "rl.toml", "rollout.stop=['']"], 2, &["rollout.stop"]);
+    refused(dir, &["rl", "rl.toml", "train.group=1"], 2, &["train.group = 1", "advantage"]);
+    refused(dir, &["rl", "rl.toml", "eval.every=1"], 2, &["eval.every = 1", "eval.rows"]);
+    refused(dir, &["rl", "rl.toml", "--dry-run", "task.judge=choice"], 1, &["row", "task.judge", "choices"]);
     refused(dir, &["rl", "rl.toml", "task.pad_ratio=-1"], 2, &["task.pad_ratio"]);
     refused(dir, &["rl", "rl.toml", "task.template=none"], 2, &["template", "none"]);
     refused(dir, &["rl", "rl.toml", "model.freeze=['visoin']"], 2, &["visoin", "vision"]);

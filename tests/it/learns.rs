@@ -2,7 +2,7 @@
 
 use foveate::config;
 use foveate::rl;
-use foveate::run::Interrupt;
+use foveate::run::{Interrupt, Start};
 use foveate::sft;
 
 use crate::tiny;
@@ -50,7 +50,7 @@ fn rewards_alone_teach_the_right_answer() {
         &[],
     )
     .unwrap();
-    sft::train(&plan, false, &Interrupt::none()).unwrap();
+    sft::train(&plan, Start::New, &Interrupt::none()).unwrap();
 
     // Then which of them: the reward is all it is told.
     let plan: rl::Plan = config::parse(
@@ -89,7 +89,7 @@ fn rewards_alone_teach_the_right_answer() {
     )
     .unwrap();
     let mut rewards = Vec::new();
-    rl::train(&plan, false, &Interrupt::none(), &mut |_, metrics| {
+    rl::train(&plan, Start::New, &Interrupt::none(), &mut |_, metrics| {
         rewards.push(metrics["reward/mean"].as_f64().unwrap())
     })
     .unwrap();

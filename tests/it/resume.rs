@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use foveate::config;
 use foveate::rl;
-use foveate::run::{Interrupt, Interrupted};
+use foveate::run::{Interrupt, Interrupted, Start};
 use foveate::sft;
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -116,7 +116,7 @@ fn world() -> (tempfile::TempDir, PathBuf) {
 fn rl_goes_on_as_if_it_had_not_stopped() {
     let (_dir, dir) = world();
     let whole = rl_plan(&dir, "whole", &[]);
-    rl::train(&whole, false, &Interrupt::none(), &mut |_, _| ()).unwrap();
+    rl::train(&whole, Start::New, &Interrupt::none(), &mut |_, _| ()).unwrap();
     for row in metrics(&whole.train.out) {
         // The policy that is trained is the one that sampled, to the last bit, at every step.
         assert_eq!(row["ratio/first_update_gap"], 0.0, "{row}");
@@ -127,7 +127,7 @@ fn rl_goes_on_as_if_it_had_not_stopped() {
     // Asked to stop during step 2: the step is finished, a checkpoint written, and the error says so.
     let plan = rl_plan(&dir, "parts", &["train.checkpoint_every=0"]);
     let interrupt = Interrupt::none();
-    let stopped = rl::train(&plan, false, &interrupt, &mut |step, _| {
+    let stopped = rl::train(&plan, Start::New, &interrupt, &mut |step, _| {
         if step == 2 {
             interrupt.ask();
         }
@@ -147,7 +147,7 @@ fn rl_goes_on_as_if_it_had_not_stopped() {
     std::fs::write(&log, torn).unwrap();
     std::fs::write(plan.train.out.join("episodes/3.jsonl"), b"{").unwrap();
 
-    rl::train(&plan, true, &Interrupt::none(), &mut |_, _| ()).unwrap();
+    rl::train(&plan, Start::Resume, &Interrupt::none(), &mut |_, _| ()).unwrap();
     same_end(&whole.train.out, &plan.train.out);
     for step in 1..=4 {
         let episodes = |run: &Path| std::fs::read_to_string(run.join(format!("episodes/{step}.jsonl"))).unwrap();
@@ -161,13 +161,13 @@ fn several_updates_masks_and_dynamic_sampling_run() {
     let (_dir, dir) = world();
     // Two updates a step: the second is off-policy, the first is not. Held-out rows are
     // played after each step, between the update and the next sampling.
-    let held_out = format!("data.eval={}", dir.join("train.jsonl").display());
+    let held_out = format!("eval.rows={}", dir.join("train.jsonl").display());
     let plan = rl_plan(
         &dir,
         "updates",
-        &["train.updates=2", "train.steps=2", "objective.kl_coef=0", "train.eval_every=1", &held_out],
+        &["train.updates=2", "train.steps=2", "objective.kl_coef=0", "eval.every=1", &held_out],
     );
-    rl::train(&plan, false, &Interrupt::none(), &mut |_, _| ()).unwrap();
+    rl::train(&plan, Start::New, &Interrupt::none(), &mut |_, _| ()).unwrap();
     for row in metrics(&plan.train.out) {
         assert_eq!((&row["ratio/first_update_gap"], &row["val/accuracy"]), (&0.0.into(), &0.0.into()));
         assert_ne!(row["ratio/max"], 1.0, "the second update sees other weights than those that sampled");
@@ -175,14 +175,14 @@ fn several_updates_masks_and_dynamic_sampling_run() {
     // Every turn is cut and cut turns are masked: nothing is trained, and nothing breaks.
     let cut = ["rollout.stop=[]", "rollout.max_new_tokens=2", "train.mask_truncated=true", "train.steps=1"];
     let plan = rl_plan(&dir, "masked", &cut);
-    rl::train(&plan, false, &Interrupt::none(), &mut |_, _| ()).unwrap();
+    rl::train(&plan, Start::New, &Interrupt::none(), &mut |_, _| ()).unwrap();
     let row = &metrics(&plan.train.out)[0];
     assert_eq!((&row["response_length/clip_ratio"], &row["actor/grad_norm"]), (&1.0.into(), &0.0.into()));
     let weights = |model: &Path| std::fs::read(model.join("model.safetensors")).unwrap();
     assert!(weights(&plan.model.path) == weights(&plan.train.out.join("checkpoints/1")));
     // Nobody is ever right here, so every group is flat: all are played and dropped, and the step still ends.
     let plan = rl_plan(&dir, "dynamic", &["objective.drop_equal_groups=true", "train.refill=2", "train.steps=1"]);
-    rl::train(&plan, false, &Interrupt::none(), &mut |_, _| ()).unwrap();
+    rl::train(&plan, Start::New, &Interrupt::none(), &mut |_, _| ()).unwrap();
     let row = &metrics(&plan.train.out)[0];
     assert_eq!(
         (&row["dynamic_sampling/played_groups"], &row["dynamic_sampling/dropped_groups"]),
@@ -203,22 +203,23 @@ fn sft_goes_on_as_if_it_had_not_stopped() {
         .collect();
     std::fs::write(dir.join("dialogues.jsonl"), lines.join("\n")).unwrap();
     let whole = sft_plan(&dir, "whole");
-    sft::train(&whole, false, &Interrupt::none()).unwrap();
+    sft::train(&whole, Start::New, &Interrupt::none()).unwrap();
 
     let plan = sft_plan(&dir, "parts");
     for step in 1..=2 {
         let interrupt = Interrupt::none();
         interrupt.ask();
-        let error = sft::train(&plan, step > 1, &interrupt).unwrap_err();
+        let start = if step > 1 { Start::Resume } else { Start::New };
+        let error = sft::train(&plan, start, &interrupt).unwrap_err();
         assert!(error.is::<Interrupted>() && error.to_string().contains(&format!("after step {step}")), "{error}");
     }
-    sft::train(&plan, true, &Interrupt::none()).unwrap();
+    sft::train(&plan, Start::Resume, &Interrupt::none()).unwrap();
     same_end(&whole.train.out, &plan.train.out);
     let losses: Vec<f64> = metrics(&whole.train.out).iter().map(|m| m["loss"].as_f64().unwrap()).collect();
     assert!(losses[3] < losses[0], "{losses:?}");
 
     // The order of rows is part of the state: a file that changed is noticed.
     std::fs::write(dir.join("dialogues.jsonl"), lines[..2].join("\n")).unwrap();
-    let error = format!("{:#}", sft::train(&plan, true, &Interrupt::none()).unwrap_err());
+    let error = format!("{:#}", sft::train(&plan, Start::Resume, &Interrupt::none()).unwrap_err());
     assert!(error.contains("3 rows when the run was saved and has 2 now"), "{error}");
 }

@@ -14,6 +14,7 @@ use foveate::episode::{BoxOutcome, Episode, Stop};
 use foveate::geometry::{BBox, Size, View};
 use foveate::image::{PictureCache, Processor};
 use foveate::rollout::{self, Stage};
+use foveate::tasks::Task as _;
 use foveate::tasks::crop::{Crop, Judge, OnInvalid, Options, Show};
 
 use crate::tiny;
@@ -365,6 +366,26 @@ fn a_conversation_too_long_stops_before_the_picture() {
     assert_eq!((e.stop, regions(&e).len(), e.reward), (Stop::OverLong, 1, 0.0));
     assert_eq!(e.stream.ids.last(), Some(&world.chat.special.end_of_turn));
     assert_eq!(outcomes(&e), [Some(BoxOutcome::Valid)]);
+}
+
+#[test]
+fn an_answer_without_the_second_look_earns_nothing() {
+    let world = World::new();
+    // The right answer stands in the first turn already, and the conversation ends there.
+    let hasty = format!("{ANSWER} {}", looking([28, 28, 20, 20]));
+    let stop = Options { on_invalid: OnInvalid::Stop, ..options() };
+    let e = world.play(&stop, &[&hasty]);
+    assert_eq!(
+        (e.stop, e.turns.iter().filter(|t| t.role == "assistant").count(), e.reward),
+        (Stop::InvalidBox, 1, 0.0)
+    );
+    let cut = world.play_with(&options(), &rollout::Options::default(), &[(ANSWER, Finish::Length)]).0;
+    assert_eq!((cut.stop, cut.reward), (Stop::Truncated, 0.0));
+    // Judging is a function of row and episode alone.
+    let e = world.play(&options(), &[&looking([28, 28, 84, 84]), ANSWER]);
+    let task = Crop::new(options(), 28).unwrap();
+    assert_eq!(task.judge(&world.sample, &e), task.judge(&world.sample, &e));
+    assert_eq!((e.reward, e.advantage), (1.0, None), "the reward is known, the advantage is another number");
 }
 
 #[test]

@@ -1,0 +1,86 @@
+//! What may differ between the plan a run was begun with and the plan it goes on with.
+//!
+//! A resumed run promises to be the uninterrupted one bit for bit, which a changed learning rate or another data file would quietly break.
+//! Keys that only say how long, how often and with how much memory may change; any other change has to be asked for.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result, bail};
+
+use crate::config::BadConfig;
+
+/// Keys (or sections, with a dot behind) that change nothing in the steps to come.
+const FREE: [&str; 9] = [
+    "train.out",
+    "train.steps",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.episodes_every",
+    "eval.",
+    "model.micro_batch_tokens",
+    "model.recompute",
+    "model.picture_cache_mib",
+];
+
+/// # Errors
+/// When `plan` differs from `saved` (both TOML) in a key that is not free to change: names each with both values.
+pub(super) fn refuse(saved: &str, plan: &str) -> Result<()> {
+    let read = |text: &str| -> Result<BTreeMap<String, String>> {
+        let mut keys = BTreeMap::new();
+        flatten("", &toml::Value::Table(toml::from_str(text).context("the config is damaged")?), &mut keys);
+        Ok(keys)
+    };
+    let (before, now) = (read(saved)?, read(plan)?);
+    let changed: Vec<String> = before
+        .keys()
+        .chain(now.keys().filter(|key| !before.contains_key(*key)))
+        .filter(|key| before.get(*key) != now.get(*key))
+        .filter(|key| !FREE.iter().any(|free| if free.ends_with('.') { key.starts_with(free) } else { key == free }))
+        .map(|key| {
+            let value = |side: &BTreeMap<String, String>| side.get(key).cloned().unwrap_or("nothing".into());
+            format!("{key} was {} and is now {}", value(&before), value(&now))
+        })
+        .collect();
+    if changed.is_empty() {
+        return Ok(());
+    }
+    bail!(BadConfig(format!(
+        "the run was begun with another plan: {}; put it back, or add --accept-changes to go on with the new one",
+        changed.join("; ")
+    )))
+}
+
+/// Every leaf under its dotted name.
+fn flatten(name: &str, value: &toml::Value, out: &mut BTreeMap<String, String>) {
+    let under = |key: &str| if name.is_empty() { key.to_owned() } else { format!("{name}.{key}") };
+    match value {
+        toml::Value::Table(table) => table.iter().for_each(|(key, value)| flatten(&under(key), value, out)),
+        toml::Value::Array(items) if items.iter().any(toml::Value::is_table) => {
+            items.iter().enumerate().for_each(|(i, value)| flatten(&under(&i.to_string()), value, out));
+        }
+        leaf => {
+            out.insert(name.to_owned(), leaf.to_string());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn length_and_memory_may_change_the_rest_is_named() {
+        let before = "[train]\nsteps = 4\nseed = 1\n[model]\npath = \"a\"\nfreeze = [\"vision\"]\n";
+        refuse(
+            before,
+            "[train]\nsteps = 9\nseed = 1\n[model]\npath = \"a\"\nfreeze = [\"vision\"]\n[eval]\nevery = 3\n",
+        )
+        .unwrap();
+        let other = "[train]\nsteps = 4\nseed = 2\n[model]\npath = \"a\"\nfreeze = []\n";
+        let error = refuse(before, other).unwrap_err();
+        let text = error.to_string();
+        assert!(text.contains("train.seed was 1 and is now 2"), "{text}");
+        assert!(text.contains("model.freeze was [\"vision\"] and is now []"), "{text}");
+        assert!(error.is::<BadConfig>());
+    }
+}
