@@ -2,14 +2,17 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow, ensure};
 use clap::Args;
 use serde_json::json;
 
+use crate::config::BadConfig;
 use crate::data::Sample;
 use crate::engine::embedded::{Embedded, Options as EngineOptions};
+use crate::episode::{BoxOutcome, Stop, Turn};
 use crate::geometry::BBox;
 use crate::image;
+use crate::reward::{self, Place};
 use crate::rollout::{self, Stage};
 use crate::tasks::crop::{Crop, Options as TaskOptions};
 
@@ -56,6 +59,14 @@ pub struct Options {
 }
 
 pub fn main(options: &Options) -> Result<()> {
+    ensure!(
+        options.image.len() == 1,
+        BadConfig(format!(
+            "ask looks at one picture, and there are {} pictures; ask about one at a time (several at once need a \
+             multi-image task, which this version does not have)",
+            options.image.len()
+        ))
+    );
     let engine = EngineOptions { path: options.model.clone(), ..EngineOptions::default() };
     let mut embedded = Embedded::open(&engine, None)?;
     let budget = embedded.processor.budget;
@@ -65,7 +76,6 @@ pub fn main(options: &Options) -> Result<()> {
         free: options.free,
         max_pixels: options.max_pixels.unwrap_or(budget.max_pixels),
         min_pixels: options.min_pixels.unwrap_or(budget.min_pixels),
-        choices_in_turn_1: true,
         ..TaskOptions::default()
     };
     let task = Crop::new(task, budget.factor)?;
@@ -85,7 +95,9 @@ pub fn main(options: &Options) -> Result<()> {
         convention: embedded.convention,
         options: &play,
     };
-    let episodes = rollout::play(&stage, &mut embedded, &[(0, &sample)], 1, options.seed, 0)?;
+    // A rollout names the row at fault; here the one row is what was asked.
+    let in_words = |error: anyhow::Error| anyhow!(format!("{error:#}").replacen("row question", "the question", 1));
+    let episodes = rollout::play(&stage, &mut embedded, &[(0, &sample)], 1, options.seed, 0).map_err(in_words)?;
     let episode = episodes.into_iter().next().context("the question was not played")?;
     let record = episode.record();
 
@@ -112,10 +124,11 @@ pub fn main(options: &Options) -> Result<()> {
             saved.push(json!({"file": path}));
         }
     }
+    let last = record.turns.last().map_or("", |turn| turn.text.as_str());
+    let answer = reward::extract(last, Place::Boxed).filter(|answer| !answer.is_empty());
     if options.json {
         let out = json!({
-            "turns": record.turns, "views": record.views, "stop": record.stop, "saved": saved,
-            "answer": crate::reward::extract(record.turns.last().map_or("", |t| t.text.as_str()), crate::reward::Place::Boxed),
+            "turns": record.turns, "views": record.views, "stop": record.stop, "saved": saved, "answer": answer,
         });
         println!("{out}");
         return Ok(());
@@ -123,14 +136,46 @@ pub fn main(options: &Options) -> Result<()> {
     for turn in &record.turns {
         println!("── {} ({} tokens)", turn.role, turn.tokens);
         println!("{}", turn.text.trim_end());
-        if let Some(outcome) = turn.outcome {
-            let place =
-                turn.bbox.map(|b| format!(": [{:.0}, {:.0}, {:.0}, {:.0}] in the original", b.x1, b.y1, b.x2, b.y2));
-            eprintln!("   box {outcome:?}{}", place.unwrap_or_default());
+        if let Some(line) = box_line(turn) {
+            println!("   {line}");
         }
     }
+    println!("── answer: {}", answer.unwrap_or("none"));
+    println!("── end: {}", end(record.stop, options, embedded.max_positions()));
     for file in saved {
         eprintln!("wrote {}", file["file"].as_str().unwrap_or_default());
     }
     Ok(())
+}
+
+/// What became of the box that a turn named or should have named.
+fn box_line(turn: &Turn) -> Option<String> {
+    if let Some(b) = turn.bbox {
+        return Some(format!("box: [{:.0}, {:.0}, {:.0}, {:.0}] in the original", b.x1, b.y1, b.x2, b.y2));
+    }
+    let fault = match turn.outcome? {
+        BoxOutcome::Valid => "it was not kept",
+        BoxOutcome::Missing => "none was named",
+        BoxOutcome::Malformed => "it is not the JSON that was asked for",
+        BoxOutcome::NotInteger => "its coordinates are not whole numbers",
+        BoxOutcome::Inverted => "its corners are the wrong way round",
+        BoxOutcome::OutOfRange => "it leaves the picture",
+        BoxOutcome::TooSmall => "it is too small",
+        BoxOutcome::TooThin => "it is too narrow",
+        BoxOutcome::Duplicate => "this region was shown already",
+    };
+    Some(format!("no box: {fault}"))
+}
+
+/// Why the conversation ended, with the options that would have let it go on.
+fn end(stop: Stop, options: &Options, positions: usize) -> String {
+    match stop {
+        Stop::Answered => "the model answered".into(),
+        Stop::TurnLimit => format!("no answer in {} turns", options.turns),
+        Stop::Truncated => format!("cut off at {} tokens in a turn (--max-new-tokens)", options.max_new_tokens),
+        Stop::OverLong => {
+            format!("the next turn does not fit into {positions} tokens (--max-pixels, --max-new-tokens)")
+        }
+        Stop::InvalidBox => "the box could not be used".into(),
+    }
 }

@@ -23,7 +23,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::Value as Json;
 use tokenizers::Tokenizer;
 
-pub use action::{Action, BoxClaim, Flaw, Reading, fence_end, has_answer};
+pub use action::{Action, BoxClaim, Flaw, Reading, has_answer};
 pub use convention::Convention;
 pub use message::{Content, Message, Part};
 pub use special::Special;

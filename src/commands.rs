@@ -1,6 +1,6 @@
 //! The small commands: data, model, trace. Each is a few lines around a library call.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use clap::{Args, Subcommand};
@@ -13,20 +13,27 @@ use crate::geometry::{Size, View};
 use crate::image::{self, Processor, decode};
 use crate::model::config::TokenIds;
 use crate::model::trace::{Greedy, trace};
-use crate::model::{Config, Dtype, Trainable, Vlm, presets};
+use crate::model::{Config, Dtype, Layout, Trainable, Vlm, presets};
 use crate::progress::Progress;
+use crate::run::Environment;
 use crate::synth::make::{MakeOptions, Set, make};
 use crate::{report, score};
+
+/// More threads than this only cost: tens of thousands take minutes to start.
+const MOST_THREADS: usize = 1024;
 
 /// Uses this many threads for everything; without a number, all cores.
 pub fn use_threads(threads: Option<usize>) -> Result<()> {
     let Some(n) = threads else { return Ok(()) };
-    ensure!(n > 0, BadConfig("--threads must be at least 1".into()));
+    ensure!(
+        (1..=MOST_THREADS).contains(&n),
+        BadConfig(format!("--threads {n}: expected a number from 1 to {MOST_THREADS}"))
+    );
     rayon::ThreadPoolBuilder::new().num_threads(n).build_global().context("starting the threads")
 }
 
 /// `foveate report`: writes the page and prints where it is.
-pub fn report(runs: &[PathBuf], out: Option<&std::path::Path>) -> Result<()> {
+pub fn report(runs: &[PathBuf], out: Option<&Path>) -> Result<()> {
     println!("{}", report::write(runs, out, report::EPISODES)?.display());
     Ok(())
 }
@@ -132,6 +139,9 @@ pub enum Model {
         seed: u64,
         #[arg(long, default_value = "f32")]
         dtype: String,
+        /// One JSON object on stdout
+        #[arg(long)]
+        json: bool,
     },
     /// Sizes, parameters and memory of a checkpoint
     Info {
@@ -147,6 +157,9 @@ pub enum Model {
         /// f32 or bf16
         #[arg(long, default_value = "bf16")]
         dtype: String,
+        /// One JSON object on stdout
+        #[arg(long)]
+        json: bool,
     },
 }
 
@@ -161,20 +174,16 @@ fn dtype(name: &str) -> Result<Dtype> {
 impl Model {
     pub fn run(self) -> Result<()> {
         match self {
-            Model::New { preset, out, tokenizer, seed, dtype: name } => {
+            Model::New { preset, out, tokenizer, seed, dtype: name, json } => {
                 let dtype = dtype(&name)?;
                 let tokenizer = match tokenizer {
                     Some(dir) => dir,
                     None => crate::synth::assets_dir()?.join("nano"),
                 };
-                ensure!(
-                    !out.join("config.json").exists(),
-                    "there is a model already, choose another folder or remove it: {}",
-                    out.display()
-                );
+                ensure_free(&out)?;
                 let model = new_model(&preset, &tokenizer, seed)?;
                 model.save(&out, dtype, Some(&tokenizer))?;
-                println!("{}", out.display());
+                written(&model, &out, dtype, json);
                 Ok(())
             }
             Model::Info { dir, json } => {
@@ -184,7 +193,6 @@ impl Model {
                     println!("{}", json!({"config": config.to_json("float32"), "memory": memory}));
                     return Ok(());
                 }
-                let gib = |bytes: u64| format!("{:.2} GiB", bytes as f64 / (1u64 << 30) as f64);
                 println!("{}", dir.display());
                 println!("parameters      {:.2} M", memory.parameters as f64 / 1e6);
                 println!(
@@ -200,23 +208,74 @@ impl Model {
                 );
                 Ok(())
             }
-            Model::Export { dir, out, dtype: name } => {
+            Model::Export { dir, out, dtype: name, json } => {
                 let dtype = dtype(&name)?;
-                ensure!(dir != out, "--out is the checkpoint itself; choose another folder");
-                Vlm::load(&dir)?.save(&out, dtype, Some(&dir))?;
-                println!("{}", out.display());
+                ensure_free(&out)?;
+                ensure_fits(&Config::load(&dir)?)?;
+                let model = Vlm::load(&dir)?;
+                model.save(&out, dtype, Some(&dir))?;
+                written(&model, &out, dtype, json);
                 Ok(())
             }
         }
     }
 }
 
+/// Says what was written, and where.
+fn written(model: &Vlm, out: &Path, dtype: Dtype, json: bool) {
+    if json {
+        let parameters = model.weights.layout.len;
+        println!("{}", json!({"model": out, "parameters": parameters, "dtype": dtype.name()}));
+    } else {
+        println!("{}", out.display());
+    }
+}
+
+/// Refuses a folder that holds anything, so that no model is replaced and none is mixed into other files.
+fn ensure_free(out: &Path) -> Result<()> {
+    ensure!(
+        !out.join("config.json").exists(),
+        "there is a model already, choose another folder or remove it: {}",
+        out.display()
+    );
+    let taken = match std::fs::read_dir(out) {
+        Ok(mut files) => files.next().is_some(),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => false,
+        Err(error) => return Err(error).with_context(|| format!("looking into --out: {}", out.display())),
+    };
+    ensure!(!taken, "the folder holds other files, choose a new or an empty one for a model: {}", out.display());
+    Ok(())
+}
+
+/// Refuses a model for which there is no room before it is begun: later the system would end the process without a word.
+fn ensure_fits(config: &Config) -> Result<()> {
+    let layout = Layout::new(config);
+    // The weights in f32, and the bytes of one tensor on their way into or out of a file.
+    let largest = layout.entries.iter().map(|e| e.range.len()).max().unwrap_or(0);
+    let need = 4 * (layout.len + largest) as u64;
+    let left = Environment::memory_left().unwrap_or(u64::MAX);
+    ensure!(
+        need <= left,
+        "a model of {:.2} G parameters takes {} of memory here, and {} can be had; \
+         choose a smaller model, free some memory or use a larger machine",
+        layout.len as f64 / 1e9,
+        gib(need),
+        gib(left)
+    );
+    Ok(())
+}
+
+fn gib(bytes: u64) -> String {
+    format!("{:.2} GiB", bytes as f64 / (1u64 << 30) as f64)
+}
+
 /// A random model of a preset with the ids of a tokenizer folder.
-pub fn new_model(preset: &str, tokenizer: &std::path::Path, seed: u64) -> Result<Vlm> {
+pub fn new_model(preset: &str, tokenizer: &Path, seed: u64) -> Result<Vlm> {
     let chat = Chat::load(tokenizer)?;
     // Rows beyond the tokenizer's are banned from sampling; a round number of them keeps the products even.
     let rows = chat.vocabulary().next_multiple_of(64);
     let config = presets::preset(preset, rows, &token_ids(&chat)?).map_err(|e| BadConfig(e.to_string()))?;
+    ensure_fits(&config)?;
     Ok(presets::initialise(config, seed))
 }
 
@@ -248,19 +307,23 @@ pub struct Trace {
     /// Decode so many tokens greedily
     #[arg(long)]
     greedy: Option<usize>,
+    /// One JSON object on stdout
+    #[arg(long)]
+    json: bool,
 }
 
 impl Trace {
     pub fn run(self) -> Result<()> {
         let chat = Chat::load(&self.model)?;
         let processor = Processor::load(&self.model)?;
-        let model = Vlm::load(&self.model)?;
+        let folder = self.out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        ensure!(folder.is_dir(), "the folder of --out is not there, make it first: {}", folder.display());
         let text = std::fs::read_to_string(&self.messages)
             .with_context(|| format!("reading the messages: {}", self.messages.display()))?;
-        let messages: Vec<Message> = serde_json::from_str(&text).with_context(|| {
+        let messages: Vec<Message> = serde_json::from_str(text.trim_start_matches('\u{feff}')).with_context(|| {
             format!("reading the messages, a JSON list of {{\"role\", \"content\"}}: {}", self.messages.display())
         })?;
-        let base = self.messages.parent().unwrap_or(std::path::Path::new("."));
+        let base = self.messages.parent().unwrap_or(Path::new("."));
         let mut grids = Vec::new();
         let mut pixels = Vec::new();
         for part in messages.iter().flat_map(Message::parts) {
@@ -277,8 +340,18 @@ impl Trace {
         let goes_on = messages.last().is_none_or(|m| m.role != "assistant");
         let encoded = chat.encode(&messages, goes_on, &tokens)?;
         let greedy = self.greedy.map(|tokens| Greedy { tokens, stop: &chat.special.stops });
-        trace(&model, &encoded.ids, &grids, pixels, greedy)?.write(&self.out)?;
-        println!("{}", self.out.display());
+        let model = Vlm::load(&self.model)?;
+        let traced = trace(&model, &encoded.ids, &grids, pixels, greedy)?;
+        traced.write(&self.out)?;
+        if self.json {
+            let greedy = &traced.greedy_ids;
+            println!(
+                "{}",
+                json!({"trace": self.out, "tokens": encoded.ids.len(), "images": grids.len(), "greedy_ids": greedy})
+            );
+        } else {
+            println!("{}", self.out.display());
+        }
         Ok(())
     }
 }

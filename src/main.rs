@@ -1,5 +1,6 @@
 //! The command line. Reads as a contents page: one line a command, the work is in the library.
 
+use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -10,7 +11,7 @@ use foveate::{ask, bench, commands, demo, doctor, eval, rl, run, sft};
 #[derive(Parser)]
 #[command(name = "foveate", version, about = "Teaches vision-language models where to look.", max_term_width = 100)]
 struct Cli {
-    /// Number of threads (default: all cores)
+    /// Number of threads, at most 1024 (default: all cores)
     #[arg(long, global = true)]
     threads: Option<usize>,
     #[command(subcommand)]
@@ -81,7 +82,7 @@ enum Command {
 struct RunArgs {
     /// TOML file of the run
     config: PathBuf,
-    /// Overrides, for instance optim.learning_rate=3e-5
+    /// Overrides, for instance optim.lr=3e-5
     overrides: Vec<String>,
     /// Print the resolved config and the numbers derived from it; do nothing
     #[arg(long)]
@@ -114,9 +115,19 @@ impl RunArgs {
 }
 
 fn main() -> ExitCode {
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        // `println!` has no error to return. Its panic over a closed pipe is no bug; every other panic is.
+        let said = panic.payload().downcast_ref::<String>().map_or("", String::as_str);
+        if said.starts_with("failed printing to stdout") && said.contains("Broken pipe") {
+            std::process::exit(0);
+        }
+        usual(panic);
+    }));
     let cli = Cli::parse();
     match dispatch(cli) {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error) if is_closed_pipe(&error) => ExitCode::SUCCESS,
         Err(error) if error.downcast_ref::<run::Interrupted>().is_some() => {
             eprintln!("{error}");
             ExitCode::from(130)
@@ -127,6 +138,13 @@ fn main() -> ExitCode {
             ExitCode::from(if usage { 2 } else { 1 })
         }
     }
+}
+
+/// Whether the reader of our output went away, as in `foveate score | head -1`: it has what it wanted, so nothing failed. The
+/// only pipes this program writes to are the standard ones.
+fn is_closed_pipe(error: &anyhow::Error) -> bool {
+    let closed = |e: &io::Error| e.kind() == io::ErrorKind::BrokenPipe;
+    error.chain().any(|cause| cause.downcast_ref::<io::Error>().is_some_and(closed))
 }
 
 fn dispatch(cli: Cli) -> anyhow::Result<()> {

@@ -63,16 +63,21 @@ impl Optim {
     /// Refuses settings that cannot mean anything. Errors name the key and the value.
     pub fn validate(&self) -> Result<()> {
         for (key, value, low, high) in [
-            ("lr", self.lr, 0.0, f64::MAX),
+            ("lr", self.lr, 0.0, f64::INFINITY),
             ("beta1", self.beta1, 0.0, 0.999_999),
             ("beta2", self.beta2, 0.0, 0.999_999_9),
-            ("eps", self.eps, 0.0, f64::MAX),
-            ("weight_decay", self.weight_decay, 0.0, f64::MAX),
-            ("clip_norm", self.clip_norm, 0.0, f64::MAX),
-            ("warmup", self.warmup, 0.0, f64::MAX),
+            ("eps", self.eps, 0.0, f64::INFINITY),
+            ("weight_decay", self.weight_decay, 0.0, f64::INFINITY),
+            ("clip_norm", self.clip_norm, 0.0, f64::INFINITY),
+            ("warmup", self.warmup, 0.0, f64::INFINITY),
             ("min_lr_ratio", self.min_lr_ratio, 0.0, 1.0),
         ] {
-            ensure!(value >= low && value <= high, "optim.{key} = {value}: expected a number from {low} to {high}");
+            let expected =
+                if high.is_finite() { format!("from {low} to {high}") } else { format!("of at least {low}") };
+            ensure!(
+                value.is_finite() && value >= low && value <= high,
+                "optim.{key} = {value}: expected a number {expected}"
+            );
         }
         Ok(())
     }
@@ -454,6 +459,8 @@ mod tests {
         let half = Optim { warmup: 2.0, ..cosine };
         assert!((half.lr_at(6, 10) - 1.1).abs() < 1e-12);
         assert!(Optim { beta1: 1.0, ..o.clone() }.validate().is_err());
-        assert!(Optim { lr: f64::NAN, ..o }.validate().is_err());
+        assert!(Optim { lr: f64::NAN, ..o.clone() }.validate().is_err());
+        let error = Optim { lr: -1.0, ..o }.validate().unwrap_err().to_string();
+        assert_eq!(error, "optim.lr = -1: expected a number of at least 0");
     }
 }

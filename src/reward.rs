@@ -16,7 +16,7 @@ pub use boxes::{
 pub(crate) use boxes::{truth, truth_box};
 pub use choice::{Official, letter, mme_realworld_letter, vstar_letter};
 pub use number::{Number, number};
-pub use shaping::{difficulty_weight, over_long, repetition};
+pub use shaping::{over_long, repetition};
 pub use text::{normalise, same_text};
 
 use std::fmt;

@@ -243,6 +243,9 @@ mod tests {
         };
         assert_eq!(row("text", r"\boxed{The red ball.}", json!("red ball")), 1.0);
         assert_eq!(row("text", "<answer>blue</answer>", json!(["red", "Blue"])), 1.0);
+        assert_eq!(row("text", r"\boxed{\text{stop}}", json!("stop")), 1.0);
+        assert_eq!(row("text", r"\boxed{3.5}", json!("35")), 0.0);
+        assert_eq!(row("text", r"\boxed{-5}", json!(5)), 0.0);
         assert_eq!(row("number", r"\boxed{\frac{1}{2}}", json!(0.5)), 1.0);
         assert_eq!(row("number", r"\boxed{1,200}", json!("1200 m")), 1.0);
         assert_eq!(row("number", r"\boxed{1200 cats}", json!(1200)), 0.0);
@@ -263,6 +266,16 @@ mod tests {
         assert!(out[1]["error"].as_str().unwrap().starts_with("row 3: "), "{}", out[1]);
         assert!(out[2]["error"].as_str().unwrap().contains("poem"));
         assert_eq!(out[3], json!({"id": 7, "total": 1.0, "parts": {"accuracy": 1.0}, "extracted": "A"}));
+        for (kind, answer) in [
+            ("box", json!([10, 10, 0, 0])),
+            ("box", json!([0, 5, 10, 5])),
+            ("multi_image", json!([{"image": 1, "bbox": [10, 10, 0, 0]}])),
+        ] {
+            let row = json!({"kind": kind, "prediction": "[0, 0, 10, 10]", "answer": answer});
+            let (_, out) = score(&row.to_string());
+            let error = out[0]["error"].as_str().unwrap();
+            assert!(error.starts_with("row 1: \"answer\"") && error.contains("x1 < x2"), "{error}");
+        }
         let mut out = Vec::new();
         assert_eq!(run(&b"\xff\xfe\n"[..], &mut out).unwrap().errors, 1);
     }

@@ -141,9 +141,9 @@ pub fn has_answer(text: &str) -> bool {
 
 const FENCE: &str = "```";
 
-/// The inside of the first fenced `json` block and the byte where the block ends (after the closing fence).
+/// The inside of the first fenced `json` block.
 enum Fenced<'a> {
-    Block(&'a str, usize),
+    Block(&'a str),
     Unclosed,
     Absent,
 }
@@ -156,23 +156,15 @@ fn first_fence<'a>(text: &'a str, need_newlines: bool) -> Fenced<'a> {
     };
     let inside = at + opening.len();
     match text[inside..].find(closing) {
-        Some(length) => Fenced::Block(&text[inside..inside + length], inside + length + closing.len()),
+        Some(length) => Fenced::Block(&text[inside..inside + length]),
         None => Fenced::Unclosed,
-    }
-}
-
-/// The byte after the first complete fenced `json` block: where a grounding turn may be stopped. `None` while it is not complete.
-pub fn fence_end(text: &str) -> Option<usize> {
-    match first_fence(text, false) {
-        Fenced::Block(_, end) => Some(end),
-        Fenced::Unclosed | Fenced::Absent => None,
     }
 }
 
 /// `None` when nothing like a box is there.
 fn json_boxes(text: &str, reading: &Reading) -> Option<Result<Vec<BoxClaim>, Flaw>> {
     match first_fence(text, reading.need_newlines) {
-        Fenced::Block(inside, _) => Some(match serde_json::from_str(inside.trim()) {
+        Fenced::Block(inside) => Some(match serde_json::from_str(inside.trim()) {
             Ok(value) => claims(value, reading),
             Err(_) => Err(Flaw::BadJson),
         }),
@@ -310,7 +302,6 @@ mod tests {
     fn the_first_fenced_block_counts() {
         let text = "a ```json\n[{\"bbox_2d\":[1,2,3,4],\"label\":\"cup\"}]\n``` b ```json\n[{\"bbox_2d\":[5,6,7,8],\"label\":\"cup\"}]\n```";
         assert_eq!(read(text), Action::Look { boxes: vec![cup([1, 2, 3, 4])] });
-        assert_eq!(&text[fence_end(text).unwrap()..][..3], " b ");
     }
 
     #[test]

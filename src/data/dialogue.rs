@@ -28,6 +28,8 @@ struct Row {
 /// A file that cannot be read or holds none; a row that is no dialogue, shows an image without a path or lacks the assistant.
 pub fn read_dialogues(path: &Path) -> Result<Vec<Dialogue>> {
     let text = std::fs::read_to_string(path).with_context(|| format!("reading dialogues: {}", path.display()))?;
+    // Some editors begin a UTF-8 file with a byte order mark, which is no JSON.
+    let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
     let folder = path.parent().unwrap_or(Path::new("."));
     let mut dialogues = Vec::new();
     for (i, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
@@ -62,7 +64,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("d.jsonl");
         let good = r#"{"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "?"}]}, {"role": "assistant", "content": "!"}]}"#;
-        std::fs::write(&path, format!("{good}\n\n{good}\n")).unwrap();
+        std::fs::write(&path, format!("\u{feff}{good}\n\n{good}\n")).unwrap();
         let rows = read_dialogues(&path).unwrap();
         assert_eq!((rows.len(), rows[1].number), (2, 3));
         assert_eq!(rows[0].images, [dir.path().join("a.png")]);

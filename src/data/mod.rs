@@ -133,7 +133,9 @@ fn examine(path: &Path, decode: bool) -> Result<(Vec<Sample>, Report)> {
     let mut parsed: Vec<(usize, Sample)> = Vec::new();
     let mut ids: HashMap<String, usize> = HashMap::new();
     let mut rows = 0;
-    for (i, line) in bytes.split(|&b| b == b'\n').enumerate() {
+    // Some editors begin a UTF-8 file with a byte order mark, which is no JSON.
+    let lines = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes);
+    for (i, line) in lines.split(|&b| b == b'\n').enumerate() {
         if line.trim_ascii().is_empty() {
             continue;
         }
@@ -319,8 +321,11 @@ mod tests {
             extra: Map::from_iter([("weight".to_owned(), json!(2))]),
         };
         write(&path, std::slice::from_ref(&sample)).unwrap();
-        assert!(std::fs::read_to_string(&path).unwrap().contains(r#""images":["a.png"]"#));
-        assert_eq!(read(&path).unwrap(), [sample]);
+        let written = std::fs::read_to_string(&path).unwrap();
+        assert!(written.contains(r#""images":["a.png"]"#));
+        assert_eq!(read(&path).unwrap(), [sample.clone()]);
+        std::fs::write(&path, format!("\u{feff}{written}")).unwrap();
+        assert_eq!(read(&path).unwrap(), [sample], "a byte order mark is no part of the first row");
     }
 
     #[test]

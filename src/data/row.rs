@@ -33,14 +33,14 @@ pub(super) fn parse(line: &[u8], folder: &Path) -> Result<Sample, Fault> {
         return fault("images", "found an empty list, expected at least one path");
     }
     let images = names.iter().map(|name| folder.join(name)).collect::<Vec<_>>();
-    let question = text("question", row.shift_remove("question"))?;
+    let question = said("question", row.shift_remove("question"))?;
     let choices = match row.shift_remove("choices") {
         None | Some(Value::Null) => Vec::new(),
         some => texts("choices", some)?,
     };
     let answer = match row.shift_remove("answer") {
         Some(Value::Number(n)) => n.to_string(),
-        other => text("answer", other)?,
+        other => said("answer", other)?,
     };
     let targets = match row.shift_remove("targets") {
         None | Some(Value::Null) => Vec::new(),
@@ -90,6 +90,15 @@ fn text(key: &str, value: Option<Value>) -> Result<String, Fault> {
         None => fault(key, "this key is missing, expected a text"),
         Some(other) => fault(key, format!("found {}, expected a text", describe(&other))),
     }
+}
+
+/// A text that says something: nothing can be asked by an empty question, nor judged by an empty answer.
+fn said(key: &str, value: Option<Value>) -> Result<String, Fault> {
+    let said = text(key, value)?;
+    if said.trim().is_empty() {
+        return fault(key, format!("found {}, expected a text that says something", describe(&Value::String(said))));
+    }
+    Ok(said)
 }
 
 fn optional_text(key: &str, row: &mut Map<String, Value>) -> Result<Option<String>, Fault> {
@@ -145,6 +154,8 @@ mod tests {
             key_of(r#"{"id":3,"images":["x"],"question":"?","answer":"4","targets":[{"image":1,"bbox":[4,0,2,1]}]}"#),
             "targets[0].bbox"
         );
+        assert_eq!(key_of(r#"{"id":3,"images":["x"],"question":" ","answer":"4"}"#), "question");
+        assert_eq!(key_of(r#"{"id":3,"images":["x"],"question":"?","answer":""}"#), "answer");
         assert_eq!(key_of("[1]"), "");
     }
 }

@@ -4,6 +4,7 @@
 //! published processors to 1e-6, and a settings file that asks for something else is an error that names the key.
 
 use crate::geometry::{Budget, Grid, Size};
+use crate::model::Config;
 use ::image::RgbImage;
 use anyhow::{Context, Result, bail, ensure};
 use rayon::prelude::*;
@@ -63,7 +64,7 @@ impl Processor {
     /// `preprocessor_config.json`.
     ///
     /// # Errors
-    /// No such file, or one that [`Processor::from_json`] refuses.
+    /// No such file, one that [`Processor::from_json`] refuses, or a `config.json` beside it that wants other patches.
     pub fn load(dir: &Path) -> Result<Processor> {
         for file in FILES {
             let path = dir.join(file);
@@ -80,7 +81,9 @@ impl Processor {
                 None if file == FILES[0] => continue,
                 None => &whole,
             };
-            return Processor::from_json(settings).with_context(|| format!("in {}", path.display()));
+            let processor = Processor::from_json(settings).with_context(|| format!("in {}", path.display()))?;
+            processor.check_model(dir, &path)?;
+            return Ok(processor);
         }
         bail!(
             "reading the picture settings: found neither {} (with `image_processor`) nor {} in {}",
@@ -88,6 +91,29 @@ impl Processor {
             FILES[1],
             dir.display()
         )
+    }
+
+    /// Refuses a model in `dir` whose vision tower takes other patches than these settings, read from `own`, cut.
+    fn check_model(&self, dir: &Path, own: &Path) -> Result<()> {
+        let path = dir.join("config.json");
+        if !path.is_file() {
+            return Ok(()); // the folder of a tokenizer and processor alone
+        }
+        let model = Config::load(dir)?.vision;
+        for (key, cut, in_model, wanted) in [
+            ("patch_size", self.patch, "patch_size", model.patch),
+            ("merge_size", self.merge, "spatial_merge_size", model.merge),
+            ("temporal_patch_size", self.temporal, "temporal_patch_size", model.temporal_patch),
+        ] {
+            ensure!(
+                cut as usize == wanted,
+                "the picture settings and the model disagree: `{key}` is {cut} in {}, `vision_config.{in_model}` is {wanted} in {}; \
+                 use the two files of one checkpoint",
+                own.display(),
+                path.display()
+            );
+        }
+        Ok(())
     }
 
     /// From the JSON object of the settings. Both generations of budget keys are read: `min_pixels`/`max_pixels`, which count
@@ -403,5 +429,25 @@ mod tests {
         fs::write(dir.path().join("processor_config.json"), r#"{"image_processor": {"resample": 0}}"#).unwrap();
         let error = format!("{:#}", Processor::load(dir.path()).unwrap_err());
         assert!(error.contains("`resample`") && error.contains("processor_config.json"), "{error}");
+    }
+
+    #[test]
+    fn settings_of_another_model_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let settings = |json: Value| fs::write(dir.path().join("preprocessor_config.json"), json.to_string()).unwrap();
+        let config = crate::model::presets::nano(100).to_json("float32");
+        fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+        settings(json!({"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}));
+        assert!(Processor::load(dir.path()).is_ok());
+        for (key, in_model) in [
+            ("patch_size", "`vision_config.patch_size` is 14"),
+            ("merge_size", "`vision_config.spatial_merge_size` is 2"),
+            ("temporal_patch_size", "`vision_config.temporal_patch_size` is 2"),
+        ] {
+            settings(json!({key: 16}));
+            let error = format!("{:#}", Processor::load(dir.path()).unwrap_err());
+            let said = [&format!("`{key}` is 16"), in_model, "preprocessor_config.json", "/config.json"];
+            assert!(said.iter().all(|part| error.contains(part)), "{error}");
+        }
     }
 }

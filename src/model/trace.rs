@@ -168,7 +168,7 @@ impl Trace {
             tensors.push(("greedy_ids", whole(&[ids.len()], ids.iter().map(|x| *x as i64).collect())));
         }
         in_place(path, |beside| {
-            safetensors::serialize_to_file(tensors, None, beside).map_err(|e| anyhow::anyhow!("{e:?}"))
+            safetensors::serialize_to_file(tensors, None, beside).map_err(|e| anyhow::anyhow!("{e}"))
         })
     }
 }

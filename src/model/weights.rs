@@ -2,8 +2,9 @@
 //!
 //! Reading takes one file or shards with an index, in f32, bf16 or f16, under the published names or those of newer and
 //! older transformers versions. Everything wrong with a checkpoint is said at once, tensor by tensor: a model with one
-//! tensor left random would train without a word. Writing streams tensor by tensor, so no second copy of the model is
-//! held; each file is written beside its place, synced and renamed into it.
+//! tensor left random would train without a word. A tensor that holds NaN or infinity is refused, since such a model talks
+//! nonsense without a word. Writing streams tensor by tensor, so no second copy of the model is held; each file is written
+//! beside its place, synced and renamed into it.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
@@ -140,7 +141,7 @@ pub fn load_weights(dir: &Path, layout: &Arc<Layout>) -> Result<Weights> {
         // give wrong numbers, as it would with ordinary reads.
         let map = unsafe { Mmap::map(&file) }.with_context(|| format!("mapping weights: {shown}"))?;
         let tensors = SafeTensors::deserialize(&map)
-            .map_err(|e| anyhow::anyhow!("{e:?}"))
+            .map_err(|e| anyhow::anyhow!("{e}"))
             .with_context(|| format!("reading the safetensors header (is the file complete?): {shown}"))?;
         let mut loads = Vec::new();
         for (stored, view) in tensors.iter() {
@@ -174,7 +175,13 @@ pub fn load_weights(dir: &Path, layout: &Arc<Layout>) -> Result<Weights> {
         }
         for (stored, view, range) in loads {
             let data = view.data();
-            fill(&mut weights.data[range], view.dtype(), data).with_context(|| format!("reading {stored}: {shown}"))?;
+            let finite = fill(&mut weights.data[range], view.dtype(), data)
+                .with_context(|| format!("reading {stored}: {shown}"))?;
+            ensure!(
+                finite,
+                "{stored} holds values that are not finite numbers (training that diverged, or a damaged file); \
+                 use an earlier checkpoint or fetch the file again: {shown}"
+            );
         }
     }
     for entry in &layout.entries {
@@ -213,29 +220,30 @@ fn decode(name: &str, dtype: Stored, bytes: &[u8]) -> Result<Vec<f32>> {
     Ok(out)
 }
 
-fn fill(out: &mut [f32], dtype: Stored, bytes: &[u8]) -> Result<()> {
-    const CHUNK: usize = 1 << 16;
-    match dtype {
-        Stored::F32 => out.par_chunks_mut(CHUNK).zip(bytes.par_chunks(4 * CHUNK)).for_each(|(out, bytes)| {
-            for (x, b) in out.iter_mut().zip(bytes.chunks_exact(4)) {
-                *x = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
-            }
-        }),
-        Stored::BF16 => out.par_chunks_mut(CHUNK).zip(bytes.par_chunks(2 * CHUNK)).for_each(|(out, bytes)| {
-            for (x, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
-                *x = bf16::from_le_bytes([b[0], b[1]]).to_f32();
-            }
-        }),
-        Stored::F16 => out.par_chunks_mut(CHUNK).zip(bytes.par_chunks(2 * CHUNK)).for_each(|(out, bytes)| {
-            for (x, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
-                *x = f16::from_le_bytes([b[0], b[1]]).to_f32();
-            }
-        }),
+/// Numbers of any supported type as f32; whether all of them are finite.
+fn fill(out: &mut [f32], dtype: Stored, bytes: &[u8]) -> Result<bool> {
+    Ok(match dtype {
+        Stored::F32 => convert(out, bytes, f32::from_le_bytes),
+        Stored::BF16 => convert(out, bytes, |b| bf16::from_le_bytes(b).to_f32()),
+        Stored::F16 => convert(out, bytes, |b| f16::from_le_bytes(b).to_f32()),
         other => bail!(
             "the tensor is stored as {other:?}; supported: F32, BF16, F16 (quantised checkpoints cannot be trained)"
         ),
-    }
-    Ok(())
+    })
+}
+
+fn convert<const N: usize>(out: &mut [f32], bytes: &[u8], read: impl Fn([u8; N]) -> f32 + Sync) -> bool {
+    const CHUNK: usize = 1 << 16;
+    let chunks = out.par_chunks_mut(CHUNK).zip(bytes.par_chunks(N * CHUNK));
+    let finite = chunks.map(|(out, bytes)| {
+        let mut finite = true;
+        for (x, b) in out.iter_mut().zip(bytes.as_chunks().0) {
+            *x = read(*b);
+            finite &= x.is_finite();
+        }
+        finite
+    });
+    finite.reduce(|| true, |a, b| a & b)
 }
 
 /// A stretch of the arena on its way into a file.
@@ -320,7 +328,7 @@ fn save_sharded(model: &Vlm, dir: &Path, dtype: Dtype, source: Option<&Path>, sh
                 (e.name.as_str(), Outgoing { shape: &e.shape, values, dtype })
             });
             let about = HashMap::from([("format".to_string(), "pt".to_string())]);
-            safetensors::serialize_to_file(views, Some(about), path).map_err(|e| anyhow::anyhow!("{e:?}"))
+            safetensors::serialize_to_file(views, Some(about), path).map_err(|e| anyhow::anyhow!("{e}"))
         })?;
         map.extend(shard.iter().map(|e| (e.name.clone(), name.clone())));
         written.push(name);
@@ -455,6 +463,15 @@ mod tests {
             "[128, 384], expected [384, 128]",
         ] {
             assert!(error.contains(part), "{part} in {error}");
+        }
+    }
+
+    #[test]
+    fn values_that_are_not_finite_are_refused() {
+        for bad in [f32::NAN, f32::INFINITY] {
+            let error = saved_with(|tensors| tensors[0].2[3] = bad);
+            let name = "model.embed_tokens.weight holds values that are not finite";
+            assert!(error.contains(name) && error.ends_with(SINGLE), "{error}");
         }
     }
 

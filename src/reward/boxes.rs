@@ -363,6 +363,7 @@ pub(crate) fn truth(value: &Value) -> Result<Vec<Named>> {
         let named = entry(e)
             .with_context(|| format!("\"answer\"[{i}] is {e}, expected {{\"image\": k, \"bbox\": [x1,y1,x2,y2]}}"))?;
         ensure!(named.image > 0, "\"answer\"[{i}] has no \"image\" (counted from 1)");
+        upright(&named.bbox).with_context(|| format!("\"answer\"[{i}]"))?;
         Ok(named)
     };
     entries.iter().enumerate().map(read).collect()
@@ -370,7 +371,15 @@ pub(crate) fn truth(value: &Value) -> Result<Vec<Named>> {
 
 /// Reads the truth of a box row: `[x1,y1,x2,y2]`.
 pub(crate) fn truth_box(value: &Value) -> Result<BBox> {
-    corners(value).with_context(|| format!("\"answer\" is {value}, expected [x1,y1,x2,y2]"))
+    let bbox = corners(value).with_context(|| format!("\"answer\" is {value}, expected [x1,y1,x2,y2]"))?;
+    upright(&bbox).context("\"answer\"")?;
+    Ok(bbox)
+}
+
+/// A true box without an area would score 0 whatever is said.
+fn upright(b: &BBox) -> Result<()> {
+    ensure!(b.x1 < b.x2 && b.y1 < b.y2, "found the box {b}, expected [x1,y1,x2,y2] with x1 < x2 and y1 < y2");
+    Ok(())
 }
 
 #[cfg(test)]

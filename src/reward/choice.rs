@@ -4,6 +4,7 @@
 //! benchmarks do bit by bit and are for comparison only.
 
 use super::normalise;
+use super::text::unwrapped;
 
 /// A benchmark's published way to read a letter out of a whole response.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,7 +30,8 @@ pub fn letter(answer: &str, choices: &[String]) -> Option<char> {
     let count = if choices.is_empty() { 5 } else { choices.len().min(26) };
     let plain = undress(answer);
     form(&plain, count)
-        .or_else(|| choice_text(&plain, choices))
+        // Not undressed: between two digits the star of "5*3" carries meaning.
+        .or_else(|| choice_text(answer, choices))
         .or_else(|| {
             let rest = without_lead_in(&plain)?;
             form(rest, count).or_else(|| choice_text(rest, choices))
@@ -39,12 +41,7 @@ pub fn letter(answer: &str, choices: &[String]) -> Option<char> {
 
 /// Takes off `$`, `*`, backquotes, quotes and LaTeX wrappers such as `\text{…}`.
 fn undress(text: &str) -> String {
-    let mut plain: String = text.chars().filter(|c| !matches!(c, '$' | '*' | '`' | '"')).collect();
-    for wrapper in [r"\textbf{", r"\text{", r"\mathrm{", r"\mathbf{", r"\textrm{"] {
-        if plain.contains(wrapper) {
-            plain = plain.replace(wrapper, "").replace('}', "");
-        }
-    }
+    let plain: String = unwrapped(text).chars().filter(|c| !matches!(c, '$' | '*' | '`' | '"')).collect();
     plain.trim().to_string()
 }
 
@@ -280,6 +277,9 @@ mod tests {
         assert_eq!(letter("D", &pets), None);
         assert_eq!(letter("dog", &own(["dog", "dog"])), None);
         assert_eq!(letter("F", &own(["1", "2", "3", "4", "5", "6"])), Some('F'));
+        assert_eq!(letter("2.5", &own(["25", "2.5", "-2.5"])), Some('B'));
+        assert_eq!(letter("$5*3$", &own(["53", "5*3"])), Some('B'));
+        assert_eq!(letter(r"\text{a dog}", &pets), Some('B'));
     }
 
     #[test]

@@ -3,6 +3,8 @@
 //! It hides signs, thousands separators, fractions, percent and powers of ten. What must stay true: a text that is not one number
 //! (with at most a unit after it) is no number: "3 or 4" is not 3.
 
+use super::text::unwrapped;
+
 /// A number and what stood after it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Number {
@@ -88,17 +90,7 @@ fn plain(text: &str) -> String {
             plain = plain.replace(from, to);
         }
     }
-    for wrapper in [r"\text", r"\mathrm", r"\textbf", r"\mathbf"] {
-        while let Some(at) = plain.find(&format!("{wrapper}{{")) {
-            let open = at + wrapper.len();
-            let Some(close) = plain.get(open..).and_then(|s| s.find('}')) else {
-                break;
-            };
-            plain.replace_range(open + close..open + close + 1, "");
-            plain.replace_range(at..open + 1, " ");
-        }
-    }
-    plain
+    unwrapped(&plain)
 }
 
 fn without_lead_in(text: &str) -> &str {

@@ -1,4 +1,4 @@
-//! Options that shape a reward: length, repetition, difficulty.
+//! Options that shape a reward: length, repetition.
 
 use std::collections::HashSet;
 use std::hash::Hash;
@@ -35,11 +35,6 @@ pub fn repetition<T: Eq + Hash>(items: &[T], n: usize) -> f64 {
     distinct.len() as f64 / all as f64 - 1.0
 }
 
-/// Weight of a group whose mean IoU is known: `exp(1 - mean IoU)`, so hard questions count more. UniVG-R1, arXiv 2505.14231.
-pub fn difficulty_weight(mean_iou: f64) -> f64 {
-    (1.0 - mean_iou).exp()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -55,10 +50,9 @@ mod tests {
     }
 
     #[test]
-    fn repetition_and_difficulty() {
+    fn repetition_at_its_corners() {
         assert_eq!(repetition(&[1, 2, 3], 3), 0.0);
         assert_eq!(repetition(&[1, 1, 1, 1, 1], 1), -0.8);
         assert_eq!(repetition(&[1], 2), 0.0);
-        assert_eq!(difficulty_weight(1.0), 1.0);
     }
 }

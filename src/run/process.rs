@@ -1,6 +1,6 @@
 //! What a long run asks of its own process: was it asked to stop, how much memory did it take, where did the time go.
 //!
-//! Hides signals and `getrusage`. What must stay true: the first Ctrl-C never loses work and the second never waits.
+//! Hides signals, `getrusage` and `/proc`. What must stay true: the first Ctrl-C never loses work and the second never waits.
 
 use crate::{progress, run::Metrics};
 use anyhow::{Context, Result};
@@ -221,9 +221,25 @@ impl Environment {
             system: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
             cpu: cpu(),
             threads: rayon::current_num_threads(),
-            memory: memory(),
+            memory: meminfo("MemTotal"),
         }
     }
+
+    /// Bytes that this process can take at most: what the machine has free, or the limit of the process or its control group
+    /// where that is less. What counts towards a limit already is not taken off, since caches are in it that give way. `None`
+    /// where the system does not say.
+    pub fn memory_left() -> Option<u64> {
+        let of_group = std::fs::read_to_string("/sys/fs/cgroup/memory.max").ok().and_then(|m| m.trim().parse().ok());
+        [meminfo("MemAvailable"), of_group, address_space()].into_iter().flatten().min()
+    }
+}
+
+/// The limit that `ulimit -v` sets.
+fn address_space() -> Option<u64> {
+    let mut limit = std::mem::MaybeUninit::<libc::rlimit>::zeroed();
+    // SAFETY: getrlimit writes one rlimit into the memory we own; it is read only when the call succeeded.
+    let limit = unsafe { (libc::getrlimit(libc::RLIMIT_AS, limit.as_mut_ptr()) == 0).then(|| limit.assume_init()) }?;
+    (limit.rlim_cur != libc::RLIM_INFINITY).then_some(limit.rlim_cur)
 }
 
 /// The line `key: value` of a `/proc` file, where there is one.
@@ -248,8 +264,9 @@ fn cpu() -> String {
     name + vectors
 }
 
-fn memory() -> Option<u64> {
-    let line = proc_line("/proc/meminfo", "MemTotal")?;
+/// Bytes under a key of `/proc/meminfo`, which counts in KiB.
+fn meminfo(key: &str) -> Option<u64> {
+    let line = proc_line("/proc/meminfo", key)?;
     Some(line.split_whitespace().next()?.parse::<u64>().ok()? * 1024)
 }
 
@@ -286,6 +303,13 @@ mod tests {
         let block = std::hint::black_box(vec![1_u8; 64 << 20]);
         // The allocation may reuse pages this process already gave back, so the peak is only bounded from below.
         assert!(peak_rss() >= before && peak_rss() >= block.len() as u64);
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn less_memory_is_left_than_there_is() {
+        let (left, all) = (Environment::memory_left().unwrap(), Environment::now().memory.unwrap());
+        assert!(0 < left && left < all, "{left} of {all}");
     }
 
     #[test]

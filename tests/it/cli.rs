@@ -144,6 +144,7 @@ fn bad_configs_are_usage_errors() {
     refused(dir, &["rl", "rl.toml", "model.freeze=['visoin']"], 2, &["visoin", "vision"]);
     refused(dir, &["rl", "rl.toml", "optim.lr=-1"], 2, &["optim.lr"]);
     refused(dir, &["rl", "rl.toml", "--threads", "0"], 2, &["--threads"]);
+    refused(dir, &["doctor", "--threads", "100000"], 2, &["--threads 100000", "1 to 1024"]);
     refused(dir, &["rollout", "rl.toml", "--resume"], 2, &["--resume"]);
     refused(dir, &["rl", "rl.toml", "--resume"], 1, &["no run to resume", "run"]);
     refused(dir, &["model", "new", "--preset", "giga", "--out", "m"], 2, &["giga", "nano"]);
@@ -163,6 +164,7 @@ fn bad_data_is_named_by_file_row_and_key() {
         (String::new(), &["no rows"]),
         ("{\"id\": 1".into(), &["row 1", "not JSON"]),
         (row("one.png", ", \"choices\": \"A\""), &["row 1", "choices"]),
+        (row("one.png", "").replace("\"7\"", "\"\""), &["row 1", "answer"]),
         (row("one.png", ", \"targets\": [{\"image\": 2, \"bbox\": [1, 1, 9, 9]}]"), &["row 1", "targets[0].image"]),
         (
             row("one.png", ", \"targets\": [{\"image\": 1, \"bbox\": [1, 1, 999, 9]}]"),
@@ -247,6 +249,15 @@ fn damaged_checkpoints_are_named_by_tensor_and_file() {
     rewrite(dir.path(), |t| t.retain(|(name, ..)| name != at));
     fails(&[at, "missing", "[48, 32]", "model"]);
     std::fs::write(&weights, &whole).unwrap();
+    let processor = dir.path().join("model/preprocessor_config.json");
+    let settings = std::fs::read_to_string(&processor).unwrap();
+    std::fs::write(&processor, settings.replace("\"patch_size\":14", "\"patch_size\":16")).unwrap();
+    let words = ["`patch_size` is 16", "preprocessor_config.json", "`vision_config.patch_size` is 14", "config.json"];
+    refused(dir.path(), &["ask", "--model", "model", "--image", "one.png", "What is it?"], 1, &words);
+    std::fs::write(&processor, settings).unwrap();
+    rewrite(dir.path(), |t| t.iter_mut().find(|t| t.0 == at).unwrap().2[..4].copy_from_slice(&f32::NAN.to_le_bytes()));
+    fails(&[at, "not finite", "model.safetensors"]);
+    std::fs::write(&weights, &whole).unwrap();
     rewrite(dir.path(), |t| t.iter_mut().find(|t| t.0 == at).unwrap().1.reverse());
     fails(&[at, "[32, 48]", "expected [48, 32]", "model.safetensors"]);
     std::fs::write(&weights, &whole[..whole.len() - 1000]).unwrap();
@@ -280,11 +291,23 @@ fn ask_shows_every_turn_and_names_a_bad_picture() {
         refused(dir, &ask(image), 1, words);
     }
     refused(dir, &[&ask("one.png")[..], &["--turns", "0"]].concat(), 2, &["turns"]);
-    refused(dir, &[&ask("one.png")[..], &["--image", "two.png"]].concat(), 1, &["2 pictures"]);
+    refused(dir, &[&ask("one.png")[..], &["--image", "two.png"]].concat(), 2, &["2 pictures", "one at a time"]);
+    refused(dir, &[&ask("thread.png")[..], &["--turns", "1"]].concat(), 1, &["the question (thread.png)"]);
     let answer = json(&good(dir, &[&ask("dot.png")[..], &["--json"]].concat()));
     assert_eq!((&answer["views"][0]["region"], &answer["stop"]), (&json("[0.0,0.0,1.0,1.0]"), &"truncated".into()));
     let out = good(dir, &[&ask("one.png")[..], &["--save", "shown"]].concat());
     assert!(out.contains("user") && out.contains("assistant"), "{out}");
+    assert!(out.contains("\n── answer: ") && out.contains("\n── end: "), "{out}");
+    // A template whose first turn does not list the choices asks as in training: they come in the last one.
+    let template =
+        std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/tasks/templates/short.toml"));
+    let withheld = template.unwrap().replacen(" {choices}", "", 1);
+    std::fs::write(dir.join("own.toml"), withheld).unwrap();
+    let choices = ["--template", "own.toml", "--choice", "a red hat", "--choice", "a cup"];
+    let out = good(dir, &[&ask("one.png")[..], &choices].concat());
+    assert!(!out.split("── assistant").next().unwrap().contains("a red hat"), "{out}");
+    let choices = ["--turns", "1", "--choice", "a red hat", "--choice", "a cup"];
+    assert!(good(dir, &[&ask("one.png")[..], &choices].concat()).contains("a red hat"));
     let saved = |name: &str| foveate::image::decode(&dir.join("shown").join(name)).unwrap().size();
     assert_eq!(saved("marked-1.jpg"), foveate::geometry::Size::new(200, 150));
     // 200x150 in the tokenizer folder's budget of 38416 to 62720 pixels.
@@ -352,7 +375,13 @@ fn models_are_made_shown_and_exported() {
     let parameters = info["memory"]["parameters"].as_u64().unwrap();
     // bf16 numbers stay what they are in f32 and come back unchanged.
     good(dir, &["model", "export", "m", "--out", "wide", "--dtype", "f32"]);
-    good(dir, &["model", "export", "wide", "--out", "narrow", "--dtype", "bf16"]);
+    let out = json(&good(dir, &["model", "export", "wide", "--out", "narrow", "--dtype", "bf16", "--json"]));
+    assert_eq!(out, serde_json::json!({"model": "narrow", "parameters": parameters, "dtype": "bfloat16"}));
+    refused(dir, &["model", "export", "wide", "--out", "m"], 1, &["already", "m"]);
+    refused(dir, &["model", "export", "wide", "--out", "wide"], 1, &["already", "wide"]);
+    std::fs::create_dir(dir.join("data")).unwrap();
+    std::fs::write(dir.join("data/train.jsonl"), "").unwrap();
+    refused(dir, &["model", "export", "m", "--out", "data"], 1, &["other files", "data"]);
     let bytes = |name: &str| std::fs::read(dir.join(name).join("model.safetensors")).unwrap();
     assert!(bytes("m") == bytes("narrow"));
     let wide = bytes("wide");
@@ -372,7 +401,10 @@ fn trace_writes_the_promised_tensors() {
         r#"[{"role": "user", "content": [{"type": "image", "image": "one.png"}, {"type": "text", "text": "What is it?"}]}]"#,
     )
     .unwrap();
-    good(dir, &["trace", "--model", "model", "--messages", "m.json", "--out", "t.safetensors", "--greedy", "3"]);
+    let args = ["trace", "--model", "model", "--messages", "m.json", "--greedy", "3", "--json", "--out"];
+    let said = json(&good(dir, &[&args[..], &["t.safetensors"]].concat()));
+    assert_eq!((&said["trace"], &said["images"]), (&"t.safetensors".into(), &1.into()));
+    refused(dir, &[&args[..], &["nowhere/t.safetensors"]].concat(), 1, &["--out", "make it first: nowhere"]);
     let bytes = std::fs::read(dir.join("t.safetensors")).unwrap();
     let tensors = SafeTensors::deserialize(&bytes).unwrap();
     let t = tensors.tensor("input_ids").unwrap().shape()[0];
@@ -430,6 +462,26 @@ fn score_names_a_bad_row_and_goes_on() {
     assert!(lines[1]["error"].as_str().unwrap().starts_with("row 2: \"kind\" is \"colour\""));
     assert!(lines[2]["error"].as_str().unwrap().starts_with("row 3"));
     assert!(text(&out.stderr).contains("2 rows could not be judged"));
+}
+
+/// Both ways of writing: `score` gets an error back, `println!` panics.
+#[test]
+fn a_reader_that_goes_away_is_no_failure() {
+    let row = "{\"kind\": \"number\", \"prediction\": \"\\\\boxed{7}\", \"answer\": \"7\"}\n";
+    for command in ["score", "doctor"] {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_foveate"))
+            .arg(command)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        drop(child.stdout.take());
+        // It may be gone before it has read everything.
+        let _ = child.stdin.take().unwrap().write_all(row.repeat(100).as_bytes());
+        let out = child.wait_with_output().unwrap();
+        assert_eq!((out.status.code(), text(&out.stderr)), (Some(0), String::new()), "{command}");
+    }
 }
 
 #[test]
