@@ -421,7 +421,7 @@ fn update(
     let total: usize = examples.iter().map(|e| e.stream.sampled_count()).sum();
     let images: usize = examples.iter().map(|e| e.patches.len()).sum();
     let dense_weight = match &head {
-        Some((o, _)) => o.weight * (1.0 - step as f32 / o.until_step as f32).clamp(0.0, 1.0),
+        Some((o, _)) => o.weight * o.until_step.map_or(1.0, |end| (1.0 - step as f32 / end as f32).clamp(0.0, 1.0)),
         None => 0.0,
     };
     let mut loss = 0.0;

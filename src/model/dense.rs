@@ -28,13 +28,14 @@ pub struct Options {
     /// Weight of the head's loss beside the loss on words.
     pub weight: f32,
     pub learning_rate: f32,
-    /// The weight falls linearly to 0 at this step.
-    pub until_step: u64,
+    /// The weight falls linearly to 0 at this step; none: it stays.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub until_step: Option<u64>,
 }
 
 impl Default for Options {
     fn default() -> Options {
-        Options { weight: 1.0, learning_rate: 1e-3, until_step: u64::MAX }
+        Options { weight: 1.0, learning_rate: 1e-3, until_step: None }
     }
 }
 
