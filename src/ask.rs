@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, ensure};
 use clap::Args;
 use serde_json::json;
 
@@ -95,9 +95,7 @@ pub fn main(options: &Options) -> Result<()> {
         convention: embedded.convention,
         options: &play,
     };
-    // A rollout names the row at fault; here the one row is what was asked.
-    let in_words = |error: anyhow::Error| anyhow!(format!("{error:#}").replacen("row question", "the question", 1));
-    let episodes = rollout::play(&stage, &mut embedded, &[(0, &sample)], 1, options.seed, 0).map_err(in_words)?;
+    let episodes = rollout::play(&stage, &mut embedded, &[(0, &sample)], 1, options.seed, 0)?;
     let episode = episodes.into_iter().next().context("the question was not played")?;
     let record = episode.record();
 

@@ -33,8 +33,13 @@ pub fn use_threads(threads: Option<usize>) -> Result<()> {
 }
 
 /// `foveate report`: writes the page and prints where it is.
-pub fn report(runs: &[PathBuf], out: Option<&Path>) -> Result<()> {
-    println!("{}", report::write(runs, out, report::EPISODES)?.display());
+pub fn report(runs: &[PathBuf], out: Option<&Path>, as_json: bool) -> Result<()> {
+    let page = report::write(runs, out, report::EPISODES)?;
+    if as_json {
+        println!("{}", json!({"report": page}));
+    } else {
+        println!("{}", page.display());
+    }
     Ok(())
 }
 

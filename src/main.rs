@@ -34,6 +34,9 @@ enum Command {
         /// Replace an earlier demo in the same folder
         #[arg(long)]
         overwrite: bool,
+        /// One JSON object on stdout
+        #[arg(long)]
+        json: bool,
     },
     /// Supervised fine-tuning
     Sft(RunArgs),
@@ -49,9 +52,12 @@ enum Command {
     Report {
         #[arg(required = true)]
         runs: Vec<PathBuf>,
-        /// Where to write the page (default: report.html in the first run folder)
+        /// Where to write the page (default: report.html in the run folder, or beside several)
         #[arg(long)]
         out: Option<PathBuf>,
+        /// One JSON object on stdout
+        #[arg(long)]
+        json: bool,
     },
     /// Make the bundled data sets, or check a file of rows
     #[command(subcommand)]
@@ -150,13 +156,13 @@ fn is_closed_pipe(error: &anyhow::Error) -> bool {
 fn dispatch(cli: Cli) -> anyhow::Result<()> {
     commands::use_threads(cli.threads)?;
     match cli.command {
-        Command::Demo { out, quick, seed, overwrite } => demo::main(&out, quick, seed, overwrite),
+        Command::Demo { out, quick, seed, overwrite, json } => demo::main(&out, quick, seed, overwrite, json),
         Command::Sft(args) => sft::main(&args.invocation()),
         Command::Rl(args) => rl::main(&args.invocation()),
         Command::Rollout(args) => rl::rollout_main(&args.invocation()),
         Command::Eval(args) => eval::main(&args.invocation()),
         Command::Ask(options) => ask::main(&options),
-        Command::Report { runs, out } => commands::report(&runs, out.as_deref()),
+        Command::Report { runs, out, json } => commands::report(&runs, out.as_deref(), json),
         Command::Data(command) => command.run(),
         Command::Model(command) => command.run(),
         Command::Score { json: _ } => commands::score(),

@@ -444,6 +444,19 @@ mod tests {
         assert_eq!(page(), page());
     }
 
+    /// The run folder is the interface: nothing beside it is read, so it can be moved or sent to somebody.
+    #[test]
+    fn a_folder_that_was_moved_gives_the_same_page() {
+        let folder = tempfile::tempdir().unwrap();
+        let (before, after) = (folder.path().join("here/run"), folder.path().join("there/run"));
+        hostile_run(&before);
+        let page = |root: &Path| fs::read(write(&[root.to_owned()], None, EPISODES).unwrap()).unwrap();
+        let first = page(&before);
+        fs::create_dir(folder.path().join("there")).unwrap();
+        fs::rename(&before, &after).unwrap();
+        assert!(page(&after) == first);
+    }
+
     #[test]
     fn a_folder_of_runs_stands_for_them_and_several_share_a_page() {
         let folder = tempfile::tempdir().unwrap();

@@ -626,3 +626,37 @@ pub fn newest_checkpoint(run: &Path) -> Result<PathBuf> {
         .with_context(|| format!("the run has no checkpoint yet: {}", run.display()))?
         .path)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The reference config says something about every key there is, and holds the published values: the defaults.
+    #[test]
+    fn the_reference_config_names_every_key() {
+        let text = include_str!("../configs/mgpo_paper.toml");
+        let plan: Plan = config::parse::<Plan>(text, &[]).unwrap().resolve().unwrap();
+        assert_eq!(plan.objective().unwrap().kl_coef, Objective::default().kl_coef);
+        let (published, default) = (plan.task.clone(), CropOptions::default());
+        assert_eq!((published.max_pixels, published.min_pixels), (default.max_pixels, default.min_pixels));
+        let table = toml::Table::try_from(&plan).unwrap();
+        let optional = ["top_k", "top_p", "dual_clip", "norm_length", "rows", "limit"];
+        for key in
+            table.values().filter_map(toml::Value::as_table).flat_map(|section| section.keys().map(String::as_str))
+        {
+            let named = text.lines().any(|line| line.trim_start_matches("# ").starts_with(&format!("{key} =")));
+            assert!(named || optional.contains(&key), "configs/mgpo_paper.toml does not mention {key}");
+        }
+        assert!(optional.iter().all(|key| text.contains(key)));
+    }
+
+    #[test]
+    fn every_shipped_config_is_read() {
+        for text in [include_str!("../configs/demo_mgpo.toml"), include_str!("../configs/demo_grpo.toml")] {
+            config::parse::<Plan>(text, &[]).unwrap().resolve().unwrap();
+        }
+        config::parse::<eval::Plan>(include_str!("../configs/eval_plates.toml"), &[]).unwrap();
+        config::parse::<crate::sft::Plan>(include_str!("../configs/sft_dialogues.toml"), &[]).unwrap();
+        config::parse::<crate::sft::Plan>(include_str!("../configs/nano_pretrain.toml"), &[]).unwrap();
+    }
+}

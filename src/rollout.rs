@@ -189,14 +189,14 @@ fn open<'a>(stage: &Stage, sample: &'a Sample, group: u64) -> Result<Playing<'a>
     let mut sizes = Vec::with_capacity(sample.images.len());
     let mut paths: Vec<Arc<Path>> = Vec::with_capacity(sample.images.len());
     for path in &sample.images {
-        let picture = stage.pictures.get(path).with_context(|| format!("row {}", sample.id))?;
+        let picture = stage.pictures.get(path).with_context(|| sample.named())?;
         sizes.push(picture.size());
         paths.push(Arc::from(path.as_path()));
     }
     let named = || {
         format!(
-            "row {} ({})",
-            sample.id,
+            "{} ({})",
+            sample.named(),
             sample.images.first().map_or("no picture".into(), |p| p.display().to_string())
         )
     };
@@ -211,13 +211,13 @@ fn open<'a>(stage: &Stage, sample: &'a Sample, group: u64) -> Result<Playing<'a>
     messages.push(Message::user(opening.user.parts.clone()));
     let grids = grids(stage, &opening.user.views)?;
     let tokens = tokens(stage, &grids);
-    let encoded = stage.chat.encode(&messages, true, &tokens).with_context(|| format!("row {}", sample.id))?;
+    let encoded = stage.chat.encode(&messages, true, &tokens).with_context(|| sample.named())?;
     append(stage, &mut playing, &encoded.ids, opening.user, grids)?;
     ensure!(
         playing.stream.len() + stage.options.max_new_tokens <= stage.options.max_tokens,
-        "row {}: the prompt takes {} tokens and the answer may take {}, more than max_tokens = {}; \
+        "{}: the prompt takes {} tokens and the answer may take {}, more than max_tokens = {}; \
          raise rollout.max_tokens or lower the pixel budget",
-        sample.id,
+        sample.named(),
         playing.stream.len(),
         stage.options.max_new_tokens,
         stage.options.max_tokens

@@ -478,7 +478,7 @@ fn update(
     if let Some((options, head)) = head
         && dense_weight > 0.0
     {
-        head.update(options.learning_rate);
+        head.update(options.lr);
         metrics.insert("dense/loss".into(), json!(fit.loss));
         metrics.insert("dense/hints".into(), json!(hinted / asked.max(1) as f64));
         metrics.insert("dense/named".into(), json!(fit.named as f64 / fit.on_object.max(1) as f64));

@@ -44,11 +44,19 @@ pub struct Sample {
     pub extra: Map<String, Value>,
 }
 
+/// The id of a question that comes from no file.
+const QUESTION: &str = "question";
+
 impl Sample {
+    /// How errors speak of it.
+    pub fn named(&self) -> String {
+        if self.id == QUESTION { "the question".into() } else { format!("row {}", self.id) }
+    }
+
     /// A question of one's own, without a known answer.
     pub fn question(images: &[PathBuf], question: &str, choices: Vec<String>) -> Sample {
         Sample {
-            id: "question".into(),
+            id: QUESTION.into(),
             images: images.to_vec(),
             question: question.into(),
             choices,

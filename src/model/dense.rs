@@ -27,7 +27,7 @@ use crate::run::write_atomic;
 pub struct Options {
     /// Weight of the head's loss beside the loss on words.
     pub weight: f32,
-    pub learning_rate: f32,
+    pub lr: f32,
     /// The weight falls linearly to 0 at this step; none: it stays.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub until_step: Option<u64>,
@@ -35,7 +35,7 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Options {
-        Options { weight: 1.0, learning_rate: 1e-3, until_step: None }
+        Options { weight: 1.0, lr: 1e-3, until_step: None }
     }
 }
 
@@ -288,10 +288,9 @@ impl DenseHead {
         Ok(())
     }
 
-    pub fn update(&mut self, learning_rate: f32) {
+    pub fn update(&mut self, lr: f32) {
         self.step += 1;
-        let hyper =
-            adamw::Hyper { lr: learning_rate, beta1: 0.9, beta2: 0.98, eps: 1e-8, weight_decay: 0.0, step: self.step };
+        let hyper = adamw::Hyper { lr, beta1: 0.9, beta2: 0.98, eps: 1e-8, weight_decay: 0.0, step: self.step };
         adamw::update(&mut self.params, &self.grads, &mut self.m, &mut self.v, hyper, 1.0);
         self.grads.fill(0.0);
     }
