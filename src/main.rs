@@ -130,6 +130,7 @@ fn main() -> ExitCode {
         }
         usual(panic);
     }));
+    keep_memory();
     let cli = Cli::parse();
     match dispatch(cli) {
         Ok(()) => ExitCode::SUCCESS,
@@ -169,5 +170,16 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Command::Trace(command) => command.run(),
         Command::Bench(workload) => workload.run(),
         Command::Doctor { config, json } => doctor::main(config.as_deref(), json),
+    }
+}
+
+/// Asks glibc to keep freed memory instead of handing it back: a step frees and takes again the same large arrays hundreds of
+/// times, and every return costs page faults (a quarter of the demo's processor time before this, LOG.md).
+fn keep_memory() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: called before any other thread exists; mallopt only sets parameters of the allocator.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 1 << 30);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, 1 << 30);
     }
 }
