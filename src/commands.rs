@@ -24,12 +24,15 @@ const MOST_THREADS: usize = 1024;
 
 /// Uses this many threads for everything; without a number, all cores.
 pub fn use_threads(threads: Option<usize>) -> Result<()> {
-    let Some(n) = threads else { return Ok(()) };
-    ensure!(
-        (1..=MOST_THREADS).contains(&n),
-        BadConfig(format!("--threads {n}: expected a number from 1 to {MOST_THREADS}"))
-    );
-    rayon::ThreadPoolBuilder::new().num_threads(n).build_global().context("starting the threads")
+    if let Some(n) = threads {
+        ensure!(
+            (1..=MOST_THREADS).contains(&n),
+            BadConfig(format!("--threads {n}: expected a number from 1 to {MOST_THREADS}"))
+        );
+    }
+    // 0 is one for each core. The commands themselves run in the pool, so its stacks are as large as a main thread's.
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.unwrap_or(0)).stack_size(8 << 20);
+    pool.build_global().context("starting the threads")
 }
 
 /// `foveate report`: writes the page and prints where it is.

@@ -156,7 +156,13 @@ fn is_closed_pipe(error: &anyhow::Error) -> bool {
 
 fn dispatch(cli: Cli) -> anyhow::Result<()> {
     commands::use_threads(cli.threads)?;
-    match cli.command {
+    // On a thread of the pool: from any other, each of the hundreds of thousands of small parallel loops of a run would be handed
+    // over and waited for by the operating system, a third of the demo's processor time before this (LOG.md).
+    rayon::scope(|_| run_command(cli.command))
+}
+
+fn run_command(command: Command) -> anyhow::Result<()> {
+    match command {
         Command::Demo { out, quick, seed, overwrite, json } => demo::main(&out, quick, seed, overwrite, json),
         Command::Sft(args) => sft::main(&args.invocation()),
         Command::Rl(args) => rl::main(&args.invocation()),

@@ -331,7 +331,7 @@ mod tests {
         write(&path, std::slice::from_ref(&sample)).unwrap();
         let written = std::fs::read_to_string(&path).unwrap();
         assert!(written.contains(r#""images":["a.png"]"#));
-        assert_eq!(read(&path).unwrap(), [sample.clone()]);
+        assert_eq!(read(&path).unwrap(), std::slice::from_ref(&sample));
         std::fs::write(&path, format!("\u{feff}{written}")).unwrap();
         assert_eq!(read(&path).unwrap(), [sample], "a byte order mark is no part of the first row");
     }

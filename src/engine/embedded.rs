@@ -144,6 +144,9 @@ const FEATURE_VALUES: usize = 64 << 20;
 /// The optimiser's state in a checkpoint folder.
 const OPTIMIZER: &str = "optimizer.safetensors";
 
+/// Rows of prompts and crops that are read in one call; a longer one is read alone.
+const READ_AT_ONCE: usize = 2048;
+
 /// Pictures encoded in one call.
 const ENCODE_AT_ONCE: usize = 16;
 
@@ -314,16 +317,31 @@ impl Embedded {
             let positions = model::positions(&p.stream.ids, &p.stream.grids(), &self.model.config)?;
             reads.push((from, sequence, positions, features));
         }
-        let mut hidden = vec![0.0; prompts.len() * d];
-        // One prompt at a time keeps the activations of the reading small; each is long enough to fill the machine.
-        for (i, (p, (from, sequence, positions, features))) in prompts.iter().zip(&reads).enumerate() {
-            let extension = Extension {
+        let extensions: Vec<Extension> = prompts
+            .iter()
+            .zip(&reads)
+            .map(|(p, (from, sequence, positions, features))| Extension {
                 sequence: *sequence,
                 ids: &p.stream.ids[*from..],
                 positions: positions.axes.each_ref().map(|a| &a[*from..]),
                 features,
-            };
-            hidden[i * d..(i + 1) * d].copy_from_slice(&self.model.extend(&mut cache, &[extension])?);
+            })
+            .collect();
+        // A few rows do not fill the machine, and too many fill its memory.
+        let mut hidden = Vec::with_capacity(prompts.len() * d);
+        let mut rest = &extensions[..];
+        while !rest.is_empty() {
+            let mut rows = 0;
+            let fit = rest
+                .iter()
+                .take_while(|e| {
+                    rows += e.ids.len();
+                    rows <= READ_AT_ONCE
+                })
+                .count()
+                .max(1);
+            hidden.extend(self.model.extend(&mut cache, &rest[..fit])?);
+            rest = &rest[fit..];
         }
 
         let mut speakers = Vec::new();

@@ -184,9 +184,9 @@ pub fn qwen25_vl_7b() -> Config {
     }
 }
 
-/// Random parameters: norms 1, biases 0, matrices and embeddings of standard deviation `1/√inputs` (0.022 at the 3B model's width). The maps that
+/// Random parameters: norms 1, biases 0, embeddings of standard deviation 0.02, matrices of `1/√inputs`. The maps that
 /// write into the residual stream are smaller by `1/√(2L)`, so that the stream does not grow with depth
-/// (GPT-2, section 2.3 of the report).
+/// (GPT-2, section 2.3 of the report). Larger embeddings, where the head is tied, would make a random model repeat each token.
 pub fn initialise(config: Config, seed: u64) -> Vlm {
     let layout = Layout::new(&config);
     let mut weights = Weights::zeros(&layout);
@@ -205,6 +205,7 @@ pub fn initialise(config: Config, seed: u64) -> Vlm {
         let depth = if entry.group == Group::Text { config.text.layers } else { config.vision.depth };
         let inputs: usize = entry.shape[1..].iter().product();
         let std = match entry.group {
+            Group::Embeddings => 0.02,
             _ if residual => 1.0 / (inputs as f64 * 2.0 * depth as f64).sqrt(),
             _ => 1.0 / (inputs as f64).sqrt(),
         };

@@ -384,6 +384,7 @@ mod tests {
         out.push(Objective { dual_clip: Some(1.25), ..base.clone() });
         out.push(Objective { ratio: RatioLevel::Sequence, clip_low: 0.5, clip_high: 0.5, ..base.clone() });
         out.push(Objective { kl: super::super::KlKind::K2, kl_coef: 0.5, ..base });
+        out.iter_mut().for_each(|o| o.norm_length = Some(16.0));
         out
     }
 

@@ -452,5 +452,5 @@ fn two_pictures_are_an_error_and_never_half_seen() {
     let mut script = Script { lines: VecDeque::new(), heard: Vec::new() };
     let error = rollout::play(&stage, &mut script, &[(0, &sample)], 1, 1, 1).unwrap_err();
     let text = format!("{error:#}");
-    assert!(text.contains("row question") && text.contains("picture.png") && text.contains("2 pictures"), "{text}");
+    assert!(text.contains("the question") && text.contains("picture.png") && text.contains("2 pictures"), "{text}");
 }
