@@ -10,6 +10,9 @@ use std::ops::Range;
 
 /// Rows (query × head of the group) that one task holds.
 const ROWS: usize = 128;
+/// Rows up to which values are not worth copying.
+const FEW_ROWS: usize = 32;
+
 /// A block of queries of one span, for one head of keys.
 pub(super) struct Task<'a> {
     pub(super) span: &'a Span,
@@ -48,15 +51,6 @@ impl Task<'_> {
         rows
     }
 
-    /// The visible keys (or values) of the task's head side by side: [keys, K].
-    pub(super) fn gather_keys(&self, x: &[f32], dims: Dims) -> Vec<f32> {
-        let mut rows = Vec::with_capacity(self.keys() * dims.k);
-        for row in self.pieces(self.keys()).into_iter().flatten() {
-            rows.extend_from_slice(&x[(row * dims.kv_heads + self.kv_head) * dims.k..][..dims.k]);
-        }
-        rows
-    }
-
     pub(super) fn work(&self, dims: Dims) -> usize {
         self.block.len() * dims.group() * self.keys() * dims.k * 2
     }
@@ -76,33 +70,55 @@ pub(super) fn tasks(spans: &[Span], dims: Dims) -> Vec<Task<'_>> {
     tasks
 }
 
-/// The keys of shared runs as panels, made once for all the spans that share them.
-pub(super) struct Prompts {
-    /// A run and, for each head of keys, its panels.
-    runs: Vec<(Range<usize>, Vec<Vec<f32>>)>,
+/// Keys and values that several tasks read, laid out for them once: shared runs, and own runs that are long enough to be read by
+/// more than one block of queries.
+pub(super) struct Prepared {
+    /// A run and, for each head of keys, its keys and values.
+    runs: Vec<(Range<usize>, Vec<Run>)>,
 }
 
-impl Prompts {
-    pub(super) fn new(k: &[f32], spans: &[Span], dims: Dims) -> Self {
-        let mut distinct: Vec<&Range<usize>> = spans.iter().map(|s| &s.shared).filter(|r| !r.is_empty()).collect();
+/// A run of keys for one head.
+pub(super) struct Run {
+    /// Panels, as [`transposed`] makes them.
+    pub(super) keys: Vec<f32>,
+    /// `[keys, K]`; empty where so few rows read them that copying costs more than reading them where they are.
+    pub(super) values: Vec<f32>,
+}
+
+impl Prepared {
+    pub(super) fn new(k: &[f32], v: &[f32], spans: &[Span], dims: Dims) -> Self {
+        let long = |s: &&Span| s.queries.len() * dims.group() > ROWS;
+        let mut distinct: Vec<&Range<usize>> =
+            spans.iter().map(|s| &s.shared).chain(spans.iter().filter(long).map(|s| &s.own)).collect();
+        distinct.retain(|r| !r.is_empty());
         distinct.sort_by_key(|r| (r.start, r.end));
         distinct.dedup();
-        let panels =
-            |run: &Range<usize>| (0..dims.kv_heads).map(|head| transposed(k, run.clone(), head, dims)).collect();
+        let many = |run: &Range<usize>| {
+            spans.iter().any(|s| (s.shared == *run || s.own == *run) && s.queries.len() * dims.group() > FEW_ROWS)
+        };
+        let head = |run: &Range<usize>, head: usize| {
+            let mut values = Vec::new();
+            if many(run) {
+                values.reserve(run.len() * dims.k);
+                for row in run.clone() {
+                    values.extend_from_slice(&v[(row * dims.kv_heads + head) * dims.k..][..dims.k]);
+                }
+            }
+            Run { keys: transposed(k, run.clone(), head, dims), values }
+        };
+        let of_run = |run: &&Range<usize>| ((*run).clone(), (0..dims.kv_heads).map(|h| head(run, h)).collect());
         let runs = if distinct.len() < 2 {
-            distinct.iter().map(|run| ((*run).clone(), panels(run))).collect()
+            distinct.iter().map(of_run).collect()
         } else {
-            distinct.par_iter().map(|run| ((*run).clone(), panels(run))).collect()
+            distinct.par_iter().map(of_run).collect()
         };
         Self { runs }
     }
 
-    pub(super) fn keys(&self, task: &Task) -> &[f32] {
-        let shared = &task.span.shared;
-        match self.runs.binary_search_by_key(&(shared.start, shared.end), |(r, _)| (r.start, r.end)) {
-            Ok(at) => &self.runs[at].1[task.kv_head],
-            Err(_) => &[],
-        }
+    /// The run of keys as the task's head reads it, if it was prepared.
+    pub(super) fn run(&self, run: &Range<usize>, task: &Task) -> Option<&Run> {
+        let at = self.runs.binary_search_by_key(&(run.start, run.end), |(r, _)| (r.start, r.end)).ok()?;
+        Some(&self.runs[at].1[task.kv_head])
     }
 }
 
