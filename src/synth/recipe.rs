@@ -225,7 +225,7 @@ impl Phase {
         range("plates", count(self.plates), 0.0, 12.0)?;
         range("digits", count(self.digits), 1.0, 4.0)?;
         range("digit_pixels", self.digit_pixels, 5.0, 120.0)?;
-        range("digit_height", self.digit_height, 0.004, 0.1)?;
+        range("digit_height", self.digit_height, 0.004, 0.2)?;
         range("handwriting", [0.0, self.handwriting], 0.0, 1.0)?;
         range("careless.scale", self.careless.scale, 0.2, 4.0)?;
         range("careless.shift", [0.0, self.careless.shift], 0.0, 1.0)
