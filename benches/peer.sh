@@ -30,7 +30,7 @@ fi
 [[ -d $out/plates ]] || "$foveate" data make plates --train 64 --test 4 --out "$out/plates" >/dev/null
 # Eight boxes a row, about a sixth of the picture's width, spread around the target.
 "$python" - "$out" <<'PY'
-import json, random, sys
+import json, os, random, sys
 out, random_ = sys.argv[1], random.Random(1)
 with open(f"{out}/rows.jsonl", "w") as f:
     seen = set()
@@ -46,15 +46,14 @@ with open(f"{out}/rows.jsonl", "w") as f:
             cx, cy = (x1 + x2) // 2 + random_.randint(-60, 60), (y1 + y2) // 2 + random_.randint(-60, 60)
             left, top = max(0, min(2016 - w, cx - w // 2)), max(0, min(1512 - h, cy - h // 2))
             boxes.append([left, top, left + w, top + h])
-        f.write(json.dumps({"image": f"plates/{row['images'][0]}", "question": row["question"], "boxes": boxes}) + "\n")
+        f.write(json.dumps({"image": os.path.abspath(f"{out}/plates/{row['images'][0]}"), "question": row["question"], "boxes": boxes}) + "\n")
 PY
-sed "s|\"image\": \"plates/|\"image\": \"$PWD/$out/plates/|" "$out/rows.jsonl" > "$out/peer_rows.jsonl"
 
 results=$out/$name.jsonl
 : > "$results"
 for _ in $(seq "$rounds"); do
   "$foveate" bench step --threads "$threads" --model "$model" --rows "$out/rows.jsonl" --steps 2 "$@" >> "$results"
-  "$python" benches/peer.py --threads "$threads" --model "$model" --rows "$out/peer_rows.jsonl" --steps 1 \
+  "$python" benches/peer.py --threads "$threads" --model "$model" --rows "$out/rows.jsonl" --steps 1 \
     --micro-batch "$micro" "$@" 2>/dev/null >> "$results"
 done
 

@@ -273,7 +273,8 @@ fn ensure_fits(config: &Config) -> Result<()> {
     Ok(())
 }
 
-fn gib(bytes: u64) -> String {
+/// Bytes as a person reads them.
+pub(crate) fn gib(bytes: u64) -> String {
     format!("{:.2} GiB", bytes as f64 / (1u64 << 30) as f64)
 }
 

@@ -87,9 +87,8 @@ pub fn main(out: &Path, quick: bool, seed: u64, overwrite: bool, as_json: bool) 
         "4/4  {} held-out questions: other photographs, other pictures of the things, other digits",
         test.len()
     ));
-    let start = if holds_run(&eval_folder) { Start::Resume } else { Start::New };
     let resolved = config::to_toml(&mgpo)?;
-    let (evals, _) = RunFolder::open(&eval_folder, start, &resolved)?;
+    let (evals, _) = RunFolder::open(&eval_folder, start_of(&eval_folder), &resolved)?;
     evals.begin(&resolved, None)?;
     let after_grpo = rl::newest_checkpoint(&grpo.train.out)?;
     let after_mgpo = rl::newest_checkpoint(&mgpo.train.out)?;
@@ -106,7 +105,7 @@ pub fn main(out: &Path, quick: bool, seed: u64, overwrite: bool, as_json: bool) 
     let mut rows: Vec<(String, Summary)> = Vec::new();
     let mut right: Vec<Vec<bool>> = Vec::new();
     for (k, (name, model, task)) in entries.iter().enumerate() {
-        let episodes = judge(name, model, task, &mgpo.rollout, &test, seed)?;
+        let episodes = judge(name, model, task, &mgpo.rollout, &test, seed, &interrupt)?;
         let records: Vec<_> = episodes.iter().map(Episode::record).collect();
         evals.write_episodes(k as u64 + 1, &records)?;
         right.push(episodes.iter().map(|e| e.right()).collect());
@@ -136,11 +135,15 @@ pub fn main(out: &Path, quick: bool, seed: u64, overwrite: bool, as_json: bool) 
 
 /// Trains, or goes on with a run of this demo that was interrupted.
 fn train(plan: &Plan, interrupt: &Interrupt, out: &Path) -> Result<()> {
-    let start = if holds_run(&plan.train.out) { Start::Resume } else { Start::New };
-    match rl::train(plan, start, interrupt, &mut |_, _| {}) {
+    match rl::train(plan, start_of(&plan.train.out), interrupt, &mut |_, _| {}) {
         Err(error) if error.is::<Interrupted>() => Err(Interrupted::in_demo(out).into()),
         result => result.map(|_| ()),
     }
+}
+
+/// A run that an interrupted demo left behind is gone on with.
+fn start_of(folder: &Path) -> Start {
+    if holds_run(folder) { Start::Resume } else { Start::New }
 }
 
 /// Draws the data set; the same seed gives the same pictures.
@@ -179,12 +182,12 @@ fn judge(
     rollout: &rollout::Options,
     test: &[Sample],
     seed: u64,
+    interrupt: &Interrupt,
 ) -> Result<Vec<Episode>> {
     let mut engine = Embedded::open(&EngineOptions { path: model.to_owned(), ..EngineOptions::default() }, None)?;
     let task = Crop::new(task.clone(), engine.processor.budget.factor)?;
     let (chat, pictures, processor) = (engine.chat.clone(), engine.pictures.clone(), engine.processor.clone());
     let options = EvalOptions { seed, ..EvalOptions::default() };
-    let interrupt = Interrupt::install()?;
     let bench = Bench {
         chat: &chat,
         pictures: &pictures,
@@ -192,7 +195,7 @@ fn judge(
         convention: engine.convention,
         rollout,
         options: &options,
-        interrupt: &interrupt,
+        interrupt,
     };
     eval::play_all(&bench, name, &task, &mut engine, test)
 }

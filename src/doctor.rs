@@ -5,6 +5,7 @@ use std::path::Path;
 use anyhow::Result;
 use serde_json::{Value, json};
 
+use crate::commands::gib;
 use crate::config;
 use crate::engine::embedded;
 use crate::eval;
@@ -27,16 +28,15 @@ pub fn main(path: Option<&Path>, as_json: bool) -> Result<()> {
         println!("{}", json!({"machine": machine, "instruction_sets": simd, "engines": backends, "needs": need}));
         return Ok(());
     }
-    let gib = |bytes: f64| format!("{:.2} GiB", bytes / (1u64 << 30) as f64);
     println!("processor         {}", machine.cpu);
     println!("instruction sets  {}", simd.join(" "));
     println!("threads           {}", rayon::current_num_threads());
-    println!("memory            {}", machine.memory.map_or("unknown".into(), |b| gib(b as f64)));
+    println!("memory            {}", machine.memory.map_or("unknown".into(), gib));
     println!("engines           embedded (CPU)");
     if let Some(need) = need {
         println!("\n{}", path.map(|p| p.display().to_string()).unwrap_or_default());
         for key in ["weights", "training_state", "reference", "activations", "cache", "pictures", "total"] {
-            if let Some(bytes) = need[key].as_f64() {
+            if let Some(bytes) = need[key].as_u64() {
                 println!("{key:17} {}", gib(bytes));
             }
         }

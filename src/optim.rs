@@ -4,15 +4,16 @@
 //! gradient norm is the same bits for any number of threads; moments exist for trained parameters only; a state that
 //! is saved and loaded goes on as if it had not been.
 
-use std::fs::File;
-use std::ops::Range;
-use std::path::Path;
-
 use anyhow::{Context, Result, ensure};
 use foveate_kernels::adamw;
 use rayon::prelude::*;
 use safetensors::tensor::{Dtype, SafeTensors, View};
 use serde::{Deserialize, Serialize};
+use std::fs::File;
+use std::ops::Range;
+use std::path::Path;
+
+use crate::config::BadConfig;
 
 /// How the learning rate goes on after the warm-up. `p` runs from 0 (end of warm-up) to 1 (last step).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -76,7 +77,7 @@ impl Optim {
                 if high.is_finite() { format!("from {low} to {high}") } else { format!("of at least {low}") };
             ensure!(
                 value.is_finite() && value >= low && value <= high,
-                "optim.{key} = {value}: expected a number {expected}"
+                BadConfig(format!("optim.{key} = {value}: expected a number {expected}"))
             );
         }
         Ok(())

@@ -123,6 +123,11 @@ impl Plan {
             .map_err(|e| BadConfig(format!("[objective] {}", config::explain(&format!("{e:#}")))).into())
     }
 
+    /// How held-out questions are sampled.
+    fn held_out_rollout(&self) -> rollout::Options {
+        rollout::Options { temperature: self.eval.temperature, ..self.rollout.clone() }
+    }
+
     /// Refuses what cannot work, before anything is loaded, and writes every default of the objective out.
     pub fn resolve(mut self) -> Result<Plan> {
         let mut objective = self.objective()?;
@@ -132,7 +137,7 @@ impl Plan {
         let t = &self.train;
         let bad = |text: String| Err(BadConfig(text).into());
         self.rollout.validate()?;
-        self.optim.validate().map_err(|e| BadConfig(e.to_string()))?;
+        self.optim.validate()?;
         self.model.trainable()?;
         if t.prompts == 0 || t.group == 0 || t.updates == 0 || t.steps == 0 {
             return bad("train.steps, train.prompts, train.group and train.updates must be at least 1".into());
@@ -153,9 +158,7 @@ impl Plan {
         if self.eval.every > 0 && self.eval.rows.is_none() {
             return bad(format!("eval.every = {}, but eval.rows names no file with held-out rows", self.eval.every));
         }
-        rollout::Options { temperature: self.eval.temperature, ..self.rollout.clone() }
-            .validate()
-            .map_err(|e| BadConfig(format!("in [eval]: {e}")))?;
+        self.held_out_rollout().validate().map_err(|e| BadConfig(format!("in [eval]: {e}")))?;
         if self.rollout.temperature <= 0.0 {
             return bad(format!(
                 "rollout.temperature = {}: training needs a distribution, so more than 0",
@@ -466,7 +469,7 @@ impl Loop<'_> {
 
     fn evaluate(&self, engine: &mut Embedded, rows: &[Sample], metrics: &mut Metrics) -> Result<()> {
         let options = eval::EvalOptions { seed: self.plan.train.seed, ..eval::EvalOptions::default() };
-        let rollout = rollout::Options { temperature: self.plan.eval.temperature, ..self.plan.rollout.clone() };
+        let rollout = self.plan.held_out_rollout();
         let bench = eval::Bench {
             chat: self.chat,
             pictures: self.pictures,

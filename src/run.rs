@@ -67,10 +67,7 @@ impl RunFolder {
                 root.display()
             );
         }
-        for folder in [EPISODES, CHECKPOINTS] {
-            let path = root.join(folder);
-            fs::create_dir_all(&path).with_context(|| format!("making the run folder: {}", path.display()))?;
-        }
+        make_folders(root)?;
         Ok(RunFolder { root: root.to_owned(), _lock: lock(root)? })
     }
 
@@ -106,10 +103,7 @@ impl RunFolder {
     /// # Errors
     /// When the disk refuses, or a line of the metrics before the last is damaged.
     pub fn begin(&self, plan: &str, done: Option<u64>) -> Result<()> {
-        for folder in [EPISODES, CHECKPOINTS] {
-            let path = self.root.join(folder);
-            fs::create_dir_all(&path).with_context(|| format!("making the run folder: {}", path.display()))?;
-        }
+        make_folders(&self.root)?;
         checkpoint::sweep(&self.root.join(CHECKPOINTS))?;
         metrics::cut_after(&self.root.join(METRICS), done)?;
         for step in episode_steps(&self.root)? {
@@ -198,6 +192,14 @@ pub fn holds_run(root: &Path) -> bool {
     let has_entries = |folder| checkpoint::entries(&root.join(folder)).is_ok_and(|entries| !entries.is_empty());
     let has_metrics = fs::metadata(root.join(METRICS)).is_ok_and(|file| file.len() > 0);
     has_metrics || has_entries(EPISODES) || has_entries(CHECKPOINTS)
+}
+
+fn make_folders(root: &Path) -> Result<()> {
+    for folder in [EPISODES, CHECKPOINTS] {
+        let path = root.join(folder);
+        fs::create_dir_all(&path).with_context(|| format!("making the run folder: {}", path.display()))?;
+    }
+    Ok(())
 }
 
 fn lock(root: &Path) -> Result<File> {

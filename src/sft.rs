@@ -280,7 +280,7 @@ impl Plan {
             self.train.steps > 0 && self.train.batch > 0,
             BadConfig("train.steps and train.batch must be at least 1".into())
         );
-        self.optim.validate().map_err(|e| BadConfig(e.to_string()))?;
+        self.optim.validate()?;
         self.model.trainable()?;
         if let Some(recipe) = &self.data.pretrain {
             recipe.validate().map_err(|e| BadConfig(format!("in [data.pretrain]: {e:#}")))?;
@@ -395,10 +395,15 @@ fn words(chat: &Chat, world: &Pretrain) -> Result<dense::Words> {
         Ok(ids[0])
     };
     let mut names = std::collections::HashMap::new();
+    let mut digits = Vec::new();
     for label in world.labels() {
         // As the words stand in questions and answers: names behind a space, digits bare.
-        let token = match label.strip_prefix("digit:") {
-            Some(digit) => single(digit)?,
+        let token = match label.strip_prefix(pretrain::DIGIT) {
+            Some(digit) => {
+                let token = single(digit)?;
+                digits.push(token);
+                token
+            }
             None => single(&format!(" {label}"))?,
         };
         names.insert(label, token);
@@ -406,7 +411,7 @@ fn words(chat: &Chat, world: &Pretrain) -> Result<dense::Words> {
     let snap = world.recipe().snap;
     let numbers = (0..1000 / snap).map(|k| single(&(k * snap).to_string())).collect::<Result<_>>()?;
     let nothing = chat.special.vision_pad.context("[dense] needs a <|vision_pad|> token")?;
-    Ok(dense::Words { names, numbers, snap: f64::from(snap), nothing })
+    Ok(dense::Words { names, digits, numbers, snap: f64::from(snap), nothing })
 }
 
 /// One optimiser step on some dialogues.

@@ -11,6 +11,8 @@
 mod backward;
 mod task;
 
+pub use self::backward::backward;
+
 use self::task::{Prepared, Task, tasks, transposed};
 use crate::panel::{self, WIDTH};
 use crate::vector::{self, LANES, dispatch, exp};
@@ -206,46 +208,6 @@ fn softmax_terms<const LEVEL: u8>(row: &mut [f32], scale: f32, largest: &mut f32
     }
     *sums = lanes;
     shrink
-}
-
-/// Gradients from d_o: dq written (zero for queries in no span), dk and dv accumulated.
-///
-/// With P = softmax(S), S = scale·q·kᵀ: dv = Pᵀ·d_o, dS = P∘(d_o·vᵀ − Σ_k d_o∘o), dq = scale·dS·k, dk = scale·dSᵀ·q.
-///
-/// # Shapes
-/// dq, d_o, o, q `[Tq, H, K]`; lse `[Tq, H]`; dk, dv, k, v `[Tk, Hkv, K]`.
-#[allow(clippy::too_many_arguments)]
-pub fn backward(
-    dq: &mut [f32],
-    dk: &mut [f32],
-    dv: &mut [f32],
-    d_o: &[f32],
-    o: &[f32],
-    lse: &[f32],
-    q: &[f32],
-    k: &[f32],
-    v: &[f32],
-    spans: &[Span],
-    dims: Dims,
-) {
-    check(q, k, v, spans, dims);
-    assert!(
-        dq.len() == q.len() && d_o.len() == q.len() && o.len() == q.len(),
-        "attention: dq, d_o, o have {}, {}, {} numbers, q has {}",
-        dq.len(),
-        d_o.len(),
-        o.len(),
-        q.len()
-    );
-    assert_eq!(lse.len() * dims.k, q.len(), "attention: lse has {} numbers for q's {}", lse.len(), q.len());
-    assert!(
-        dk.len() == k.len() && dv.len() == v.len(),
-        "attention: dk, dv have {}, {} numbers, k has {}",
-        dk.len(),
-        dv.len(),
-        k.len()
-    );
-    backward::run(dq, dk, dv, d_o, o, lse, q, k, v, spans, dims);
 }
 
 fn check(q: &[f32], k: &[f32], v: &[f32], spans: &[Span], dims: Dims) {

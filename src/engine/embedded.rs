@@ -167,7 +167,7 @@ impl Embedded {
         let banned = chat.banned(model.config.text.vocab);
         let convention = Convention::of("qwen2_5_vl")?;
         let training_state = training.map(|t| -> Result<Learning> {
-            t.optim.validate().map_err(|e| BadConfig(e.to_string()))?;
+            t.optim.validate()?;
             let layout = &model.weights.layout;
             let ranges: Vec<_> =
                 layout.entries.iter().filter(|e| trainable.has(e.group)).map(|e| e.range.clone()).collect();

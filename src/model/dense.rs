@@ -44,6 +44,8 @@ impl Default for Options {
 pub struct Words {
     /// Token of each label.
     pub names: HashMap<String, u32>,
+    /// The digits among them, for the figures.
+    pub digits: Vec<u32>,
     /// Token of the coordinate `k * snap`.
     pub numbers: Vec<u32>,
     pub snap: f64,
@@ -73,8 +75,6 @@ pub struct DenseHead {
     words: Words,
     /// Names that the plain classifier tells apart, ascending; the class after the last is background.
     classes: Vec<u32>,
-    /// The digits among them, for the figures.
-    digits: Vec<u32>,
     d: usize,
     /// One map [D, D] a question, then the plain map [O, D] with its bias [O]: O = classes, background, four distances.
     params: Vec<f32>,
@@ -119,9 +119,7 @@ impl DenseHead {
         let outputs = classes.len() + 5;
         let n = (QUESTIONS * d + outputs) * d + outputs;
         let params = (0..n).map(|_| rng.random_range(-scale..scale)).collect();
-        let digits =
-            words.names.iter().filter(|(name, _)| name.starts_with("digit:")).map(|(_, token)| *token).collect();
-        DenseHead { words, classes, digits, d, params, grads: vec![0.0; n], m: vec![0.0; n], v: vec![0.0; n], step: 0 }
+        DenseHead { words, classes, d, params, grads: vec![0.0; n], m: vec![0.0; n], v: vec![0.0; n], step: 0 }
     }
 
     /// Loss and its derivative by the features, scaled by `scale`. The gradient of the vocabulary is added to `dtable`, that
@@ -171,7 +169,7 @@ impl DenseHead {
                 fit.loss -= f64::from(w * logprob);
                 if let (0, Some(label)) = (question, &labels[r]) {
                     let sure = usize::from(*logprob > -std::f32::consts::LN_2);
-                    let digit = usize::from(self.digits.contains(&label.words[0]));
+                    let digit = usize::from(self.words.digits.contains(&label.words[0]));
                     fit.named += sure;
                     fit.on_digit += digit;
                     fit.read += sure * digit;
@@ -338,7 +336,7 @@ mod tests {
     /// Tokens 0..10 are coordinates 0, 7, …, 63; 10 is a cat, 11 a dog, 12 nothing.
     fn head() -> DenseHead {
         let names = HashMap::from([("cat".to_owned(), 10), ("dog".to_owned(), 11)]);
-        DenseHead::new(Words { names, numbers: (0..10).collect(), snap: 7.0, nothing: 12 }, 4, 1)
+        DenseHead::new(Words { names, digits: Vec::new(), numbers: (0..10).collect(), snap: 7.0, nothing: 12 }, 4, 1)
     }
 
     fn view(objects: &[(String, BBox)]) -> View<'_> {

@@ -24,7 +24,7 @@ use crate::geometry::{BBox, Budget, Size, smart_resize};
 const PURPOSE: u64 = 2;
 const PLATE_RATIO: f64 = 1.35;
 /// Labels of plates: with its number where that can be read, without where it cannot.
-const DIGIT: &str = "digit:";
+pub(crate) const DIGIT: &str = "digit:";
 const PLATE: &str = "plate";
 /// Digits of fewer pixels (8 less a margin for rounding) are not named, so that no label teaches the model to guess at what only a close-up shows.
 const LEGIBLE: f64 = 7.5;

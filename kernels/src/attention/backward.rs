@@ -5,8 +5,8 @@
 //! held with keys as rows, which is how dk and dv want them; only dq wants them the other way round. The order of summation
 //! depends on the spans and on the constants here, never on the threads.
 
-use super::task::{Task, tasks};
-use super::{Dims, Span};
+use super::task::{Task, head_rows, tasks};
+use super::{Dims, Span, check};
 use crate::panel::{self, WIDTH};
 use crate::vector::{self, dispatch, exp};
 use rayon::prelude::*;
@@ -47,8 +47,14 @@ struct Rows {
     visible: Vec<usize>,
 }
 
+/// Gradients from d_o: dq written (zero for queries in no span), dk and dv accumulated.
+///
+/// With P = softmax(S), S = scale·q·kᵀ: dv = Pᵀ·d_o, dS = P∘(d_o·vᵀ − Σ_k d_o∘o), dq = scale·dS·k, dk = scale·dSᵀ·q.
+///
+/// # Shapes
+/// dq, d_o, o, q `[Tq, H, K]`; lse `[Tq, H]`; dk, dv, k, v `[Tk, Hkv, K]`.
 #[allow(clippy::too_many_arguments)]
-pub(super) fn run(
+pub fn backward(
     dq: &mut [f32],
     dk: &mut [f32],
     dv: &mut [f32],
@@ -61,6 +67,23 @@ pub(super) fn run(
     spans: &[Span],
     dims: Dims,
 ) {
+    check(q, k, v, spans, dims);
+    assert!(
+        dq.len() == q.len() && d_o.len() == q.len() && o.len() == q.len(),
+        "attention: dq, d_o, o have {}, {}, {} numbers, q has {}",
+        dq.len(),
+        d_o.len(),
+        o.len(),
+        q.len()
+    );
+    assert_eq!(lse.len() * dims.k, q.len(), "attention: lse has {} numbers for q's {}", lse.len(), q.len());
+    assert!(
+        dk.len() == k.len() && dv.len() == v.len(),
+        "attention: dk, dv have {}, {} numbers, k has {}",
+        dk.len(),
+        dv.len(),
+        k.len()
+    );
     dq.fill(0.0);
     let tasks = tasks(spans, dims);
     let kd = dims.k;
@@ -109,15 +132,7 @@ fn units<'a>(tasks: &'a [Task<'a>]) -> Vec<Unit<'a>> {
 
 #[allow(clippy::too_many_arguments)]
 fn of_unit(unit: &Unit, d_o: &[f32], o: &[f32], lse: &[f32], q: &[f32], k: &[f32], v: &[f32], dims: Dims) -> Partial {
-    let kd = dims.k;
-    let gather = |x: &[f32]| -> Vec<f32> {
-        let mut rows = Vec::with_capacity(unit.keys.len() * kd);
-        for row in unit.keys.clone() {
-            rows.extend_from_slice(&x[(row * dims.kv_heads + unit.kv_head) * kd..][..kd]);
-        }
-        rows
-    };
-    let (k, v) = (gather(k), gather(v));
+    let [k, v] = [k, v].map(|x| head_rows(x, &unit.keys, unit.kv_head, dims));
     let (mut dk, mut dv) = (vec![0.0; k.len()], vec![0.0; v.len()]);
     let mut dq = Vec::with_capacity(unit.seen_by.len());
     for &(task, number) in &unit.seen_by {

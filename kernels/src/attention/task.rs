@@ -87,26 +87,30 @@ pub(super) struct Run {
 
 impl Prepared {
     pub(super) fn new(k: &[f32], v: &[f32], spans: &[Span], dims: Dims) -> Self {
-        let long = |s: &&Span| s.queries.len() * dims.group() > ROWS;
-        let mut distinct: Vec<&Range<usize>> =
-            spans.iter().map(|s| &s.shared).chain(spans.iter().filter(long).map(|s| &s.own)).collect();
-        distinct.retain(|r| !r.is_empty());
-        distinct.sort_by_key(|r| (r.start, r.end));
-        distinct.dedup();
-        let many = |run: &Range<usize>| {
-            spans.iter().any(|s| (s.shared == *run || s.own == *run) && s.queries.len() * dims.group() > FEW_ROWS)
-        };
-        let head = |run: &Range<usize>, head: usize| {
-            let mut values = Vec::new();
-            if many(run) {
-                values.reserve(run.len() * dims.k);
-                for row in run.clone() {
-                    values.extend_from_slice(&v[(row * dims.kv_heads + head) * dims.k..][..dims.k]);
-                }
+        // Each run that some span reads: whether it is to be laid out, and whether many rows read it.
+        let mut read: Vec<(&Range<usize>, bool, bool)> = Vec::with_capacity(2 * spans.len());
+        for span in spans {
+            let rows = span.queries.len() * dims.group();
+            read.push((&span.shared, true, rows > FEW_ROWS));
+            read.push((&span.own, rows > ROWS, rows > FEW_ROWS));
+        }
+        read.retain(|(run, ..)| !run.is_empty());
+        read.sort_by_key(|(run, ..)| (run.start, run.end));
+        let mut distinct: Vec<(&Range<usize>, bool, bool)> = Vec::new();
+        for (run, wanted, many) in read {
+            match distinct.last_mut() {
+                Some(last) if last.0 == run => (last.1, last.2) = (last.1 || wanted, last.2 || many),
+                _ => distinct.push((run, wanted, many)),
             }
-            Run { keys: transposed(k, run.clone(), head, dims), values }
+        }
+        distinct.retain(|(_, wanted, _)| *wanted);
+        let of_run = |&(run, _, many): &(&Range<usize>, bool, bool)| {
+            let head = |head: usize| Run {
+                keys: transposed(k, run.clone(), head, dims),
+                values: if many { head_rows(v, run, head, dims) } else { Vec::new() },
+            };
+            (run.clone(), (0..dims.kv_heads).map(head).collect())
         };
-        let of_run = |run: &&Range<usize>| ((*run).clone(), (0..dims.kv_heads).map(|h| head(run, h)).collect());
         let runs = if distinct.len() < 2 {
             distinct.iter().map(of_run).collect()
         } else {
@@ -120,6 +124,15 @@ impl Prepared {
         let at = self.runs.binary_search_by_key(&(run.start, run.end), |(r, _)| (r.start, r.end)).ok()?;
         Some(&self.runs[at].1[task.kv_head])
     }
+}
+
+/// The rows `run` of a `[T, Hkv, K]` buffer, one head of them side by side: `[run, K]`.
+pub(super) fn head_rows(x: &[f32], run: &Range<usize>, head: usize, dims: Dims) -> Vec<f32> {
+    let mut rows = Vec::with_capacity(run.len() * dims.k);
+    for row in run.clone() {
+        rows.extend_from_slice(&x[(row * dims.kv_heads + head) * dims.k..][..dims.k]);
+    }
+    rows
 }
 
 /// A run of keys of one head as panels: [panels, K, WIDTH], zeros past the last key.
