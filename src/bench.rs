@@ -213,12 +213,11 @@ impl Rig {
         let prompts: Vec<Stream> = chosen.iter().map(|&r| self.open_turn(&self.rows[r])).collect::<Result<_>>()?;
         let seeds: Vec<Vec<u64>> =
             (0..prompts.len()).map(|p| (0..group).map(|m| seed ^ (p * 1000 + m) as u64).collect()).collect();
-        let room = self.lengths[0] + self.lengths[1] + 2048;
         let asked: Vec<Prompt> = prompts
             .iter()
             .zip(&seeds)
             .enumerate()
-            .map(|(p, (stream, seeds))| Prompt { session: (p * group) as u64, stream, seeds, room })
+            .map(|(p, (stream, seeds))| Prompt { session: (p * group) as u64, stream, seeds })
             .collect();
         let sampling = self.sampling(0);
         let said = self.engine.sample(&asked, &sampling)?;
@@ -244,12 +243,7 @@ impl Rig {
             .flatten()
             .zip(seeds.iter().flatten())
             .enumerate()
-            .map(|(s, (stream, seed))| Prompt {
-                session: s as u64,
-                stream,
-                seeds: std::slice::from_ref(seed),
-                room: self.lengths[1] + 16,
-            })
+            .map(|(s, (stream, seed))| Prompt { session: s as u64, stream, seeds: std::slice::from_ref(seed) })
             .collect();
         let sampling = self.sampling(1);
         let said = self.engine.sample(&asked, &sampling)?;

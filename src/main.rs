@@ -180,12 +180,15 @@ fn run_command(command: Command) -> anyhow::Result<()> {
 }
 
 /// Asks glibc to keep freed memory instead of handing it back: a step frees and takes again the same large arrays hundreds of
-/// times, and every return costs page faults (a quarter of the demo's processor time before this, LOG.md).
+/// times, and every return costs page faults (a quarter of the time of a step, LOG.md). One arena, because the others are too small
+/// for such arrays and would map each of them anew.
 fn keep_memory() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     // SAFETY: called before any other thread exists; mallopt only sets parameters of the allocator.
     unsafe {
-        libc::mallopt(libc::M_MMAP_THRESHOLD, 1 << 30);
-        libc::mallopt(libc::M_TRIM_THRESHOLD, 1 << 30);
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+        libc::mallopt(libc::M_MMAP_MAX, 0);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, libc::c_int::MAX);
+        libc::mallopt(libc::M_TOP_PAD, 64 << 20);
     }
 }

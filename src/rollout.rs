@@ -157,12 +157,7 @@ pub fn play(
         let prompts: Vec<Prompt> = active
             .chunks(together)
             .zip(seeds.chunks(together))
-            .map(|(members, seeds)| Prompt {
-                session: members[0] as u64,
-                stream: &playing[members[0]].stream,
-                seeds,
-                room: stage.options.max_tokens - playing[members[0]].stream.len(),
-            })
+            .map(|(members, seeds)| Prompt { session: members[0] as u64, stream: &playing[members[0]].stream, seeds })
             .collect();
         let completions = sampler.sample(&prompts, &sampling)?;
         drop(prompts);

@@ -411,7 +411,7 @@ fn words(chat: &Chat, world: &Pretrain) -> Result<dense::Words> {
     let snap = world.recipe().snap;
     let numbers = (0..1000 / snap).map(|k| single(&(k * snap).to_string())).collect::<Result<_>>()?;
     let nothing = chat.special.vision_pad.context("[dense] needs a <|vision_pad|> token")?;
-    Ok(dense::Words { names, digits, numbers, snap: f64::from(snap), nothing })
+    Ok(dense::Words { names, digits, number: single(" number")?, numbers, snap: f64::from(snap), nothing })
 }
 
 /// One optimiser step on some dialogues.
@@ -425,16 +425,19 @@ fn update(
 ) -> Result<()> {
     let total: usize = examples.iter().map(|e| e.stream.sampled_count()).sum();
     let images: usize = examples.iter().map(|e| e.patches.len()).sum();
-    let dense_weight = match &head {
-        Some((o, _)) => o.weight * o.until_step.map_or(1.0, |end| (1.0 - step as f32 / end as f32).clamp(0.0, 1.0)),
-        None => 0.0,
+    let (dense_weight, hint_weight) = match &head {
+        Some((o, _)) => {
+            let left = o.until_step.map_or(1.0, |end| (1.0 - step as f32 / end as f32).clamp(0.0, 1.0));
+            (o.weight * left, o.hints * left)
+        }
+        None => (0.0, 0.0),
     };
     let mut loss = 0.0;
     let mut sure = 0;
     let mut by_task: std::collections::BTreeMap<String, (f64, usize)> = Default::default();
     let mut fit = Fit::default();
     let rows: Vec<Vec<(usize, u32)>> = match &head {
-        Some((_, head)) if dense_weight > 0.0 => examples
+        Some((_, head)) if hint_weight > 0.0 => examples
             .iter()
             .map(|e| {
                 head.hints(&e.stream.ids[..e.stream.prompt_len()], e.objects.first().map_or(&[][..], Vec::as_slice))
@@ -443,7 +446,7 @@ fn update(
         _ => vec![Vec::new(); examples.len()],
     };
     let asked: usize = rows.iter().map(Vec::len).sum();
-    let hints = embedded::Hints { rows, weight: dense_weight / asked.max(1) as f32 };
+    let hints = embedded::Hints { rows, weight: hint_weight / asked.max(1) as f32 };
     let hinted = engine.accumulate_examples(
         examples,
         &mut |i, scores| {

@@ -37,10 +37,10 @@ fn main() {
             line(
                 &format!("linear T={t} {m}x{n}"),
                 flops,
-                seconds(|| linear::forward(black_box(&mut y), &x, &w, None, t, m, n)),
+                seconds(|| linear::forward(black_box(&mut y), &x, &w, None, false, t, m, n)),
             );
             if t <= 128 {
-                line("  packed", flops, seconds(|| packed.forward(black_box(&mut y), &x, None, t)));
+                line("  packed", flops, seconds(|| packed.forward(black_box(&mut y), &x, None, false, t)));
             }
             if t == 2048 {
                 let (mut dx, mut dw) = (vec![0.0; t * m], vec![0.0; n * m]);
@@ -63,6 +63,9 @@ fn main() {
         (1500, 8, 8, 64, true),
         (1500, 8, 2, 64, true),
         (1024, 4, 4, 32, false),
+        (5120, 4, 4, 32, false),
+        (64, 4, 4, 32, false),
+        (4096, 6, 6, 64, false),
     ] {
         let dims = Dims { heads, kv_heads, k };
         let (q, kk, v) = (numbers(t * heads * k), numbers(t * kv_heads * k), numbers(t * kv_heads * k));

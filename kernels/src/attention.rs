@@ -5,7 +5,8 @@
 //! `own`: keys are taken in blocks of 256 by number, with the running largest score and sums of Milakov & Gimelshein 2018
 //! (arXiv:1805.02867); each score is a run of multiply-adds over K; the exponentials are summed in 16 interleaved sums by key
 //! number; P·V is a run of multiply-adds over the keys in order. Keys after the last visible one add exact zeros. So the bits
-//! depend neither on the other queries, nor on where the keys lie, nor on the threads.
+//! depend neither on the other queries, nor on where the keys lie, nor on the threads. Short spans with the same shared keys
+//! (members of a group that speak) meet these together, several rows at a time.
 //! The backward ([`backward`](self::backward())) is in a file of its own.
 
 mod backward;
@@ -13,9 +14,9 @@ mod task;
 
 pub use self::backward::backward;
 
-use self::task::{Prepared, Task, tasks, transposed};
-use crate::panel::{self, WIDTH};
-use crate::vector::{self, LANES, dispatch, exp};
+use self::task::{Block, Prepared, blocks, transposed};
+use crate::panel::{self, Left, WIDTH};
+use crate::vector::{self, LANES, dispatch, exp2};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -67,7 +68,8 @@ const SCORES: usize = MARGIN + BLOCK + MARGIN;
 const WORTH_THREADS: usize = 1 << 18;
 const WORTH_TASK: usize = 1 << 16;
 
-/// Writes o and lse (log-sum-exp of the scaled scores, for the backward) of every query in a span; other rows stay.
+/// Writes o and lse (log-sum-exp of the scaled scores, for the backward) of every query in a span; other rows stay. Spans come in
+/// the order of their queries.
 ///
 /// # Shapes
 /// o, q `[Tq, H, K]`; lse `[Tq, H]`; k, v `[Tk, Hkv, K]`.
@@ -76,34 +78,61 @@ pub fn forward(o: &mut [f32], lse: &mut [f32], q: &[f32], k: &[f32], v: &[f32], 
     check(q, k, v, spans, dims);
     assert_eq!(o.len(), q.len(), "attention: o has {} numbers, q has {}", o.len(), q.len());
     assert_eq!(lse.len() * dims.k, q.len(), "attention: lse has {} numbers for q's {}", lse.len(), q.len());
-    let tasks = tasks(spans, dims);
     let prepared = Prepared::new(k, v, spans, dims);
-    let work: usize = tasks.iter().map(|t| t.work(dims)).sum();
-    let attend_task = |task: &Task| {
-        let rows = task.gather(q, dims);
-        let mut o = vec![0.0; rows.len()];
-        let mut lse = vec![0.0; rows.len() / dims.k];
-        attend(&mut o, &mut lse, &rows, k, v, &prepared, task, dims);
-        (o, lse)
+    let blocks = blocks(spans, dims);
+    let work: usize = blocks.iter().map(|b| b.work(dims)).sum();
+    // Every block writes rows of its own.
+    let (mut o, mut lse, mut at) = (o, lse, 0);
+    let parts = blocks.into_iter().map(|block| {
+        let rows = block.queries();
+        let (skip, n) = (rows.start - at, rows.len());
+        at = rows.end;
+        let mine = std::mem::take(&mut o)[skip * dims.heads * dims.k..].split_at_mut(n * dims.heads * dims.k);
+        let mine_lse = std::mem::take(&mut lse)[skip * dims.heads..].split_at_mut(n * dims.heads);
+        (o, lse) = (mine.1, mine_lse.1);
+        (block, mine.0, mine_lse.0)
+    });
+    let attend = |scratch: &mut Scratch, (block, o, lse): (Block, &mut [f32], &mut [f32])| {
+        attend(o, lse, q, k, v, &prepared, &block, scratch, dims);
     };
-    let done: Vec<(Vec<f32>, Vec<f32>)> = if work < WORTH_THREADS {
-        tasks.iter().map(attend_task).collect()
+    if work < WORTH_THREADS {
+        let mut scratch = Scratch::default();
+        parts.for_each(|part| attend(&mut scratch, part));
     } else {
-        let at_once = (WORTH_TASK * tasks.len()).div_ceil(work).max(1);
-        tasks.par_iter().with_min_len(at_once).map(attend_task).collect()
-    };
-    let group = dims.group();
-    for (task, (task_o, task_lse)) in tasks.iter().zip(&done) {
-        for ((start, from), from_lse) in
-            task.starts(dims).zip(task_o.chunks_exact(group * dims.k)).zip(task_lse.chunks_exact(group))
-        {
-            o[start..start + from.len()].copy_from_slice(from);
-            lse[start / dims.k..][..group].copy_from_slice(from_lse);
-        }
+        let parts: Vec<_> = parts.collect();
+        let at_once = (WORTH_TASK * parts.len()).div_ceil(work).max(1);
+        parts.into_par_iter().with_min_len(at_once).for_each_init(Scratch::default, attend);
     }
 }
 
-dispatch! { fn attend(o: &mut [f32], lse: &mut [f32], q: &[f32], k: &[f32], v: &[f32], prepared: &Prepared, task: &Task, dims: Dims) = attend_body }
+/// What one block of queries works on, kept for the next.
+#[derive(Default)]
+struct Scratch {
+    /// Rows of one head of keys, times scale / ln 2: `[R, K]`.
+    q: Vec<f32>,
+    /// Keys that each row sees.
+    visible: Vec<usize>,
+    /// What has been summed so far: `[R, K]`, and of each row the largest score and the sums of the exponentials.
+    o: Vec<f32>,
+    largest: Vec<f32>,
+    sums: Vec<[f32; LANES]>,
+    scores: Vec<f32>,
+    /// Panels of own keys that were not prepared.
+    own: Vec<f32>,
+}
+
+/// Keys and values of a run as one head reads them.
+#[derive(Clone, Copy)]
+struct Piece<'a> {
+    /// Number of its first key among those that the span sees, and how many keys it has.
+    first: usize,
+    keys: usize,
+    panels: &'a [f32],
+    values: &'a [f32],
+    stride: usize,
+}
+
+dispatch! { fn attend(o: &mut [f32], lse: &mut [f32], q: &[f32], k: &[f32], v: &[f32], prepared: &Prepared, block: &Block, scratch: &mut Scratch, dims: Dims) = attend_body }
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
 fn attend_body<const LEVEL: u8>(
@@ -113,97 +142,153 @@ fn attend_body<const LEVEL: u8>(
     k: &[f32],
     v: &[f32],
     prepared: &Prepared,
-    task: &Task,
+    block: &Block,
+    scratch: &mut Scratch,
     dims: Dims,
 ) {
-    let (kd, group, rows) = (dims.k, dims.group(), lse.len());
-    let keys = task.keys();
-    let [shared, own] = task.pieces(keys);
-    let (before, stride) = (shared.len(), dims.kv_heads * kd);
-    let head = task.kv_head * kd;
-    let (ready_shared, ready_own) = (prepared.run(&task.span.shared, task), prepared.run(&task.span.own, task));
-    let own_t = if ready_own.is_some() { Vec::new() } else { transposed(k, own.clone(), task.kv_head, dims) };
-    let keys_t = [ready_shared.map_or(&[][..], |r| &r.keys), ready_own.map_or(&own_t[..], |r| &r.keys)];
-    let values = [(ready_shared, &shared), (ready_own, &own)].map(|(ready, run)| {
-        let copied = ready.map(|r| &r.values[..]).filter(|values| !values.is_empty());
-        copied.map_or_else(|| (&v[(run.start * stride + head).min(v.len())..], stride), |values| (values, kd))
-    });
-    // Number of the first key of each piece, and past its last.
-    let pieces = [0..before, before..keys];
-    let mut scores = vec![0.0f32; STRIP.min(rows) * SCORES];
-    let mut largest = vec![f32::NEG_INFINITY; rows];
-    let mut sums = vec![[0.0f32; LANES]; rows];
-    for block in (0..keys).step_by(BLOCK) {
-        for r0 in (0..rows).step_by(STRIP) {
-            let strip = STRIP.min(rows - r0);
-            let seen = task.span.visible(task.block.start + (r0 + strip - 1) / group).min(block + BLOCK);
+    let (kd, group) = (dims.k, dims.group());
+    let (row, width) = (dims.heads * kd, group * kd);
+    let queries = block.queries();
+    let rows = queries.len() * group;
+    let Scratch { q: my_q, visible, o: my_o, largest, sums, scores, own: own_panels } = scratch;
+    scores.resize(STRIP * SCORES, 0.0);
+    visible.clear();
+    for (span, queries) in block.members() {
+        visible.extend(queries.flat_map(|i| std::iter::repeat_n(span.visible(i), group)));
+    }
+    let scale = dims.scale() * std::f32::consts::LOG2_E;
+    for head in 0..dims.kv_heads {
+        my_q.clear();
+        for query in q[queries.start * row..queries.end * row].chunks_exact(row) {
+            my_q.extend(query[head * width..(head + 1) * width].iter().map(|q| q * scale));
+        }
+        my_o.clear();
+        my_o.resize(rows * kd, 0.0);
+        largest.clear();
+        largest.resize(rows, f32::NEG_INFINITY);
+        sums.clear();
+        sums.resize(rows, [0.0; LANES]);
+
+        let piece = |run: &Range<usize>, first: usize| {
+            let ready = prepared.run(run, head);
+            let stride = dims.kv_heads * kd;
+            let (values, stride) = match ready {
+                Some(ready) if !ready.values.is_empty() => (&ready.values[..], kd),
+                _ => (&v[(run.start * stride + head * kd).min(v.len())..], stride),
+            };
+            Piece { first, keys: run.len(), panels: ready.map_or(&[], |r| &r.keys), values, stride }
+        };
+        // Blocks of keys that all members share are met by all rows at once, the rest by each member's rows.
+        let shared = piece(&block.spans[0].shared, 0);
+        let common = if block.spans.len() > 1 { shared.keys / BLOCK * BLOCK } else { 0 };
+        let mut state = State { q: my_q, visible, o: my_o, largest, sums, scores, kd };
+        for keys in (0..common).step_by(BLOCK) {
+            state.meet::<LEVEL>(0..rows, keys, &[shared]);
+        }
+        let mut first = 0;
+        for (span, queries) in block.members() {
+            let rows = first..first + queries.len() * group;
+            first = rows.end;
+            let mut own = piece(&span.own, span.shared.len());
+            if own.panels.is_empty() {
+                transposed(own_panels, k, span.own.clone(), head, dims);
+                own.panels = own_panels;
+            }
+            for keys in (common..span.visible(queries.end - 1)).step_by(BLOCK) {
+                state.meet::<LEVEL>(rows.clone(), keys, &[shared, own]);
+            }
+        }
+
+        let done = my_o.chunks_exact(width).zip(largest.chunks_exact(group).zip(sums.chunks_exact(group)));
+        for ((from, (max, sums)), (o, lse)) in done.zip(o.chunks_exact_mut(row).zip(lse.chunks_exact_mut(dims.heads))) {
+            let o = &mut o[head * width..(head + 1) * width];
+            let lse = &mut lse[head * group..(head + 1) * group];
+            for (i, (o, from)) in o.chunks_exact_mut(kd).zip(from.chunks_exact(kd)).enumerate() {
+                let sum = vector::fold(sums[i]);
+                let inverse = 1.0 / sum;
+                o.iter_mut().zip(from).for_each(|(o, from)| *o = from * inverse);
+                lse[i] = max[i] * std::f32::consts::LN_2 + sum.ln();
+            }
+        }
+    }
+}
+
+/// The running softmax of some rows; scores are in units of ln 2.
+struct State<'a> {
+    q: &'a [f32],
+    visible: &'a [usize],
+    o: &'a mut [f32],
+    largest: &'a mut [f32],
+    sums: &'a mut [[f32; LANES]],
+    scores: &'a mut [f32],
+    kd: usize,
+}
+
+impl State<'_> {
+    /// Takes in the keys with numbers from `block` on, `BLOCK` of them at most.
+    #[inline(always)]
+    fn meet<const LEVEL: u8>(&mut self, rows: Range<usize>, block: usize, pieces: &[Piece]) {
+        let kd = self.kd;
+        for r0 in rows.clone().step_by(STRIP) {
+            let strip = STRIP.min(rows.end - r0);
+            // Rows see ever more keys.
+            let seen = self.visible[r0 + strip - 1].min(block + BLOCK);
             if seen <= block {
                 continue;
             }
-            let q = &q[r0 * kd..];
             // Panels are computed whole: what they leave past their piece is overwritten by the next, or lies in the margins.
-            for (piece, panels) in pieces.iter().zip(keys_t) {
-                let (from, to) = (block.max(piece.start), seen.min(piece.end));
-                if from < to {
-                    let (first, last) = ((from - piece.start) / WIDTH, (to - piece.start).div_ceil(WIDTH));
-                    for (p, panel) in (first..last).zip(panels.chunks_exact(WIDTH * kd).skip(first)) {
-                        let out = &mut scores[MARGIN + piece.start + p * WIDTH - block..];
-                        panel::multiply(out, SCORES, q, kd, panel, WIDTH, strip, kd, WIDTH, false);
-                    }
-                }
+            let parts = pieces.iter().filter_map(|piece| {
+                let (from, to) = (block.max(piece.first), seen.min(piece.first + piece.keys));
+                (from < to).then_some((piece, from, to))
+            });
+            for (piece, from, to) in parts.clone() {
+                let (first, last) = ((from - piece.first) / WIDTH, (to - piece.first).div_ceil(WIDTH));
+                let out = &mut self.scores[MARGIN + piece.first + first * WIDTH - block..];
+                let panels = &piece.panels[first * WIDTH * kd..last * WIDTH * kd];
+                panel::multiply_panels(out, SCORES, Left::rows(&self.q[r0 * kd..], kd), panels, strip, kd);
             }
-            let o = &mut o[r0 * kd..(r0 + strip) * kd];
+            let o = &mut self.o[r0 * kd..(r0 + strip) * kd];
             for (r, o) in o.chunks_exact_mut(kd).enumerate() {
-                let visible = task.span.visible(task.block.start + (r0 + r) / group).clamp(block, seen) - block;
-                let row = &mut scores[r * SCORES + MARGIN..][..seen - block];
+                let visible = self.visible[r0 + r].clamp(block, seen) - block;
+                let row = &mut self.scores[r * SCORES + MARGIN..][..seen - block];
                 let shrink =
-                    softmax_terms::<LEVEL>(&mut row[..visible], dims.scale(), &mut largest[r0 + r], &mut sums[r0 + r]);
+                    softmax_terms::<LEVEL>(&mut row[..visible], &mut self.largest[r0 + r], &mut self.sums[r0 + r]);
                 row[visible..].fill(0.0);
                 if shrink != 1.0 {
                     o.iter_mut().for_each(|o| *o *= shrink);
                 }
             }
-            for (piece, (values, stride)) in pieces.iter().zip(values) {
-                let (from, to) = (block.max(piece.start), seen.min(piece.end));
-                if from < to {
-                    let weights = &scores[MARGIN + from - block..];
-                    let values = &values[(from - piece.start) * stride..];
-                    panel::multiply(o, kd, weights, SCORES, values, stride, strip, to - from, kd, true);
-                }
+            for (piece, from, to) in parts {
+                let weights = &self.scores[MARGIN + from - block..];
+                let values = &piece.values[(from - piece.first) * piece.stride..];
+                panel::multiply(o, kd, Left::rows(weights, SCORES), values, piece.stride, strip, to - from, kd, true);
             }
         }
     }
-    for ((o, lse), (max, sums)) in o.chunks_exact_mut(kd).zip(lse).zip(largest.iter().zip(sums)) {
-        let sum = vector::fold(sums);
-        let inverse = 1.0 / sum;
-        o.iter_mut().for_each(|o| *o *= inverse);
-        *lse = max + sum.ln();
-    }
 }
 
-/// Scores of a block become e^(scale·score − largest), added to `sums`; `largest` and `sums` are those of all blocks so far.
+/// Scores of a block become 2^(score − largest), added to `sums`; `largest` and `sums` are those of all blocks so far.
 /// Returns what earlier terms have to be multiplied by.
 #[inline(always)]
-fn softmax_terms<const LEVEL: u8>(row: &mut [f32], scale: f32, largest: &mut f32, sums: &mut [f32; LANES]) -> f32 {
+fn softmax_terms<const LEVEL: u8>(row: &mut [f32], largest: &mut f32, sums: &mut [f32; LANES]) -> f32 {
     if row.is_empty() {
         return 1.0;
     }
-    row.iter_mut().for_each(|s| *s *= scale);
     let before = *largest;
     let highest = vector::max(row);
     let max = if highest > before { highest } else { before };
-    let shrink = if max > before { exp::<LEVEL>(before - max) } else { 1.0 };
+    let shrink = if max > before { exp2::<LEVEL>(before - max) } else { 1.0 };
     *largest = max;
     let mut lanes = sums.map(|sum| sum * shrink);
     let (whole, rest) = row.as_chunks_mut::<LANES>();
     for chunk in whole {
         for (s, lane) in chunk.iter_mut().zip(&mut lanes) {
-            *s = exp::<LEVEL>(*s - max);
+            *s = exp2::<LEVEL>(*s - max);
             *lane += *s;
         }
     }
     for (s, lane) in rest.iter_mut().zip(&mut lanes) {
-        *s = exp::<LEVEL>(*s - max);
+        *s = exp2::<LEVEL>(*s - max);
         *lane += *s;
     }
     *sums = lanes;
@@ -228,6 +313,9 @@ fn check(q: &[f32], k: &[f32], v: &[f32], spans: &[Span], dims: Dims) {
     );
     assert_eq!(k.len(), v.len(), "attention: k has {} numbers, v has {}", k.len(), v.len());
     let (tq, tk) = (q.len() / (heads * kd), k.len() / (kv_heads * kd));
+    for pair in spans.windows(2) {
+        assert!(pair[0].queries.end <= pair[1].queries.start, "attention: {:?} stands before {:?}", pair[0], pair[1]);
+    }
     for span in spans {
         let ordered = |r: &Range<usize>, end: usize| r.start <= r.end && r.end <= end;
         assert!(

@@ -2,18 +2,23 @@
 //!
 //! Hides the choice between `gemm` (many rows) and our own panel product (few rows), which give the same bits.
 //! The order fixed for one output: the M inputs are cut into `ceil(M / 512)` equal blocks; each block is a run of
-//! fused multiply-adds from zero in order of m; the bias comes first and the blocks are added to it in order. `gemm`
+//! fused multiply-adds from zero in order of m; what y holds comes first where it is to be kept, then
+//! the bias, and the blocks are added to these in order. `gemm`
 //! keeps that order on its general path whenever k ≤ 512 (it never cuts such a k), so we hand it one block at a
 //! time and keep clear of its special paths (vectors, k ≤ 2, and tiny results) by giving those to the panel product.
 
 use crate::matmul::{self, Target, View};
-use crate::panel::{self, WIDTH};
+use crate::panel::{self, Left, WIDTH};
+use crate::vector::dispatch;
 use rayon::prelude::*;
 
 /// Longest run of multiply-adds; the length `gemm` never splits.
 const BLOCK: usize = 512;
 /// Below this many rows `gemm` spends more on packing the weights (by one thread) than the panel product takes in all.
 const FEW_ROWS: usize = 64;
+/// Rows and columns that one task takes where the work is adding.
+const ROWS: usize = 64;
+const COLUMNS: usize = 64;
 /// Multiply-adds below which waking other threads costs more than it saves.
 const WORTH_THREADS: usize = 1 << 18;
 
@@ -21,23 +26,42 @@ fn block_len(m: usize) -> usize {
     m.div_ceil(m.div_ceil(BLOCK).max(1)).max(1)
 }
 
+/// Writes y, or adds to it (a residual) when `onto`.
+///
 /// # Shapes
 /// y `[T, N]` = x `[T, M]` · w `[N, M]`ᵀ + b `[N]`.
-pub fn forward(y: &mut [f32], x: &[f32], w: &[f32], b: Option<&[f32]>, t: usize, m: usize, n: usize) {
+#[allow(clippy::too_many_arguments)]
+pub fn forward(y: &mut [f32], x: &[f32], w: &[f32], b: Option<&[f32]>, onto: bool, t: usize, m: usize, n: usize) {
     check(y.len(), x.len(), w.len(), b.map(<[f32]>::len), t, m, n);
     if t < FEW_ROWS || n < 16 || m < 3 {
-        few_rows(y, x, Weights::Rows(w), b, t, m, n);
+        few_rows(y, x, Weights::Rows(w), b, onto, t, m, n);
         return;
     }
     if let Some(b) = b {
-        y.chunks_exact_mut(n).for_each(|row| row.copy_from_slice(b));
+        y.par_chunks_mut(ROWS * n).for_each(|rows| start(rows, b, onto));
     }
+    let started = onto || b.is_some();
     let block = block_len(m);
     for k0 in (0..m).step_by(block) {
         let k = block.min(m - k0);
         let c = Target { data: y, offset: 0, stride: n };
         let (left, right) = (View::rows(x, k0, m), View::rows(w, k0, m).transposed());
-        matmul::multiply(c, left, right, t, n, k, 1.0, k0 > 0 || b.is_some(), true);
+        matmul::multiply(c, left, right, t, n, k, 1.0, k0 > 0 || started, true);
+    }
+}
+
+dispatch! {
+    /// What the products are added to: the bias, behind what is there already when `onto`.
+    fn start(y: &mut [f32], b: &[f32], onto: bool) = start_body
+}
+#[inline(always)]
+fn start_body<const LEVEL: u8>(y: &mut [f32], b: &[f32], onto: bool) {
+    for row in y.chunks_exact_mut(b.len()) {
+        if onto {
+            row.iter_mut().zip(b).for_each(|(y, b)| *y += b);
+        } else {
+            row.copy_from_slice(b);
+        }
     }
 }
 
@@ -68,9 +92,9 @@ impl Packed {
 
     /// # Shapes
     /// y `[T, N]` = x `[T, M]` · w `[N, M]`ᵀ + b `[N]`.
-    pub fn forward(&self, y: &mut [f32], x: &[f32], b: Option<&[f32]>, t: usize) {
+    pub fn forward(&self, y: &mut [f32], x: &[f32], b: Option<&[f32]>, onto: bool, t: usize) {
         check(y.len(), x.len(), self.n * self.m, b.map(<[f32]>::len), t, self.m, self.n);
-        few_rows(y, x, Weights::Panels(&self.panels), b, t, self.m, self.n);
+        few_rows(y, x, Weights::Panels(&self.panels), b, onto, t, self.m, self.n);
     }
 }
 
@@ -80,18 +104,25 @@ enum Weights<'a> {
     Panels(&'a [f32]),
 }
 
-fn few_rows(y: &mut [f32], x: &[f32], w: Weights<'_>, b: Option<&[f32]>, t: usize, m: usize, n: usize) {
+#[allow(clippy::too_many_arguments)]
+fn few_rows(y: &mut [f32], x: &[f32], w: Weights<'_>, b: Option<&[f32]>, onto: bool, t: usize, m: usize, n: usize) {
     if t == 0 || n == 0 {
         return;
     }
     let panels = n.div_ceil(WIDTH);
     // Each panel's outputs side by side, so that panels can be computed apart: [panels, T, WIDTH].
     let mut result = vec![0.0f32; panels * t * WIDTH];
+    let begun: &[f32] = y;
     let one = |(p, out): (usize, &mut [f32])| {
         let first = p * WIDTH;
         let cols = WIDTH.min(n - first);
-        if let Some(b) = b {
-            out.chunks_exact_mut(WIDTH).for_each(|row| row[..cols].copy_from_slice(&b[first..first + cols]));
+        for (row, begun) in out.chunks_exact_mut(WIDTH).zip(begun.chunks_exact(n)) {
+            if onto {
+                row[..cols].copy_from_slice(&begun[first..first + cols]);
+            }
+            if let Some(b) = b {
+                start(&mut row[..cols], &b[first..first + cols], onto);
+            }
         }
         let block = block_len(m);
         let mut scratch = match w {
@@ -107,7 +138,7 @@ fn few_rows(y: &mut [f32], x: &[f32], w: Weights<'_>, b: Option<&[f32]>, t: usiz
                 }
                 Weights::Panels(panels) => &panels[first * m + k0 * WIDTH..],
             };
-            add_block(out, &x[k0..], m, panel, t, k, b.is_some() || k0 > 0);
+            add_block(out, &x[k0..], m, panel, t, k, onto || b.is_some() || k0 > 0);
         }
     };
     if t * m * n < WORTH_THREADS {
@@ -129,13 +160,13 @@ fn few_rows(y: &mut [f32], x: &[f32], w: Weights<'_>, b: Option<&[f32]>, t: usiz
 fn add_block(out: &mut [f32], x: &[f32], m: usize, panel: &[f32], t: usize, k: usize, started: bool) {
     const ROWS: usize = 8;
     if !started {
-        panel::multiply(out, WIDTH, x, m, panel, WIDTH, t, k, WIDTH, false);
+        panel::multiply(out, WIDTH, Left::rows(x, m), panel, WIDTH, t, k, WIDTH, false);
         return;
     }
     let mut part = [0.0f32; ROWS * WIDTH];
     for r in (0..t).step_by(ROWS) {
         let rows = ROWS.min(t - r);
-        panel::multiply(&mut part, WIDTH, &x[r * m..], m, panel, WIDTH, rows, k, WIDTH, false);
+        panel::multiply(&mut part, WIDTH, Left::rows(&x[r * m..], m), panel, WIDTH, rows, k, WIDTH, false);
         for (o, p) in out[r * WIDTH..(r + rows) * WIDTH].iter_mut().zip(&part) {
             *o += p;
         }
@@ -156,13 +187,23 @@ pub fn backward_weight(dw: &mut [f32], db: Option<&mut [f32]>, dy: &[f32], x: &[
     check(dy.len(), x.len(), dw.len(), db.as_ref().map(|b| b.len()), t, m, n);
     let c = Target { data: dw, offset: 0, stride: m };
     matmul::multiply(c, View::rows(dy, 0, n).transposed(), View::rows(x, 0, m), n, m, t, 1.0, true, true);
-    if let Some(db) = db
-        && n > 0
-    {
-        for row in dy.chunks_exact(n) {
-            for (b, g) in db.iter_mut().zip(row) {
-                *b += g;
-            }
+    if let Some(db) = db {
+        // Each thread sums some columns over all rows, in order.
+        let sum = |(c, db): (usize, &mut [f32])| add_columns(db, dy, c * COLUMNS, n);
+        if t * n < WORTH_THREADS {
+            db.chunks_mut(COLUMNS).enumerate().for_each(sum);
+        } else {
+            db.par_chunks_mut(COLUMNS).enumerate().for_each(sum);
+        }
+    }
+}
+
+dispatch! { fn add_columns(sums: &mut [f32], rows: &[f32], first: usize, n: usize) = add_columns_body }
+#[inline(always)]
+fn add_columns_body<const LEVEL: u8>(sums: &mut [f32], rows: &[f32], first: usize, n: usize) {
+    for row in rows.chunks_exact(n) {
+        for (sum, g) in sums.iter_mut().zip(&row[first..]) {
+            *sum += g;
         }
     }
 }
@@ -185,7 +226,7 @@ mod tests {
 
     fn product(x: &[f32], w: &[f32], b: Option<&[f32]>, t: usize, m: usize, n: usize) -> Vec<f32> {
         let mut y = vec![f32::NAN; t * n];
-        forward(&mut y, x, w, b, t, m, n);
+        forward(&mut y, x, w, b, false, t, m, n);
         y
     }
 
@@ -215,7 +256,7 @@ mod tests {
             let tolerance = 1e-6 * (m as f64).sqrt().max(1.0);
             assert_close("forward", &product(&x, &w, Some(&b), t, m, n), &exact, tolerance);
             let mut y = vec![0.0; t * n];
-            Packed::new(&w, m, n).forward(&mut y, &x, Some(&b), t);
+            Packed::new(&w, m, n).forward(&mut y, &x, Some(&b), false, t);
             assert_close("packed", &y, &exact, tolerance);
         }
     }
@@ -234,9 +275,31 @@ mod tests {
                     let some = product(&x[from * m..], &w, b, t, m, n);
                     assert_same_bits(&format!("T={t} M={m} N={n}"), &some, &all[from * n..]);
                     let mut some = vec![0.0; t * n];
-                    packed.forward(&mut some, &x[from * m..], b, t);
+                    packed.forward(&mut some, &x[from * m..], b, false, t);
                     assert_same_bits(&format!("packed T={t} M={m} N={n}"), &some, &all[from * n..]);
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn a_residual_comes_first_and_has_the_same_bits_in_few_rows() {
+        let (t, m, n) = (100, 600, 70);
+        let (x, w, b, residual) = (numbers(1, t * m), numbers(2, n * m), numbers(3, n), numbers(4, t * n));
+        for b in [None, Some(&b[..])] {
+            let mut all = residual.clone();
+            forward(&mut all, &x, &w, b, true, t, m, n);
+            let mut exact = oracle::linear(&wide(&x), &wide(&w), b.map(wide).as_deref(), t, m, n);
+            exact.iter_mut().zip(&residual).for_each(|(y, r)| *y += f64::from(*r));
+            assert_close("onto", &all, &exact, 1e-6 * (m as f64).sqrt());
+            let packed = Packed::new(&w, m, n);
+            for rows in [1, 9, 63] {
+                let mut some = residual[..rows * n].to_vec();
+                forward(&mut some, &x[..rows * m], &w, b, true, rows, m, n);
+                assert_same_bits("few rows", &some, &all[..rows * n]);
+                let mut some = residual[..rows * n].to_vec();
+                packed.forward(&mut some, &x[..rows * m], b, true, rows);
+                assert_same_bits("packed", &some, &all[..rows * n]);
             }
         }
     }

@@ -48,7 +48,7 @@ impl Stats {
 pub fn logits(h: &[f32], w: &[f32], banned: &[u32], d: usize, v: usize) -> Vec<f32> {
     let n = rows(h, w, d, v);
     let mut z = vec![0.0; n * v];
-    linear::forward(&mut z, h, w, None, n, d, v);
+    linear::forward(&mut z, h, w, None, false, n, d, v);
     ban(&mut z, banned, v);
     z
 }

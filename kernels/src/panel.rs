@@ -11,18 +11,41 @@ use crate::vector::{FUSED, PLAIN, WIDE, dispatch, mul_add};
 /// Columns of a panel.
 pub(crate) const WIDTH: usize = 32;
 
+/// The left side of a product: a[r, k] is `data[r · row + k · step]`.
+#[derive(Clone, Copy)]
+pub(crate) struct Left<'a> {
+    data: &'a [f32],
+    row: usize,
+    step: usize,
+}
+
+impl<'a> Left<'a> {
+    /// Stored row by row.
+    pub(crate) fn rows(data: &'a [f32], stride: usize) -> Self {
+        Self { data, row: stride, step: 1 }
+    }
+
+    /// Stored column by column: the rows of `data` are the k of the product.
+    pub(crate) fn turned(data: &'a [f32], stride: usize) -> Self {
+        Self { data, row: 1, step: stride }
+    }
+
+    fn from(self, r: usize) -> Self {
+        Self { data: &self.data[r * self.row..], ..self }
+    }
+}
+
 dispatch! {
     /// out[r, c] = (accumulate: out[r, c], else 0) + Σ_k a[r, k] · panel[k, c], k in order.
     ///
     /// A function of its own for each instruction set: inlined into larger ones, its loops keep their bounds checks.
     ///
     /// # Shapes
-    /// out: rows of `out_stride`, `cols` used; a: rows of `a_stride`, `k` used; panel: k rows of `panel_stride`, `cols` used.
+    /// out: rows of `out_stride`, `cols` used; a: `[rows, k]`; panel: k rows of `panel_stride`, `cols` used.
     pub(crate) fn multiply(
         out: &mut [f32],
         out_stride: usize,
-        a: &[f32],
-        a_stride: usize,
+        a: Left,
         panel: &[f32],
         panel_stride: usize,
         rows: usize,
@@ -31,13 +54,38 @@ dispatch! {
         accumulate: bool,
     ) = multiply_body
 }
+dispatch! {
+    /// [`multiply`] with every panel of `panels` `[panels, k, WIDTH]`; panel p gives columns from `p · WIDTH` on.
+    pub(crate) fn multiply_panels(
+        out: &mut [f32],
+        out_stride: usize,
+        a: Left,
+        panels: &[f32],
+        rows: usize,
+        k: usize,
+    ) = multiply_panels_body
+}
+#[inline(always)]
+fn multiply_panels_body<const LEVEL: u8>(
+    out: &mut [f32],
+    out_stride: usize,
+    a: Left,
+    panels: &[f32],
+    rows: usize,
+    k: usize,
+) {
+    for (p, panel) in panels.chunks_exact(WIDTH * k).enumerate() {
+        let out = &mut out[p * WIDTH..];
+        multiply_body::<LEVEL>(out, out_stride, a, panel, WIDTH, rows, k, WIDTH, false);
+    }
+}
+
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
 fn multiply_body<const LEVEL: u8>(
     out: &mut [f32],
     out_stride: usize,
-    a: &[f32],
-    a_stride: usize,
+    a: Left,
     panel: &[f32],
     panel_stride: usize,
     rows: usize,
@@ -48,19 +96,19 @@ fn multiply_body<const LEVEL: u8>(
     let mut c = 0;
     // Wide registers take a block of 32 columns as two vectors; narrow ones 16 at a time, or the tile would spill.
     while LEVEL == WIDE && c + 32 <= cols {
-        columns::<LEVEL, 32>(&mut out[c..], out_stride, a, a_stride, &panel[c..], panel_stride, rows, k, accumulate);
+        columns::<LEVEL, 32>(&mut out[c..], out_stride, a, &panel[c..], panel_stride, rows, k, accumulate);
         c += 32;
     }
     while c + 16 <= cols {
-        columns::<LEVEL, 16>(&mut out[c..], out_stride, a, a_stride, &panel[c..], panel_stride, rows, k, accumulate);
+        columns::<LEVEL, 16>(&mut out[c..], out_stride, a, &panel[c..], panel_stride, rows, k, accumulate);
         c += 16;
     }
     while c + 8 <= cols {
-        columns::<LEVEL, 8>(&mut out[c..], out_stride, a, a_stride, &panel[c..], panel_stride, rows, k, accumulate);
+        columns::<LEVEL, 8>(&mut out[c..], out_stride, a, &panel[c..], panel_stride, rows, k, accumulate);
         c += 8;
     }
     while c < cols {
-        columns::<LEVEL, 1>(&mut out[c..], out_stride, a, a_stride, &panel[c..], panel_stride, rows, k, accumulate);
+        columns::<LEVEL, 1>(&mut out[c..], out_stride, a, &panel[c..], panel_stride, rows, k, accumulate);
         c += 1;
     }
 }
@@ -70,8 +118,7 @@ fn multiply_body<const LEVEL: u8>(
 fn columns<const LEVEL: u8, const W: usize>(
     out: &mut [f32],
     out_stride: usize,
-    a: &[f32],
-    a_stride: usize,
+    a: Left,
     panel: &[f32],
     panel_stride: usize,
     rows: usize,
@@ -85,8 +132,7 @@ fn columns<const LEVEL: u8, const W: usize>(
                 tile::<LEVEL, $n, W>(
                     &mut out[r * out_stride..],
                     out_stride,
-                    &a[r * a_stride..],
-                    a_stride,
+                    a.from(r),
                     panel,
                     panel_stride,
                     k,
@@ -112,8 +158,7 @@ fn columns<const LEVEL: u8, const W: usize>(
 fn tile<const LEVEL: u8, const R: usize, const W: usize>(
     out: &mut [f32],
     out_stride: usize,
-    a: &[f32],
-    a_stride: usize,
+    a: Left,
     panel: &[f32],
     panel_stride: usize,
     k: usize,
@@ -125,13 +170,20 @@ fn tile<const LEVEL: u8, const R: usize, const W: usize>(
             acc.copy_from_slice(&out[r * out_stride..][..W]);
         }
     }
-    let rows: [&[f32]; R] = std::array::from_fn(|r| &a[r * a_stride..][..k]);
+    // Steps that are not known beforehand, even where they are 1: knowing one, the compiler shuffles where it should broadcast.
+    let Left { data: a, row, step } = a;
+    if k > 0 {
+        let last = (R - 1) * row + (k - 1) * step;
+        assert!(last < a.len() && (k - 1) * panel_stride + W <= panel.len(), "panel: a side is too short");
+    }
     for kk in 0..k {
-        let Some(b) = panel[kk * panel_stride..].first_chunk::<W>() else { unreachable!("panel too short") };
-        for r in 0..R {
-            let x = rows[r][kk];
+        // SAFETY: the assertion puts the last row of the panel, W numbers wide, inside it.
+        let b = unsafe { &*panel.as_ptr().add(kk * panel_stride).cast::<[f32; W]>() };
+        for (r, acc) in acc.iter_mut().enumerate() {
+            // SAFETY: the assertion puts the largest of these indices inside `a`.
+            let x = unsafe { *a.get_unchecked(r * row + kk * step) };
             for w in 0..W {
-                acc[r][w] = mul_add::<LEVEL>(x, b[w], acc[r][w]);
+                acc[w] = mul_add::<LEVEL>(x, b[w], acc[w]);
             }
         }
     }
@@ -191,39 +243,58 @@ mod tests {
     #[test]
     fn every_tile_is_one_run_of_fused_multiply_adds() {
         let (k, a_stride, stride, out_stride) = (21, 25, 90, 95);
-        let (a, panel, start) = (numbers(1, 20 * a_stride), numbers(2, k * stride), numbers(3, 20 * out_stride));
-        for rows in [1, 2, 3, 7, 8, 19] {
-            for cols in [1, 5, 8, 15, 16, 31, 32, 90] {
-                for accumulate in [false, true] {
-                    let expected: Vec<f32> = (0..rows * cols)
-                        .map(|i| {
-                            let (r, c) = (i / cols, i % cols);
-                            let from = if accumulate { start[r * out_stride + c] } else { 0.0 };
-                            by_hand(&a[r * a_stride..][..k], &panel, stride, c, from)
-                        })
-                        .collect();
-                    let narrow = |f: &dyn Fn(&mut [f32])| -> Vec<f32> {
-                        let mut out = start.clone();
-                        f(&mut out);
-                        (0..rows * cols).map(|i| out[i / cols * out_stride + i % cols]).collect()
-                    };
-                    // Both levels that fuse agree, whatever their tiles.
-                    let wide = narrow(&|out| {
-                        multiply_body::<WIDE>(out, out_stride, &a, a_stride, &panel, stride, rows, k, cols, accumulate)
-                    });
-                    let fused = narrow(&|out| {
-                        multiply_body::<FUSED>(out, out_stride, &a, a_stride, &panel, stride, rows, k, cols, accumulate)
-                    });
-                    assert_same_bits("wide", &wide, &expected);
-                    assert_same_bits("fused", &fused, &expected);
-                    let chosen = narrow(&|out| {
-                        multiply(out, out_stride, &a, a_stride, &panel, stride, rows, k, cols, accumulate)
-                    });
-                    for (x, y) in chosen.iter().zip(&expected) {
-                        // A machine without fused multiply-add rounds twice.
-                        assert!((x - y).abs() < 1e-5);
+        let (a, panel, start) = (numbers(1, 25 * a_stride), numbers(2, k * stride), numbers(3, 20 * out_stride));
+        for (left, turned) in [(Left::rows(&a, a_stride), false), (Left::turned(&a, a_stride), true)] {
+            for rows in [1, 2, 3, 7, 8, 19] {
+                for cols in [1, 5, 8, 15, 16, 31, 32, 90] {
+                    for accumulate in [false, true] {
+                        let expected: Vec<f32> = (0..rows * cols)
+                            .map(|i| {
+                                let (r, c) = (i / cols, i % cols);
+                                let from = if accumulate { start[r * out_stride + c] } else { 0.0 };
+                                let row: Vec<f32> = (0..k)
+                                    .map(|kk| if turned { a[kk * a_stride + r] } else { a[r * a_stride + kk] })
+                                    .collect();
+                                by_hand(&row, &panel, stride, c, from)
+                            })
+                            .collect();
+                        let narrow = |f: &dyn Fn(&mut [f32])| -> Vec<f32> {
+                            let mut out = start.clone();
+                            f(&mut out);
+                            (0..rows * cols).map(|i| out[i / cols * out_stride + i % cols]).collect()
+                        };
+                        // Both levels that fuse agree, whatever their tiles.
+                        let wide = narrow(&|out| {
+                            multiply_body::<WIDE>(out, out_stride, left, &panel, stride, rows, k, cols, accumulate)
+                        });
+                        let fused = narrow(&|out| {
+                            multiply_body::<FUSED>(out, out_stride, left, &panel, stride, rows, k, cols, accumulate)
+                        });
+                        assert_same_bits("wide", &wide, &expected);
+                        assert_same_bits("fused", &fused, &expected);
+                        let chosen =
+                            narrow(&|out| multiply(out, out_stride, left, &panel, stride, rows, k, cols, accumulate));
+                        for (x, y) in chosen.iter().zip(&expected) {
+                            // A machine without fused multiply-add rounds twice.
+                            assert!((x - y).abs() < 1e-5);
+                        }
                     }
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn panels_side_by_side_are_columns_side_by_side() {
+        let (rows, k, panels) = (11, 9, 3);
+        let (a, b) = (numbers(1, rows * k), numbers(2, panels * k * WIDTH));
+        let mut all = vec![0.0; rows * panels * WIDTH];
+        multiply_panels(&mut all, panels * WIDTH, Left::rows(&a, k), &b, rows, k);
+        for (p, panel) in b.chunks_exact(k * WIDTH).enumerate() {
+            let mut one = vec![0.0; rows * WIDTH];
+            multiply(&mut one, WIDTH, Left::rows(&a, k), panel, WIDTH, rows, k, WIDTH, false);
+            for (row, all) in one.chunks_exact(WIDTH).zip(all.chunks_exact(panels * WIDTH)) {
+                assert_same_bits("panel", row, &all[p * WIDTH..(p + 1) * WIDTH]);
             }
         }
     }

@@ -72,9 +72,30 @@ pub(crate) fn exp<const LEVEL: u8>(x: f32) -> f32 {
     // n is within -126..=127, so 2^n is an ordinary number.
     let bits = shifted.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127) << 23;
     let y = p * f32::from_bits(bits);
+    // A NaN is in p.
     let y = if x < LOWEST { 0.0 } else { y };
-    let y = if x > HIGHEST { f32::INFINITY } else { y };
-    if x.is_nan() { x } else { y }
+    if x > HIGHEST { f32::INFINITY } else { y }
+}
+
+/// 2^x for x ≤ 0, relative error below 2e-7; never below 2^-126, the price of having no branches.
+///
+/// x = n + r with |r| ≤ 1/2, then 2^n times the polynomial of degree 6 closest to 2^r (relative error 2e-9).
+#[inline(always)]
+pub(crate) fn exp2<const LEVEL: u8>(x: f32) -> f32 {
+    const ROUND: f32 = 12_582_912.0;
+    const LOWEST: f32 = -126.0;
+    let x = if x < LOWEST { LOWEST } else { x };
+    let shifted = x + ROUND;
+    let r = x - (shifted - ROUND);
+    let mut p = 1.534_581_2e-4;
+    p = mul_add::<LEVEL>(p, r, 1.339_993_1e-3);
+    p = mul_add::<LEVEL>(p, r, 9.618_489e-3);
+    p = mul_add::<LEVEL>(p, r, 5.550_329e-2);
+    p = mul_add::<LEVEL>(p, r, 2.402_264_7e-1);
+    p = mul_add::<LEVEL>(p, r, 6.931_472e-1);
+    p = mul_add::<LEVEL>(p, r, 1.0);
+    // Of the shift only the low bits of n remain. A NaN is in p.
+    p * f32::from_bits(shifted.to_bits().wrapping_add(127) << 23)
 }
 
 /// 1 / (1 + e^-x).
@@ -93,11 +114,18 @@ pub(crate) fn max(x: &[f32]) -> f32 {
             *m = if value > *m { value } else { *m };
         }
     }
-    let mut best = f32::NEG_INFINITY;
-    for &value in lanes.iter().chain(rest) {
-        best = if value > best { value } else { best };
+    for (m, &value) in lanes.iter_mut().zip(rest) {
+        *m = if value > *m { value } else { *m };
     }
-    best
+    // A tree: in a row these comparisons would wait for each other.
+    let mut half = LANES / 2;
+    while half > 0 {
+        for i in 0..half {
+            lanes[i] = if lanes[i + half] > lanes[i] { lanes[i + half] } else { lanes[i] };
+        }
+        half /= 2;
+    }
+    lanes[0]
 }
 
 /// Adds the lanes as a balanced tree.
@@ -149,6 +177,26 @@ mod tests {
             // Three roundings of 6e-8 each.
             assert!(((f64::from(y) - exact) / exact).abs() < 2e-7, "exp({x}) = {y}, exact {exact}");
         }
+    }
+
+    fn exp2_all<const LEVEL: u8>(x: &mut [f32]) {
+        x.iter_mut().for_each(|v| *v = exp2::<LEVEL>(*v));
+    }
+    dispatch! { fn exp2_many(x: &mut [f32]) = exp2_all }
+
+    #[test]
+    fn exp2_is_close_to_the_exact_one_below_zero() {
+        let xs: Vec<f32> = (0..200_000).map(|i| i as f32 * (-126.0 / 200_000.0)).collect();
+        let mut ys = xs.clone();
+        exp2_many(&mut ys);
+        for (&x, &y) in xs.iter().zip(&ys) {
+            let exact = f64::from(x).exp2();
+            assert!(((f64::from(y) - exact) / exact).abs() < 2e-7, "exp2({x}) = {y}, exact {exact}");
+        }
+        let mut edges = [f32::NEG_INFINITY, -1e30, 0.0, -1.0, f32::NAN, -f32::NAN];
+        exp2_many(&mut edges);
+        assert_eq!(edges[..4], [f32::MIN_POSITIVE, f32::MIN_POSITIVE, 1.0, 0.5]);
+        assert!(edges[4].is_nan() && edges[5].is_nan());
     }
 
     #[test]

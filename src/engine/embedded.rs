@@ -4,27 +4,31 @@
 //! as the vision tower stays as it is. Because every kernel gives a row the same bits in any company, the log-probs of
 //! sampling are those of training, to the last bit.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
-use foveate_kernels::{logprob, sample};
+use foveate_kernels::sample;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
+mod tower;
+
+use self::tower::{OnFeatures, Tower};
 use super::{Completion, Finish, Group, Prompt, Sampler, Sampling, Scores, Trainer, Weights, Who};
 use crate::batch::{self, Batch};
 use crate::chat::{Chat, Convention};
 use crate::config::BadConfig;
 use crate::episode::{Placed, Stream};
 use crate::geometry::Grid;
-use crate::image::{self, PictureCache, Processor};
+use crate::image::{PictureCache, Processor};
 use crate::model;
 use crate::model::block::Keep;
 use crate::model::generate::{Cache, Extension, SequenceId};
+use crate::model::presets;
 use crate::model::{Dtype, Gradients, Head, Slopes, Target, Trainable, Vlm};
 use crate::optim::{AdamW, Optim, Trained};
 use crate::sft::Example;
@@ -42,6 +46,8 @@ pub struct Options {
     pub micro_batch_tokens: usize,
     /// Decoded pictures kept in memory, in MiB.
     pub picture_cache_mib: u64,
+    /// Memory for what sampling has computed of pictures and the update can use again, in MiB.
+    pub vision_tape_mib: u64,
 }
 
 impl Default for Options {
@@ -52,11 +58,17 @@ impl Default for Options {
             recompute: false,
             micro_batch_tokens: 8192,
             picture_cache_mib: 512,
+            vision_tape_mib: 1024,
         }
     }
 }
 
 impl Options {
+    /// What a forward pass keeps for its backward pass.
+    fn keep(&self) -> Keep {
+        if self.recompute { Keep::Inputs } else { Keep::Everything }
+    }
+
     pub fn trainable(&self) -> Result<Trainable> {
         let mut trainable = Trainable::ALL;
         for part in &self.freeze {
@@ -95,14 +107,6 @@ pub struct Training {
     pub reference: bool,
 }
 
-/// A picture's view, as a key: the same file, region and size give the same features while the tower is unchanged.
-type ViewKey = (Arc<Path>, [u64; 4], (u32, u32));
-
-fn key(placed: &Placed) -> ViewKey {
-    let r = placed.view.region;
-    (placed.path.clone(), [r.x1, r.y1, r.x2, r.y2].map(f64::to_bits), (placed.view.size.width, placed.view.size.height))
-}
-
 /// A conversation whose keys and values are still in the cache.
 struct Kept {
     sequence: SequenceId,
@@ -135,20 +139,14 @@ pub struct Embedded {
     training: Option<Learning>,
     cache: Option<Cache>,
     kept: HashMap<u64, Kept>,
-    features: HashMap<ViewKey, Arc<Vec<f32>>>,
+    tower: Tower,
 }
-
-/// Values of cached features kept at most: 64 Mi f32 are 256 MiB.
-const FEATURE_VALUES: usize = 64 << 20;
 
 /// The optimiser's state in a checkpoint folder.
 const OPTIMIZER: &str = "optimizer.safetensors";
 
 /// Rows of prompts and crops that are read in one call; a longer one is read alone.
 const READ_AT_ONCE: usize = 2048;
-
-/// Pictures encoded in one call.
-const ENCODE_AT_ONCE: usize = 16;
 
 impl Embedded {
     /// Opens a checkpoint for sampling, and for training if `training` says how.
@@ -190,11 +188,19 @@ impl Embedded {
             })
         });
         let training_state: Option<Learning> = training_state.transpose()?;
+        let pictures = Arc::new(PictureCache::new(options.picture_cache_mib << 20));
+        let processor = Arc::new(processor);
+        let keep = match training_state.is_some() && trainable.tower() {
+            true => options.keep(),
+            false => Keep::Nothing,
+        };
+        let memory = presets::memory(&model.config, trainable);
+        let tower = Tower::new(pictures.clone(), processor.clone(), memory, options.vision_tape_mib << 20, keep);
         Ok(Embedded {
             model,
             chat: Arc::new(chat),
-            pictures: Arc::new(PictureCache::new(options.picture_cache_mib << 20)),
-            processor: Arc::new(processor),
+            pictures,
+            processor,
             convention,
             options: options.clone(),
             trainable,
@@ -203,7 +209,7 @@ impl Embedded {
             training: training_state,
             cache: None,
             kept: HashMap::new(),
-            features: HashMap::new(),
+            tower,
         })
     }
 
@@ -220,66 +226,19 @@ impl Embedded {
         self.training.as_ref().map(|t| &t.gradients)
     }
 
-    /// Patches of some views, cut from the original pictures.
-    fn patches(&self, views: &[&Placed]) -> Result<Vec<image::Patches>> {
-        views
-            .par_iter()
-            .map(|placed| {
-                let picture = self.pictures.get(&placed.path)?;
-                image::patches(&image::show(&picture, &placed.view)?, &self.processor)
-            })
-            .collect()
-    }
-
     /// Features of some views, each computed once while the tower stays as it is.
     fn encode(&mut self, views: &[&Placed]) -> Result<Vec<Arc<Vec<f32>>>> {
-        let mut missing: Vec<&Placed> = Vec::new();
-        let mut asked = HashSet::new();
-        for view in views {
-            if !self.features.contains_key(&key(view)) && asked.insert(key(view)) {
-                missing.push(view);
-            }
-        }
-        let held: usize = self.features.values().map(|f| f.len()).sum();
-        if held > FEATURE_VALUES && !missing.is_empty() {
-            // Simple and rare: start over with what is wanted now.
-            self.features.clear();
-            return self.encode(views);
-        }
-        let d = self.model.config.text.hidden;
-        for chunk in missing.chunks(ENCODE_AT_ONCE) {
-            let patches = self.patches(chunk)?;
-            let grids: Vec<_> = patches.iter().map(|p| p.grid).collect();
-            let data: Vec<f32> = patches.into_iter().flat_map(|p| p.data).collect();
-            let features = self.model.encode(&data, &grids)?;
-            let mut rest = &features[..];
-            for (view, grid) in chunk.iter().zip(&grids) {
-                let (mine, others) = rest.split_at(grid.tokens(self.processor.merge) * d);
-                self.features.insert(key(view), Arc::new(mine.to_vec()));
-                rest = others;
-            }
-        }
-        views
-            .iter()
-            .map(|v| self.features.get(&key(v)).cloned().context("a view was encoded and is not there"))
-            .collect()
+        self.tower.features(&self.model, views)
     }
 
-    /// Packs groups and gives every image its features (frozen tower, or no gradient wanted) or its patches.
-    fn prepare(&mut self, groups: &[Group], gradient: bool) -> Result<Batch> {
+    /// Packs groups and gives every image its features.
+    fn prepare(&mut self, groups: &[Group]) -> Result<Batch> {
         let mut batch = batch::pack(&self.model, groups)?;
-        let placed = std::mem::take(&mut batch.images);
-        let views: Vec<&Placed> = placed.iter().collect();
-        if gradient && self.trainable.tower() {
-            for patches in self.patches(&views)? {
-                batch.packed.patches.extend_from_slice(&patches.data);
-            }
-        } else {
-            for (image, features) in batch.packed.images.iter_mut().zip(self.encode(&views)?) {
-                image.features = Some(features);
-            }
+        let views: Vec<&Placed> = batch.images.iter().collect();
+        let features = self.encode(&views)?;
+        for (image, features) in batch.packed.images.iter_mut().zip(features) {
+            image.features = Some(features);
         }
-        batch.images = placed;
         Ok(batch)
     }
 
@@ -293,12 +252,11 @@ impl Embedded {
             out: Completion,
             done: bool,
         }
-        let total: usize = prompts.iter().map(|p| p.stream.len() + p.room * p.seeds.len()).sum();
         let fits = prompts.iter().all(|p| p.seeds.len() == 1 && self.kept.contains_key(&p.session));
         if !fits {
-            // Untouched memory of the arena costs nothing: it is only claimed where tokens are written.
-            self.cache = Some(Cache::new(&self.model.config, total));
+            self.cache = Some(Cache::new(&self.model));
             self.kept.clear();
+            self.tower.forget_passes();
         }
         let mut cache = self.cache.take().context("no cache to continue in")?;
         let d = self.model.config.text.hidden;
@@ -309,11 +267,12 @@ impl Embedded {
             let from = if fits { self.kept[&p.session].rows } else { 0 };
             let views: Vec<&Placed> = p.stream.images.iter().filter(|i| i.first >= from).collect();
             let features: Vec<f32> = self.encode(&views)?.iter().flat_map(|f| f.iter().copied()).collect();
+            let own = if p.seeds.len() == 1 { sampling.max_new_tokens } else { 0 };
             let sequence = match fits {
                 true => self.kept[&p.session].sequence,
-                false if p.seeds.len() == 1 => cache.add_sequence(None, p.stream.len() + p.room)?,
-                false => cache.add_sequence(None, p.stream.len())?,
+                false => cache.add_sequence(None, p.stream.len() + own)?,
             };
+            cache.make_room(sequence, p.stream.len() - from + own);
             let positions = model::positions(&p.stream.ids, &p.stream.grids(), &self.model.config)?;
             reads.push((from, sequence, positions, features));
         }
@@ -350,7 +309,7 @@ impl Embedded {
             for &seed in p.seeds {
                 let sequence = match p.seeds.len() {
                     1 => *sequence,
-                    _ => cache.add_sequence(Some(*sequence), p.room)?,
+                    _ => cache.add_sequence(Some(*sequence), sampling.max_new_tokens)?,
                 };
                 rows.extend_from_slice(&hidden[i * d..(i + 1) * d]);
                 speakers.push(Speaker {
@@ -368,7 +327,7 @@ impl Embedded {
         let stop_ids = self.chat.special.stops.clone();
         let mut active: Vec<usize> = (0..speakers.len()).collect();
         for n in 1..=sampling.max_new_tokens {
-            let mut logits = logprob::logits(&rows, self.model.head(), &self.banned, d, v);
+            let mut logits = self.model.next_logits(&cache, &rows, &self.banned);
             let drawn: Vec<(u32, f32)> = {
                 let us: Vec<f64> = active.iter().map(|&s| speakers[s].rng.random::<f64>()).collect();
                 logits.par_chunks_mut(v).zip(us).map(|(row, u)| draw(row, sampling, u)).collect()
@@ -432,7 +391,7 @@ impl Embedded {
         look: &mut Look,
     ) -> Result<f64> {
         let mut hinted = 0.0;
-        let keep = if self.options.recompute { Keep::Inputs } else { Keep::Everything };
+        let keep = self.options.keep();
         let groups: Vec<Group> = examples.iter().map(|e| e.stream.alone()).collect();
         for run in batch::micro_batches(&groups, self.options.micro_batch_tokens) {
             let first = run.start;
@@ -512,7 +471,7 @@ impl Embedded {
     fn score(&mut self, groups: &[Group]) -> Result<Vec<Vec<Scores>>> {
         let mut all = Vec::with_capacity(groups.len());
         for run in batch::micro_batches(groups, self.options.micro_batch_tokens) {
-            let batch = self.prepare(&groups[run], false)?;
+            let batch = self.prepare(&groups[run])?;
             let head = Head { temperature: self.temperature, banned: &self.banned };
             let out = self.model.evaluate(&batch.packed, head, Keep::Nothing, self.trainable)?;
             all.extend(split(&batch, &out.logprobs, &out.entropies));
@@ -567,16 +526,16 @@ impl Trainer for Embedded {
         if who == Who::Policy {
             return self.score(groups);
         }
-        // Features of a trained tower belong to the policy, not to the reference.
-        let tower = self.trainable.tower();
-        if tower {
-            self.features.clear();
-        }
+        // What a trained tower has seen belongs to the policy, not to the reference.
+        let own = self.trainable.tower().then(|| {
+            let aside = self.tower.aside();
+            std::mem::replace(&mut self.tower, aside)
+        });
         self.swap_reference()?;
         let scores = self.score(groups);
         self.swap_reference()?;
-        if tower {
-            self.features.clear();
+        if let Some(own) = own {
+            self.tower = own;
         }
         scores
     }
@@ -586,10 +545,12 @@ impl Trainer for Embedded {
         groups: &[Group],
         weigh: &mut dyn FnMut(usize, usize, &Scores) -> Result<Weights>,
     ) -> Result<()> {
-        let keep = if self.options.recompute { Keep::Inputs } else { Keep::Everything };
+        let keep = self.options.keep();
+        // The tower's own backward pass comes once, when all that was seen of a picture is known.
+        let mut on_features = OnFeatures::default();
         for run in batch::micro_batches(groups, self.options.micro_batch_tokens) {
             let first = run.start;
-            let batch = self.prepare(&groups[run], true)?;
+            let batch = self.prepare(&groups[run])?;
             let head = Head { temperature: self.temperature, banned: &self.banned };
             let out = self.model.evaluate(&batch.packed, head, keep, self.trainable)?;
             let mut weights = Vec::with_capacity(out.logprobs.len());
@@ -616,13 +577,20 @@ impl Trainer for Embedded {
             let training = self.training.as_mut().context("the engine was opened for sampling only")?;
             let tape = out.tape.context("the forward pass kept nothing for the backward pass")?;
             let entropies = (entropy_weights.len() == weights.len()).then_some(entropy_weights.as_slice());
-            self.model.backward(
-                &batch.packed,
-                tape,
-                &Slopes { logprobs: &weights, entropies, features: None },
-                self.trainable,
-                &mut training.gradients,
-            )?;
+            let slopes = Slopes { logprobs: &weights, entropies, features: None };
+            let gradients = &mut training.gradients;
+            let dfeatures = self.model.backward(&batch.packed, tape, &slopes, self.trainable, gradients)?;
+            let mut rest = &dfeatures[..];
+            for image in batch.images.iter().filter(|_| !dfeatures.is_empty()) {
+                let values = image.grid.tokens(self.processor.merge) * self.model.config.text.hidden;
+                let (mine, others) = rest.split_at(values);
+                on_features.add(image, mine);
+                rest = others;
+            }
+        }
+        if self.trainable.tower() {
+            let training = self.training.as_mut().context("the engine was opened for sampling only")?;
+            self.tower.backward(&self.model, on_features, self.trainable, &mut training.gradients)?;
         }
         Ok(())
     }
@@ -638,7 +606,7 @@ impl Trainer for Embedded {
         );
         gradients.data.fill(0.0);
         if self.trainable.tower() {
-            self.features.clear();
+            self.tower.forget();
         }
         Ok(stepped.grad_norm)
     }
@@ -658,7 +626,7 @@ impl Trainer for Embedded {
         if let Some(training) = &mut self.training {
             training.optimizer = AdamW::load(training.trained.clone(), &dir.join(OPTIMIZER))?;
         }
-        self.features.clear();
+        self.tower.forget();
         Ok(())
     }
 }

@@ -20,8 +20,6 @@ pub struct Prompt<'a> {
     pub stream: &'a Stream,
     /// One independent continuation per seed; continuation i is remembered as session + i.
     pub seeds: &'a [u64],
-    /// How many tokens the conversation may still grow by, over all turns to come.
-    pub room: usize,
 }
 
 /// How to sample. Training never truncates the distribution; `top_k` and `top_p` are for evaluation.

@@ -6,6 +6,7 @@
 //! only the block's input ([`Kept::Input`]). Both give the same gradients bit for bit, because every kernel gives the
 //! same bits for the same inputs.
 
+use std::collections::HashMap;
 use std::ops::Range;
 
 use foveate_kernels::attention::{self, Span};
@@ -87,15 +88,66 @@ pub struct Rest {
     up: Vec<f32>,
 }
 
+/// The arena of parameters, and some of its matrices laid out for few rows.
+#[derive(Clone, Copy)]
+pub struct Params<'a> {
+    pub data: &'a [f32],
+    pub laid: Option<&'a Laid>,
+}
+
+impl<'a> From<&'a [f32]> for Params<'a> {
+    fn from(data: &'a [f32]) -> Params<'a> {
+        Params { data, laid: None }
+    }
+}
+
+impl<'a> From<&'a Vec<f32>> for Params<'a> {
+    fn from(data: &'a Vec<f32>) -> Params<'a> {
+        Params { data, laid: None }
+    }
+}
+
+/// Matrices laid out once for products with few rows (`linear::Packed`), by the place of each in the arena.
+pub struct Laid(HashMap<usize, linear::Packed>);
+
+impl Laid {
+    /// Rows from which on the plain product is as fast.
+    pub const ROWS: usize = 64;
+
+    /// Of matrices `[outputs, inputs]`, given as place, inputs, outputs.
+    pub fn new(maps: impl Iterator<Item = (Range<usize>, usize, usize)>, data: &[f32]) -> Laid {
+        Laid(maps.map(|(w, inputs, outputs)| (w.start, linear::Packed::new(&data[w], inputs, outputs))).collect())
+    }
+
+    pub fn get(&self, place: &Range<usize>) -> Option<&linear::Packed> {
+        self.0.get(&place.start)
+    }
+}
+
 impl Affine {
     /// # Shapes
     /// x `[T, inputs]` -> `[T, outputs]`
-    pub fn forward(&self, weights: &[f32], x: &[f32]) -> Vec<f32> {
-        let t = x.len() / self.inputs;
-        let mut y = vec![0.0; t * self.outputs];
-        let bias = self.b.clone().map(|b| &weights[b]);
-        linear::forward(&mut y, x, &weights[self.w.clone()], bias, t, self.inputs, self.outputs);
+    pub fn forward<'a>(&self, params: impl Into<Params<'a>>, x: &[f32]) -> Vec<f32> {
+        let mut y = vec![0.0; x.len() / self.inputs * self.outputs];
+        self.run(&mut y, params.into(), x, false);
         y
+    }
+
+    /// The same, added to `y`.
+    ///
+    /// # Shapes
+    /// x `[T, inputs]`, y `[T, outputs]`
+    pub fn add_to<'a>(&self, y: &mut [f32], params: impl Into<Params<'a>>, x: &[f32]) {
+        self.run(y, params.into(), x, true);
+    }
+
+    fn run(&self, y: &mut [f32], params: Params, x: &[f32], onto: bool) {
+        let t = x.len() / self.inputs;
+        let bias = self.b.clone().map(|b| &params.data[b]);
+        match params.laid.filter(|_| t < Laid::ROWS).and_then(|laid| laid.get(&self.w)) {
+            Some(packed) => packed.forward(y, x, bias, onto, t),
+            None => linear::forward(y, x, &params.data[self.w.clone()], bias, onto, t, self.inputs, self.outputs),
+        }
     }
 
     /// Writes (or adds, when `accumulate`) the gradient by the input.
@@ -158,21 +210,16 @@ pub fn normed_backward(
     norm::backward(dx, dw, dy, x, &weights[place.clone()], rstd, d, accumulate);
 }
 
-fn add(y: &mut [f32], x: &[f32]) {
-    for (y, x) in y.iter_mut().zip(x) {
-        *y += x;
-    }
-}
-
 /// First half up to attention: norm, projections, rotation.
 ///
 /// # Shapes
 /// x `[T, D]`, table `[T, K]`
-pub fn project(block: &Block, dims: &Dims, weights: &[f32], x: &[f32], table: &Table) -> Qkv {
-    let (n1, _) = normed(x, &weights[block.norm1.clone()], dims.eps);
-    let mut q = block.q.forward(weights, &n1);
-    let mut k = block.k.forward(weights, &n1);
-    let v = block.v.forward(weights, &n1);
+pub fn project<'a>(block: &Block, dims: &Dims, params: impl Into<Params<'a>>, x: &[f32], table: &Table) -> Qkv {
+    let params = params.into();
+    let (n1, _) = normed(x, &params.data[block.norm1.clone()], dims.eps);
+    let mut q = block.q.forward(params, &n1);
+    let mut k = block.k.forward(params, &n1);
+    let v = block.v.forward(params, &n1);
     rope::apply(&mut q, table, dims.heads);
     rope::apply(&mut k, table, dims.kv_heads);
     Qkv { q, k, v }
@@ -182,17 +229,18 @@ pub fn project(block: &Block, dims: &Dims, weights: &[f32], x: &[f32], table: &T
 ///
 /// # Shapes
 /// x `[T, D]`, o `[T, H, K]`
-pub fn finish(block: &Block, dims: &Dims, weights: &[f32], x: &[f32], o: &[f32]) -> Rest {
-    let mut mid = block.o.forward(weights, o);
-    add(&mut mid, x);
-    let (n2, _) = normed(&mid, &weights[block.norm2.clone()], dims.eps);
-    let gate = block.gate.forward(weights, &n2);
-    let up = block.up.forward(weights, &n2);
+pub fn finish<'a>(block: &Block, dims: &Dims, params: impl Into<Params<'a>>, x: &[f32], o: &[f32]) -> Rest {
+    let params = params.into();
+    let mut mid = x.to_vec();
+    block.o.add_to(&mut mid, params, o);
+    let (n2, _) = normed(&mid, &params.data[block.norm2.clone()], dims.eps);
+    let gate = block.gate.forward(params, &n2);
+    let up = block.up.forward(params, &n2);
     let mut h = n2;
     h.resize(gate.len(), 0.0);
     mlp::swiglu_forward(&mut h, &gate, &up);
-    let mut y = block.down.forward(weights, &h);
-    add(&mut y, &mid);
+    let mut y = mid.clone();
+    block.down.add_to(&mut y, params, &h);
     Rest { y, mid, gate, up }
 }
 

@@ -28,14 +28,16 @@ pub struct Options {
     /// Weight of the head's loss beside the loss on words.
     pub weight: f32,
     pub lr: f32,
-    /// The weight falls linearly to 0 at this step; none: it stays.
+    /// Weight of the hints (see [`DenseHead::hints`]) beside the loss on words.
+    pub hints: f32,
+    /// Both weights fall linearly to 0 at this step; none: they stay.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub until_step: Option<u64>,
 }
 
 impl Default for Options {
     fn default() -> Options {
-        Options { weight: 1.0, lr: 1e-3, until_step: None }
+        Options { weight: 1.0, lr: 1e-3, hints: 1.0, until_step: None }
     }
 }
 
@@ -44,8 +46,10 @@ impl Default for Options {
 pub struct Words {
     /// Token of each label.
     pub names: HashMap<String, u32>,
-    /// The digits among them, for the figures.
+    /// The digits among them.
     pub digits: Vec<u32>,
+    /// The word that questions for a digit have.
+    pub number: u32,
     /// Token of the coordinate `k * snap`.
     pub numbers: Vec<u32>,
     pub snap: f64,
@@ -163,7 +167,7 @@ impl DenseHead {
             let n = rows.len();
             let map = &self.params[question * d * d..(question + 1) * d * d];
             let mut said = vec![0.0; n * d];
-            linear::forward(&mut said, &x, map, None, n, d, d);
+            linear::forward(&mut said, &x, map, None, false, n, d, d);
             let out = logprob::forward(&said, table, &targets, 1.0, &[], d, v);
             for ((logprob, w), &r) in out.logprob.iter().zip(&weights).zip(&rows) {
                 fit.loss -= f64::from(w * logprob);
@@ -205,7 +209,7 @@ impl DenseHead {
         let outputs = c + 5;
         let (w, b) = self.params[QUESTIONS * d * d..].split_at(outputs * d);
         let mut out = vec![0.0; t * outputs];
-        linear::forward(&mut out, features, w, Some(b), t, d, outputs);
+        linear::forward(&mut out, features, w, Some(b), false, t, d, outputs);
         let on = labels.iter().flatten().count();
         // Most tokens show background: both kinds get half of the weight.
         let (on_weight, off_weight) = (0.5 / on.max(1) as f32, 0.5 / (t - on).max(1) as f32);
@@ -241,7 +245,8 @@ impl DenseHead {
 
     /// Words of a prompt that name one object of its picture are asked, with the three rows behind them, where that object is:
     /// x1 of the word's own row, then y1, x2, y2. Nothing is ever sampled from a prompt's rows, so they are free to answer;
-    /// finding the thing that a word names is then one step of attention, and the answer later a second.
+    /// finding the thing that a word names is then one step of attention, and the answer later a second. In the same way the word
+    /// "number" is asked for the digit, where the picture shows one.
     pub fn hints(&self, prompt: &[u32], objects: &[(String, BBox)]) -> Vec<(usize, u32)> {
         let mut hints = Vec::new();
         for (name, bbox) in objects {
@@ -252,6 +257,12 @@ impl DenseHead {
                     hints.extend(self.sides(bbox).into_iter().enumerate().map(|(k, token)| (row + k, token)));
                 }
             }
+        }
+        let names = objects.iter().filter_map(|(name, _)| self.words.names.get(name));
+        let digits: Vec<u32> = names.copied().filter(|token| self.words.digits.contains(token)).collect();
+        if let [digit] = digits[..] {
+            let number = prompt.iter().enumerate().filter(|(_, id)| **id == self.words.number);
+            hints.extend(number.map(|(row, _)| (row, digit)));
         }
         hints
     }
@@ -336,7 +347,11 @@ mod tests {
     /// Tokens 0..10 are coordinates 0, 7, …, 63; 10 is a cat, 11 a dog, 12 nothing.
     fn head() -> DenseHead {
         let names = HashMap::from([("cat".to_owned(), 10), ("dog".to_owned(), 11)]);
-        DenseHead::new(Words { names, digits: Vec::new(), numbers: (0..10).collect(), snap: 7.0, nothing: 12 }, 4, 1)
+        DenseHead::new(
+            Words { names, digits: Vec::new(), numbers: (0..10).collect(), snap: 7.0, nothing: 12, number: 13 },
+            4,
+            1,
+        )
     }
 
     fn view(objects: &[(String, BBox)]) -> View<'_> {

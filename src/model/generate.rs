@@ -1,19 +1,20 @@
 //! Sampling with a key/value cache: many sequences advance together, a prompt's rows are stored once and shared.
 //!
-//! A [`Cache`] is one array of rows per layer. A sequence owns a reserved run of rows and may see, before its own, the
-//! rows of one other sequence: the prompt of its group. Members may stop at different times and be continued later with
-//! any number of tokens, images included (the closer view of a second turn). It hides where rows lie. What must stay
-//! true: the hidden state of a token is bit for bit that of a packed pass over the same tokens with the same
-//! `shared`/`own` spans, because the kernels give each row the same bits however many rows a call has.
+//! A [`Cache`] is one array of rows per layer, which grows as sequences come and go on. A sequence owns a run of rows and may see,
+//! before its own, the rows of one other sequence: the prompt of its group. Members may stop at different times and be continued later
+//! with any number of tokens, images included (the closer view of a second turn). It hides where rows lie, and that weights are laid
+//! out a second time where few rows meet them many times. What must stay true: the hidden state of a token is bit for bit that of a
+//! packed pass over the same tokens with the same `shared`/`own` spans, because the kernels give each row the same bits however many
+//! rows a call has.
 
 use std::ops::Range;
 
 use anyhow::{Result, ensure};
 use foveate_kernels::attention::{self, Span};
+use foveate_kernels::logprob;
 
 use super::Vlm;
-use super::block::{self, Qkv};
-use super::config::Config;
+use super::block::{self, Laid, Params, Qkv};
 use super::text::{self, FeatureRun};
 
 /// Names a sequence of one cache.
@@ -28,17 +29,20 @@ struct Sequence {
     reserved: usize,
 }
 
-/// Keys and values of all sequences.
+/// Keys and values of all sequences, made by one state of a model's weights.
 pub struct Cache {
-    /// Per layer `[capacity, Hkv, K]`.
+    /// Per layer `[rows, Hkv, K]`.
     k: Vec<Vec<f32>>,
     v: Vec<Vec<f32>>,
-    capacity: usize,
-    used: usize,
+    rows: usize,
     /// Values of one row: heads × width.
     width: usize,
     sequences: Vec<Sequence>,
+    laid: Option<Laid>,
 }
+
+/// Values of the language model up to which its weights are laid out once more for decoding: 128 Mi f32 are 512 MiB.
+const LAID_OUT: usize = 128 << 20;
 
 /// New tokens of one sequence.
 #[derive(Clone, Copy, Debug)]
@@ -53,11 +57,18 @@ pub struct Extension<'a> {
 }
 
 impl Cache {
-    /// Room for `rows` tokens over all sequences; see `Memory::cache_bytes_per_row` for what a row costs.
-    pub fn new(config: &Config, rows: usize) -> Cache {
-        let width = config.text.kv_heads * config.text.head_dim();
-        let arena = || (0..config.text.layers).map(|_| vec![0.0; rows * width]).collect();
-        Cache { k: arena(), v: arena(), capacity: rows, used: 0, width, sequences: Vec::new() }
+    /// An empty one; see `Memory::cache_bytes_per_row` for what a row costs.
+    pub fn new(model: &Vlm) -> Cache {
+        let text = &model.config.text;
+        let layers = || vec![Vec::new(); text.layers];
+        Cache {
+            k: layers(),
+            v: layers(),
+            rows: 0,
+            width: text.kv_heads * text.head_dim(),
+            sequences: Vec::new(),
+            laid: None,
+        }
     }
 
     /// A sequence with room for `reserve` tokens of its own, after all tokens that `shared` holds now.
@@ -70,15 +81,38 @@ impl Cache {
                 prefix.start..prefix.start + prefix.len
             }
         };
-        ensure!(
-            self.used + reserve <= self.capacity,
-            "the cache has {} of {} rows left, {reserve} are needed; make it larger or play fewer episodes at once",
-            self.capacity - self.used,
-            self.capacity
-        );
-        self.sequences.push(Sequence { shared, start: self.used, len: 0, reserved: reserve });
-        self.used += reserve;
+        self.sequences.push(Sequence { shared, start: self.rows, len: 0, reserved: reserve });
+        self.grow(reserve);
         Ok(SequenceId(self.sequences.len() - 1))
+    }
+
+    /// Makes room for `tokens` more of a sequence. Where others stand behind it, it moves to the end; a sequence that others share
+    /// must not grow.
+    pub fn make_room(&mut self, id: SequenceId, tokens: usize) {
+        let Sequence { start, len, reserved, .. } = self.sequences[id.0];
+        if reserved - len >= tokens {
+            return;
+        }
+        let missing = len + tokens - reserved;
+        if start + reserved == self.rows {
+            self.grow(missing);
+        } else {
+            let to = self.rows;
+            self.grow(len + tokens);
+            let (from, to_value) = (start * self.width..(start + len) * self.width, to * self.width);
+            for array in self.k.iter_mut().chain(&mut self.v) {
+                array.copy_within(from.clone(), to_value);
+            }
+            self.sequences[id.0].start = to;
+        }
+        self.sequences[id.0].reserved = len + tokens;
+    }
+
+    fn grow(&mut self, rows: usize) {
+        self.rows += rows;
+        for array in self.k.iter_mut().chain(&mut self.v) {
+            array.resize(self.rows * self.width, 0.0);
+        }
     }
 
     /// Tokens a sequence sees: the shared ones and its own.
@@ -87,21 +121,10 @@ impl Cache {
         s.shared.len() + s.len
     }
 
-    /// Tokens a sequence can still take.
+    /// Tokens a sequence can take without more room.
     pub fn room(&self, id: SequenceId) -> usize {
         let s = &self.sequences[id.0];
         s.reserved - s.len
-    }
-
-    /// Rows not yet reserved.
-    pub fn free_rows(&self) -> usize {
-        self.capacity - self.used
-    }
-
-    /// Forgets every sequence; the memory stays.
-    pub fn clear(&mut self) {
-        self.sequences.clear();
-        self.used = 0;
     }
 }
 
@@ -113,7 +136,6 @@ impl Vlm {
         let (d, dims) = (config.hidden, config.dims());
         let index = &self.weights.layout.text;
         let weights = &self.weights.data;
-
         let mut ids = Vec::new();
         let mut axes = [const { Vec::new() }; 3];
         let mut features = Vec::new();
@@ -156,10 +178,15 @@ impl Vlm {
             return Ok(Vec::new());
         }
 
+        let laid = match cache.laid.take() {
+            None if ids.len() < Laid::ROWS => self.lay_out(),
+            laid => laid,
+        };
+        let params = Params { data: weights, laid: laid.as_ref() };
         let table = config.rotation(axes.each_ref().map(Vec::as_slice));
         let mut x = text::inputs(index, weights, &ids, &features, &runs, d);
         for (l, layer) in index.layers.iter().enumerate() {
-            let Qkv { mut q, k, v } = block::project(layer, &dims, weights, &x, &table);
+            let Qkv { mut q, k, v } = block::project(layer, &dims, params, &x, &table);
             for span in &spans {
                 let w = cache.width;
                 let n = span.queries.len();
@@ -178,11 +205,43 @@ impl Vlm {
             let mut o = vec![0.0; q.len()];
             let mut lse = vec![0.0; q.len() / dims.k];
             attention::forward(&mut o, &mut lse, &q, &cache.k[l], &cache.v[l], &spans, dims.attention());
-            x = block::finish(layer, &dims, weights, &x, &o).y;
+            x = block::finish(layer, &dims, params, &x, &o).y;
         }
         for e in extensions {
             cache.sequences[e.sequence.0].len += e.ids.len();
         }
+        cache.laid = laid;
         Ok(block::normed(&x, &weights[index.norm.clone()], dims.eps).0)
+    }
+
+    /// Logits of hidden states that [`Vlm::extend`] gave, banned ids at -inf.
+    ///
+    /// # Shapes
+    /// hidden `[N, D]` -> `[N, V]`
+    pub fn next_logits(&self, cache: &Cache, hidden: &[f32], banned: &[u32]) -> Vec<f32> {
+        let (d, v) = (self.config.text.hidden, self.config.text.vocab);
+        let head = &self.weights.layout.text.head;
+        match cache.laid.as_ref().and_then(|laid| laid.get(head)).filter(|_| hidden.len() / d < Laid::ROWS) {
+            Some(packed) => {
+                let n = hidden.len() / d;
+                let mut logits = vec![0.0; n * v];
+                packed.forward(&mut logits, hidden, None, false, n);
+                logprob::ban(&mut logits, banned, v);
+                logits
+            }
+            None => logprob::logits(hidden, self.head(), banned, d, v),
+        }
+    }
+
+    /// The language model's weights as few rows like them, if they are not too many.
+    fn lay_out(&self) -> Option<Laid> {
+        let index = &self.weights.layout.text;
+        let of_layer = |b: &super::layout::Block| {
+            [&b.q, &b.k, &b.v, &b.o, &b.gate, &b.up, &b.down].map(|a| (a.w.clone(), a.inputs, a.outputs))
+        };
+        let head = (index.head.clone(), self.config.text.hidden, self.config.text.vocab);
+        let maps: Vec<_> = index.layers.iter().flat_map(of_layer).chain([head]).collect();
+        let values: usize = maps.iter().map(|(place, ..)| place.len()).sum();
+        (values <= LAID_OUT).then(|| Laid::new(maps.into_iter(), &self.weights.data))
     }
 }

@@ -30,7 +30,7 @@ pub use self::config::{Config, GenerationConfig};
 pub use self::layout::{Arena, Gradients, Group, Layout, Trainable, Weights};
 pub use self::positions::{Positions, positions, positions_from};
 use self::text::{FeatureRun, TextTape};
-use self::vision::VisionTape;
+pub use self::vision::VisionTape;
 pub use self::weights::{Dtype, load_weights, save_model};
 use crate::geometry::Grid;
 
@@ -272,6 +272,11 @@ impl Vlm {
     /// # Shapes
     /// patches `[P, patch_values]` -> `[tokens, D]`, images one after the other
     pub fn encode(&self, patches: &[f32], grids: &[Grid]) -> Result<Vec<f32>> {
+        Ok(self.look(patches, grids, Keep::Nothing)?.0)
+    }
+
+    /// The same, keeping what [`Vlm::look_backward`] needs.
+    pub fn look(&self, patches: &[f32], grids: &[Grid], keep: Keep) -> Result<(Vec<f32>, Option<VisionTape>)> {
         let merge = self.config.vision.merge as u32;
         let mut tokens = 0;
         for (i, grid) in grids.iter().enumerate() {
@@ -280,7 +285,23 @@ impl Vlm {
         }
         let (rows, values) = (tokens * (merge * merge) as usize, self.config.vision.patch_values());
         ensure!(patches.len() == rows * values, "{} patch values; expected {rows} patches × {values}", patches.len());
-        Ok(self.encode_checked(patches, grids, Keep::Nothing).0)
+        Ok(self.encode_checked(patches, grids, keep))
+    }
+
+    /// Adds to `grads` the gradient by the tower's trained parameters of a loss with the gradient `dfeatures` by the features.
+    ///
+    /// # Shapes
+    /// patches `[P, patch_values]`, dfeatures `[tokens, D]`
+    pub fn look_backward(
+        &self,
+        patches: &[f32],
+        tape: VisionTape,
+        dfeatures: &[f32],
+        train: Trainable,
+        grads: &mut Gradients,
+    ) {
+        let (config, index) = (&self.config.vision, &self.weights.layout.vision);
+        vision::backward(config, index, &self.weights.data, dfeatures, patches, tape, train, &mut grads.data);
     }
 
     fn encode_checked(&self, patches: &[f32], grids: &[Grid], keep: Keep) -> (Vec<f32>, Option<VisionTape>) {
@@ -339,7 +360,7 @@ impl Vlm {
         let (d, v) = (self.config.text.hidden, self.config.text.vocab);
         let n = hidden.len() / d;
         let mut logits = vec![0.0; n * v];
-        foveate_kernels::linear::forward(&mut logits, hidden, self.head(), None, n, d, v);
+        foveate_kernels::linear::forward(&mut logits, hidden, self.head(), None, false, n, d, v);
         logits
     }
 
@@ -376,7 +397,11 @@ impl Vlm {
     }
 
     /// Adds to `grads` the gradient by every trained parameter of a loss whose derivatives by the forward pass's results
-    /// are `slopes`. `packed` is the one that was evaluated.
+    /// are `slopes`. `packed` is the one that was evaluated. Where its images came with ready features and the tower is trained,
+    /// gives the gradient by these features, which the caller takes to [`Vlm::look_backward`]; nothing otherwise.
+    ///
+    /// # Shapes
+    /// -> `[tokens, D]`, images one after the other, or empty
     pub fn backward(
         &self,
         packed: &Packed,
@@ -384,7 +409,7 @@ impl Vlm {
         slopes: &Slopes,
         train: Trainable,
         grads: &mut Gradients,
-    ) -> Result<()> {
+    ) -> Result<Vec<f32>> {
         let Slopes { logprobs: weights, entropies: entropy_weights, features: on_features } = *slopes;
         let n = packed.targets.len();
         ensure!(weights.len() == n, "{} weights for {n} targets", weights.len());
@@ -392,10 +417,11 @@ impl Vlm {
             ensure!(e.len() == n, "{} entropy weights for {n} targets", e.len());
         }
         ensure!(grads.layout.len == self.weights.layout.len, "gradients of another model's layout");
-        let given = packed.images.iter().any(|i| i.features.is_some());
+        let given = packed.images.iter().filter(|i| i.features.is_some()).count();
         ensure!(
-            !(train.tower() && given),
-            "an image came with ready features, so no gradient can reach the vision tower; freeze vision and merger or give patches"
+            !train.tower() || given == 0 || given == packed.images.len(),
+            "{given} of {} images came with ready features; with a trained tower all or none must",
+            packed.images.len()
         );
         let Tape { vision, text, rows, head, temperature, banned, features } = tape;
         drop(features);
@@ -457,24 +483,17 @@ impl Vlm {
             );
             dfeatures.iter_mut().zip(extra).for_each(|(d, e)| *d += e);
         }
-        if let Some(tape) = vision {
-            vision::backward(
-                &self.config.vision,
-                &layout.vision,
-                &self.weights.data,
-                &dfeatures,
-                &packed.patches,
-                tape,
-                train,
-                &mut grads.data,
-            );
-        } else {
-            ensure!(
+        if given > 0 {
+            return Ok(dfeatures);
+        }
+        match vision {
+            Some(tape) => self.look_backward(&packed.patches, tape, &dfeatures, train, grads),
+            None => ensure!(
                 packed.images.is_empty() || !train.tower(),
                 "the vision tower is trained now but was frozen in the forward pass"
-            );
+            ),
         }
-        Ok(())
+        Ok(Vec::new())
     }
 }
 

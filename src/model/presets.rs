@@ -240,8 +240,10 @@ pub struct Memory {
     pub tape_bytes_per_row: u64,
     /// Kept per packed row when each layer is computed again.
     pub recompute_bytes_per_row: u64,
-    /// Kept per patch of an image when the tower is trained.
+    /// Kept per patch of an image when the tower is trained, the patch itself included.
     pub tape_bytes_per_patch: u64,
+    /// The same when each block is computed again.
+    pub recompute_bytes_per_patch: u64,
     /// Key and value cache per token while sampling.
     pub cache_bytes_per_row: u64,
 }
@@ -255,6 +257,8 @@ pub fn memory(config: &Config, train: Trainable) -> Memory {
         |hidden: usize, kv: usize, heads: usize, mlp: usize| 4 * (4 * hidden + 2 * kv + heads + 2 * mlp) as u64;
     let (t, v) = (&config.text, &config.vision);
     let kv = t.kv_heads * t.head_dim();
+    // The patch, its angles, and the merger's two inputs.
+    let beside = 4 * (v.patch_values() + 2 * v.head_dim() + 2 * v.hidden) as u64;
     Memory {
         parameters: layout.len,
         trained,
@@ -262,7 +266,8 @@ pub fn memory(config: &Config, train: Trainable) -> Memory {
         training_bytes: 12 * layout.len as u64,
         tape_bytes_per_row: t.layers as u64 * per_row(t.hidden, kv, t.heads, t.mlp),
         recompute_bytes_per_row: 4 * (t.layers * t.hidden) as u64 + per_row(t.hidden, kv, t.heads, t.mlp),
-        tape_bytes_per_patch: v.depth as u64 * per_row(v.hidden, v.hidden, v.heads, v.mlp),
+        tape_bytes_per_patch: beside + v.depth as u64 * per_row(v.hidden, v.hidden, v.heads, v.mlp),
+        recompute_bytes_per_patch: beside + 4 * (v.depth * v.hidden) as u64,
         cache_bytes_per_row: 8 * (t.layers * kv) as u64,
     }
 }

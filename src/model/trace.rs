@@ -88,7 +88,7 @@ fn decode(
     features: &[f32],
     greedy: Greedy,
 ) -> Result<Vec<u32>> {
-    let mut cache = Cache::new(&model.config, ids.len() + greedy.tokens);
+    let mut cache = Cache::new(model);
     let sequence = cache.add_sequence(None, ids.len() + greedy.tokens)?;
     let prompt = Extension { sequence, ids, positions: placed.as_slices(), features };
     let mut hidden = model.extend(&mut cache, &[prompt])?;

@@ -1,50 +1,70 @@
 //! The gradient of attention, tile by tile: no row of scores ever exists whole (Dao et al. 2022, arXiv:2205.14135).
 //!
-//! The work is cut by keys. A [`Unit`] is a stretch of one run of keys for one head; it meets, in the order of the spans, every
-//! block of queries that sees it, and adds up dk and dv of its own keys alone. A tile is 32 keys by a block of rows, its scores
-//! held with keys as rows, which is how dk and dv want them; only dq wants them the other way round. The order of summation
-//! depends on the spans and on the constants here, never on the threads.
+//! The work is cut by keys. A [`Unit`] is a stretch of keys for one head; it meets, in the order of the spans, every block of
+//! queries that sees it, and writes what it adds to dk, dv and dq into a place of its own; the places are added up afterwards, in
+//! the order of the units. A tile is 32 keys by a block of rows, its scores held with keys as rows, which is how dk and dv
+//! want them and how the product for dq can read them. The order of summation depends on the spans and on the constants here,
+//! never on the threads.
 
-use super::task::{Task, head_rows, tasks};
-use super::{Dims, Span, check};
-use crate::panel::{self, WIDTH};
-use crate::vector::{self, dispatch, exp};
+use super::task::{Task, tasks};
+use super::{Dims, Span, WORTH_THREADS, check};
+use crate::panel::{self, Left, WIDTH};
+use crate::vector::{self, dispatch, exp2, mul_add};
 use rayon::prelude::*;
 use std::ops::Range;
 
 /// Keys of a unit: enough of them to make up for gathering the queries again, few enough to spread over threads.
 const KEYS: usize = 1024;
-/// Units whose partial gradients are held at once.
-const BATCH: usize = 64;
+/// Numbers that the places of units running at once may have; 64 MiB.
+const PLACES: usize = 16 << 20;
 
-/// A stretch of one run of keys, for one head of keys, with the tasks that see it.
-struct Unit<'a> {
+/// A stretch of keys, for one head of keys, with the tasks that see it.
+struct Unit {
     /// Rows of the key buffer.
     keys: Range<usize>,
     kv_head: usize,
-    /// Each task with the number that the unit's first key has among the keys its span sees.
-    seen_by: Vec<(&'a Task<'a>, usize)>,
+    /// Each task, with the number that the stretch's first key has among the keys its span sees.
+    seen_by: Vec<(usize, usize)>,
 }
 
-/// What a unit adds: dk and dv of its keys, [keys, K], and for each of its tasks dq, [rows, K].
-struct Partial {
-    dk: Vec<f32>,
-    dv: Vec<f32>,
-    dq: Vec<Vec<f32>>,
+impl Unit {
+    /// Numbers of its place: dk and dv of its keys, `[keys, K]` each, then dq of each of its tasks, `[rows, K]`.
+    fn place(&self, tasks: &[Task], dims: Dims) -> usize {
+        let rows: usize = self.seen_by.iter().map(|&(task, _)| tasks[task].rows(dims)).sum();
+        (2 * self.keys.len() + rows) * dims.k
+    }
 }
 
-/// A task's rows as a unit needs them.
+/// A task's rows as a unit needs them, kept for the next.
+#[derive(Default)]
 struct Rows {
     /// `[R, K]`, and transposed as panels `[panels, K, WIDTH]`.
     q: Vec<f32>,
     q_t: Vec<f32>,
     d_o: Vec<f32>,
     d_o_t: Vec<f32>,
-    /// `[R]`, room for whole panels behind.
+    /// `[R]`, in units of ln 2; room for whole panels behind.
     lse: Vec<f32>,
+    /// Σ_k d_o∘o, `[R]`, with the same room.
     delta: Vec<f32>,
     /// Keys that each row sees.
     visible: Vec<usize>,
+    /// Probabilities and their derivatives of a tile, `[WIDTH, R]`.
+    p: Vec<f32>,
+    ds: Vec<f32>,
+}
+
+/// The buffers that a backward reads.
+#[derive(Clone, Copy)]
+struct Inputs<'a> {
+    q: &'a [f32],
+    k: &'a [f32],
+    v: &'a [f32],
+    d_o: &'a [f32],
+    lse: &'a [f32],
+    /// `[Tq, H]`
+    delta: &'a [f32],
+    dims: Dims,
 }
 
 /// Gradients from d_o: dq written (zero for queries in no span), dk and dv accumulated.
@@ -84,85 +104,232 @@ pub fn backward(
         dv.len(),
         k.len()
     );
-    dq.fill(0.0);
     let tasks = tasks(spans, dims);
-    let kd = dims.k;
-    let width = dims.group() * kd;
-    for batch in units(&tasks).chunks(BATCH) {
-        let done: Vec<Partial> = batch.par_iter().map(|unit| of_unit(unit, d_o, o, lse, q, k, v, dims)).collect();
-        for (unit, part) in batch.iter().zip(&done) {
-            for ((task, _), rows) in unit.seen_by.iter().zip(&part.dq) {
-                for (start, from) in task.starts(dims).zip(rows.chunks_exact(width)) {
-                    dq[start..start + width].iter_mut().zip(from).for_each(|(sum, g)| *sum += g);
-                }
+    let units = units(&tasks, spans, dims);
+    let work: usize = units.iter().map(|u| u.place(&tasks, dims) * u.keys.len()).sum();
+    let threads = work >= WORTH_THREADS;
+
+    let mut delta = vec![0.0; lse.len()];
+    each(
+        threads,
+        delta.chunks_mut(CHUNK).zip(o.chunks(CHUNK * dims.k).zip(d_o.chunks(CHUNK * dims.k))),
+        || (),
+        |(), part| {
+            let (delta, (o, d_o)) = part;
+            products(delta, o, d_o, dims.k);
+        },
+    );
+    let inputs = Inputs { q, k, v, d_o, lse, delta: &delta, dims };
+    dq.fill(0.0);
+    let mut places: Vec<f32> = Vec::new();
+    let mut rest = &units[..];
+    while !rest.is_empty() {
+        // Whole stretches, with all of their heads.
+        let (mut n, mut sizes, mut total) = (0, Vec::new(), 0);
+        for stretch in rest.chunk_by(|a, b| a.keys == b.keys) {
+            let wanted: Vec<usize> = stretch.iter().map(|u| u.place(&tasks, dims)).collect();
+            let sum = wanted.iter().sum::<usize>();
+            if n > 0 && total + sum > PLACES {
+                break;
             }
-            let parts = part.dk.chunks_exact(kd).zip(part.dv.chunks_exact(kd));
-            for (row, (from_k, from_v)) in unit.keys.clone().zip(parts) {
-                let at = (row * dims.kv_heads + unit.kv_head) * kd;
-                dk[at..at + kd].iter_mut().zip(from_k).for_each(|(sum, g)| *sum += g);
-                dv[at..at + kd].iter_mut().zip(from_v).for_each(|(sum, g)| *sum += g);
-            }
+            n += stretch.len();
+            total += sum;
+            sizes.extend(wanted);
         }
+        let (batch, later) = rest.split_at(n);
+        rest = later;
+        places.clear();
+        places.resize(total, 0.0);
+        let mut left = &mut places[..];
+        let parts = batch.iter().zip(&sizes).map(|(unit, size)| {
+            let (mine, others) = std::mem::take(&mut left).split_at_mut(*size);
+            left = others;
+            (unit, mine)
+        });
+        each(threads, parts, Rows::default, |rows, (unit, place)| fill(place, unit, &tasks, &inputs, rows));
+        add_up(dq, dk, dv, batch, &sizes, &places, &tasks, threads, dims);
     }
 }
 
-/// The stretches of all runs of keys, in the order in which the tasks first see them.
-fn units<'a>(tasks: &'a [Task<'a>]) -> Vec<Unit<'a>> {
-    let mut units: Vec<Unit> = Vec::new();
-    let mut places: std::collections::HashMap<(usize, usize, usize), usize> = std::collections::HashMap::new();
-    for task in tasks {
-        let before = task.span.shared.len();
-        for (run, first) in [(&task.span.shared, 0), (&task.span.own, before)] {
-            for start in run.clone().step_by(KEYS) {
-                let number = first + start - run.start;
+/// Rows of [`products`] that one task takes.
+const CHUNK: usize = 4096;
+
+/// Runs `work` for every part, in parallel or not.
+fn each<P: Send, S>(
+    threads: bool,
+    parts: impl Iterator<Item = P>,
+    start: impl Fn() -> S + Sync + Send,
+    work: impl Fn(&mut S, P) + Sync + Send,
+) {
+    if threads {
+        parts.collect::<Vec<P>>().into_par_iter().for_each_init(start, work);
+    } else {
+        let mut state = start();
+        parts.for_each(|part| work(&mut state, part));
+    }
+}
+
+/// The stretches in order, each for every head. Runs may overlap, so they are cut wherever one begins or ends: no two units write to
+/// the same keys.
+fn units(tasks: &[Task], spans: &[Span], dims: Dims) -> Vec<Unit> {
+    let runs = || spans.iter().flat_map(|s| [&s.shared, &s.own]).filter(|r| !r.is_empty());
+    let mut cuts: Vec<usize> = runs().flat_map(|r| [r.start, r.end]).collect();
+    cuts.sort_unstable();
+    cuts.dedup();
+    let mut stretches: Vec<Range<usize>> = Vec::new();
+    for pair in cuts.windows(2) {
+        stretches.extend((pair[0]..pair[1]).step_by(KEYS).map(|start| start..pair[1].min(start + KEYS)));
+    }
+    let mut units: Vec<Unit> = stretches
+        .iter()
+        .flat_map(|keys| (0..dims.kv_heads).map(|kv_head| Unit { keys: keys.clone(), kv_head, seen_by: Vec::new() }))
+        .collect();
+    for (t, task) in tasks.iter().enumerate() {
+        for (run, first) in [(&task.span.shared, 0), (&task.span.own, task.span.shared.len())] {
+            let at = stretches.partition_point(|s| s.start < run.start);
+            for (s, stretch) in stretches.iter().enumerate().skip(at).take_while(|(_, s)| s.end <= run.end) {
+                let number = first + stretch.start - run.start;
                 if number >= task.keys() {
                     break;
                 }
-                let keys = start..run.end.min(start + KEYS);
-                let place = *places.entry((keys.start, keys.end, task.kv_head)).or_insert_with(|| {
-                    units.push(Unit { keys, kv_head: task.kv_head, seen_by: Vec::new() });
-                    units.len() - 1
-                });
-                units[place].seen_by.push((task, number));
+                units[s * dims.kv_heads + task.kv_head].seen_by.push((t, number));
             }
         }
     }
+    units.retain(|u| !u.seen_by.is_empty());
     units
 }
 
+/// Adds the places of some units to the gradients.
 #[allow(clippy::too_many_arguments)]
-fn of_unit(unit: &Unit, d_o: &[f32], o: &[f32], lse: &[f32], q: &[f32], k: &[f32], v: &[f32], dims: Dims) -> Partial {
-    let [k, v] = [k, v].map(|x| head_rows(x, &unit.keys, unit.kv_head, dims));
-    let (mut dk, mut dv) = (vec![0.0; k.len()], vec![0.0; v.len()]);
-    let mut dq = Vec::with_capacity(unit.seen_by.len());
-    for &(task, number) in &unit.seen_by {
-        let rows = rows_of(task, d_o, o, lse, q, dims);
-        let mut of_task = vec![0.0; rows.q.len()];
-        add_task(&mut of_task, &mut dk, &mut dv, &rows, &k, &v, number, dims);
-        dq.push(of_task);
+fn add_up(
+    dq: &mut [f32],
+    dk: &mut [f32],
+    dv: &mut [f32],
+    units: &[Unit],
+    sizes: &[usize],
+    places: &[f32],
+    tasks: &[Task],
+    threads: bool,
+    dims: Dims,
+) {
+    let kd = dims.k;
+    // Where each unit's place starts, and for each task the parts of dq.
+    let mut starts = Vec::with_capacity(units.len());
+    let mut of_task: Vec<Vec<usize>> = vec![Vec::new(); tasks.len()];
+    let mut start = 0;
+    for (unit, size) in units.iter().zip(sizes) {
+        starts.push(start);
+        let mut at = start + 2 * unit.keys.len() * kd;
+        for &(task, _) in &unit.seen_by {
+            of_task[task].push(at);
+            at += tasks[task].rows(dims) * kd;
+        }
+        start += size;
     }
-    Partial { dk, dv, dq }
+
+    let row = dims.kv_heads * kd;
+    let (mut dk, mut dv, mut at) = (dk, dv, 0);
+    let mut first = 0;
+    let stretches = units.chunk_by(|a, b| a.keys == b.keys).map(|heads| {
+        let keys = &heads[0].keys;
+        let mine_k = std::mem::take(&mut dk)[(keys.start - at) * row..].split_at_mut(keys.len() * row);
+        let mine_v = std::mem::take(&mut dv)[(keys.start - at) * row..].split_at_mut(keys.len() * row);
+        (dk, dv, at) = (mine_k.1, mine_v.1, keys.end);
+        let starts = &starts[first..first + heads.len()];
+        first += heads.len();
+        (heads, starts, mine_k.0, mine_v.0)
+    });
+    each(
+        threads,
+        stretches,
+        || (),
+        |(), (heads, starts, dk, dv)| {
+            for (unit, &start) in heads.iter().zip(starts) {
+                let n = unit.keys.len() * kd;
+                for (sum, part) in
+                    [(&mut *dk, &places[start..start + n]), (&mut *dv, &places[start + n..start + 2 * n])]
+                {
+                    for (sum, part) in sum.chunks_exact_mut(row).zip(part.chunks_exact(kd)) {
+                        let sum = &mut sum[unit.kv_head * kd..(unit.kv_head + 1) * kd];
+                        sum.iter_mut().zip(part).for_each(|(sum, g)| *sum += g);
+                    }
+                }
+            }
+        },
+    );
+
+    let (row, width) = (dims.heads * kd, dims.group() * kd);
+    let (mut dq, mut at) = (dq, 0);
+    let blocks = tasks.chunks(dims.kv_heads).zip(of_task.chunks(dims.kv_heads)).map(|(tasks, parts)| {
+        let queries = tasks[0].queries();
+        let mine = std::mem::take(&mut dq)[(queries.start - at) * row..].split_at_mut(queries.len() * row);
+        (dq, at) = (mine.1, queries.end);
+        (tasks, parts, mine.0)
+    });
+    each(
+        threads,
+        blocks,
+        || (),
+        |(), (tasks, parts, dq)| {
+            for (task, parts) in tasks.iter().zip(parts) {
+                for &start in parts {
+                    for (sum, part) in dq.chunks_exact_mut(row).zip(places[start..].chunks_exact(width)) {
+                        let sum = &mut sum[task.kv_head * width..(task.kv_head + 1) * width];
+                        sum.iter_mut().zip(part).for_each(|(sum, g)| *sum += g);
+                    }
+                }
+            }
+        },
+    );
 }
 
-fn rows_of(task: &Task, d_o: &[f32], o: &[f32], lse: &[f32], q: &[f32], dims: Dims) -> Rows {
-    let (kd, group) = (dims.k, dims.group());
-    let (q, o, d_o) = (task.gather(q, dims), task.gather(o, dims), task.gather(d_o, dims));
-    let rows = q.len() / kd;
-    let panels = rows.div_ceil(WIDTH);
-    let transposed = |x: &[f32]| {
-        let mut out = vec![0.0; panels * WIDTH * kd];
-        for (p, panel) in out.chunks_exact_mut(WIDTH * kd).enumerate() {
-            let first = p * WIDTH;
-            panel::transpose_into(panel, &x[first * kd..], kd, kd, WIDTH.min(rows - first));
+/// Writes what a unit adds into its place.
+fn fill(place: &mut [f32], unit: &Unit, tasks: &[Task], inputs: &Inputs, rows: &mut Rows) {
+    let kd = inputs.dims.k;
+    let (dk, rest) = place.split_at_mut(unit.keys.len() * kd);
+    let (dv, mut dq) = rest.split_at_mut(unit.keys.len() * kd);
+    for &(task, number) in &unit.seen_by {
+        let task = &tasks[task];
+        rows.read(task, inputs);
+        let (mine, others) = std::mem::take(&mut dq).split_at_mut(task.rows(inputs.dims) * kd);
+        dq = others;
+        add_task(mine, dk, dv, rows, unit, number, inputs);
+    }
+}
+
+impl Rows {
+    fn read(&mut self, task: &Task, inputs: &Inputs) {
+        let dims = inputs.dims;
+        let (kd, group) = (dims.k, dims.group());
+        let rows = task.rows(dims);
+        let panels = rows.div_ceil(WIDTH);
+        for (to, to_t, from) in [(&mut self.q, &mut self.q_t, inputs.q), (&mut self.d_o, &mut self.d_o_t, inputs.d_o)] {
+            to.clear();
+            task.starts(dims).for_each(|start| to.extend_from_slice(&from[start..start + group * kd]));
+            to_t.resize(panels * WIDTH * kd, 0.0);
+            for (p, panel) in to_t.chunks_exact_mut(WIDTH * kd).enumerate() {
+                let first = p * WIDTH;
+                let n = WIDTH.min(rows - first);
+                if n < WIDTH {
+                    panel.fill(0.0);
+                }
+                panel::transpose_into(panel, &to[first * kd..], kd, kd, n);
+            }
         }
-        out
-    };
-    let mut of_rows: Vec<f32> = task.starts(dims).flat_map(|s| lse[s / kd..][..group].iter().copied()).collect();
-    of_rows.resize(panels * WIDTH, 0.0);
-    let mut delta = vec![0.0; panels * WIDTH];
-    products(&mut delta[..rows], &o, &d_o, kd);
-    let visible = (0..rows).map(|r| task.span.visible(task.block.start + r / group)).collect();
-    Rows { q_t: transposed(&q), d_o_t: transposed(&d_o), q, d_o, lse: of_rows, delta, visible }
+        self.lse.clear();
+        self.delta.clear();
+        for start in task.starts(dims).map(|start| start / kd) {
+            self.lse.extend(inputs.lse[start..start + group].iter().map(|lse| lse * std::f32::consts::LOG2_E));
+            self.delta.extend_from_slice(&inputs.delta[start..start + group]);
+        }
+        self.lse.resize(panels * WIDTH, 0.0);
+        self.delta.resize(panels * WIDTH, 0.0);
+        self.visible.clear();
+        self.visible.extend((0..rows).map(|r| task.span.visible(task.block.start + r / group)));
+        self.p.resize(WIDTH * panels * WIDTH, 0.0);
+        self.ds.resize(WIDTH * panels * WIDTH, 0.0);
+    }
 }
 
 dispatch! { fn products(out: &mut [f32], a: &[f32], b: &[f32], k: usize) = products_body }
@@ -173,46 +340,38 @@ fn products_body<const LEVEL: u8>(out: &mut [f32], a: &[f32], b: &[f32], k: usiz
     }
 }
 
-/// Adds what one task and the keys `k`, `v` (of which the first is number `first` for the task) give to dq, dk and dv.
-#[allow(clippy::too_many_arguments)]
+/// Adds what one task and the keys of a unit (of which the first is number `first` for the task) give to dq, dk and dv.
 fn add_task(
     dq: &mut [f32],
     dk: &mut [f32],
     dv: &mut [f32],
-    rows: &Rows,
-    k: &[f32],
-    v: &[f32],
+    rows: &mut Rows,
+    unit: &Unit,
     first: usize,
-    dims: Dims,
+    inputs: &Inputs,
 ) {
-    let kd = dims.k;
+    let dims = inputs.dims;
+    let (kd, stride) = (dims.k, dims.kv_heads * dims.k);
     let n = rows.visible.len();
     let width = rows.lse.len();
-    let last = rows.visible.iter().copied().max().unwrap_or(0);
-    let mut p = vec![0.0f32; WIDTH * width];
-    let mut ds = vec![0.0f32; WIDTH * width];
-    let mut turned = vec![0.0f32; n * WIDTH];
-    let mut part = vec![0.0f32; WIDTH * kd];
-    let keys = k.len() / kd;
-    for tile in (0..keys).step_by(WIDTH) {
+    let Some(&last) = rows.visible.last() else { return };
+    let (mut p, mut ds) = (std::mem::take(&mut rows.p), std::mem::take(&mut rows.ds));
+    for tile in (0..unit.keys.len()).step_by(WIDTH) {
         if first + tile >= last {
             break;
         }
-        let count = WIDTH.min(keys - tile);
-        let (k, v) = (&k[tile * kd..(tile + count) * kd], &v[tile * kd..(tile + count) * kd]);
-        for (out, panels, keys) in [(&mut p, &rows.q_t, k), (&mut ds, &rows.d_o_t, v)] {
-            for (at, panel) in panels.chunks_exact(WIDTH * kd).enumerate() {
-                panel::multiply(&mut out[at * WIDTH..], width, keys, kd, panel, WIDTH, count, kd, WIDTH, false);
-            }
-        }
+        let count = WIDTH.min(unit.keys.len() - tile);
+        let at = (unit.keys.start + tile) * stride + unit.kv_head * kd;
+        let (k, v) = (&inputs.k[at..], &inputs.v[at..]);
+        panel::multiply_panels(&mut p, width, Left::rows(k, stride), &rows.q_t, count, kd);
+        panel::multiply_panels(&mut ds, width, Left::rows(v, stride), &rows.d_o_t, count, kd);
         probabilities(&mut p, &mut ds, rows, count, first + tile, dims.scale());
         for (sum, weights, values) in [(&mut *dv, &p, &rows.d_o), (&mut *dk, &ds, &rows.q)] {
-            panel::multiply(&mut part, kd, weights, width, values, kd, count, n, kd, false);
-            sum[tile * kd..(tile + count) * kd].iter_mut().zip(&part).for_each(|(sum, g)| *sum += g);
+            panel::multiply(&mut sum[tile * kd..], kd, Left::rows(weights, width), values, kd, count, n, kd, true);
         }
-        panel::transpose_into(&mut turned, &ds, width, n, count);
-        panel::multiply(dq, kd, &turned, WIDTH, k, kd, n, count, kd, true);
+        panel::multiply(dq, kd, Left::turned(&ds, width), k, stride, n, count, kd, true);
     }
+    (rows.p, rows.ds) = (p, ds);
 }
 
 dispatch! {
@@ -229,9 +388,10 @@ fn probabilities_body<const LEVEL: u8>(
     scale: f32,
 ) {
     let width = rows.lse.len();
+    let in_log2 = scale * std::f32::consts::LOG2_E;
     for (j, (p, ds)) in p.chunks_exact_mut(width).zip(ds.chunks_exact_mut(width)).enumerate().take(keys) {
         for ((p, ds), (lse, delta)) in p.iter_mut().zip(ds.iter_mut()).zip(rows.lse.iter().zip(&rows.delta)) {
-            *p = exp::<LEVEL>(*p * scale - lse);
+            *p = exp2::<LEVEL>(mul_add::<LEVEL>(*p, in_log2, -lse));
             *ds = *p * (*ds - delta) * scale;
         }
         // Rows see ever more keys, so the ones that do not see this key come first.

@@ -8,10 +8,77 @@ use crate::panel::{self, WIDTH};
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// Rows (query × head of the group) that one task holds.
+/// Rows (query × head of the group) of a block.
 const ROWS: usize = 128;
 /// Rows up to which values are not worth copying.
 const FEW_ROWS: usize = 32;
+/// Numbers below which laying keys out takes less time than waking other threads.
+const WORTH_THREADS: usize = 1 << 15;
+
+/// Queries that one task of the forward takes, with all heads: a stretch of one span, or whole short spans that follow each other
+/// and share their first keys.
+pub(super) struct Block<'a> {
+    pub(super) spans: &'a [Span],
+    /// Queries of a single span, counted within it.
+    stretch: Range<usize>,
+}
+
+impl Block<'_> {
+    /// Rows of the query buffer.
+    pub(super) fn queries(&self) -> Range<usize> {
+        match self.spans {
+            [span] => span.queries.start + self.stretch.start..span.queries.start + self.stretch.end,
+            spans => spans[0].queries.start..spans[spans.len() - 1].queries.end,
+        }
+    }
+
+    /// Each span with its queries, counted within it.
+    pub(super) fn members(&self) -> impl Iterator<Item = (&Span, Range<usize>)> {
+        let one = self.spans.len() == 1;
+        let stretch = self.stretch.clone();
+        self.spans.iter().map(move |s| (s, if one { stretch.clone() } else { 0..s.queries.len() }))
+    }
+
+    pub(super) fn work(&self, dims: Dims) -> usize {
+        let keys = |(span, queries): (&Span, Range<usize>)| queries.len() * span.visible(queries.end - 1);
+        self.members().map(keys).sum::<usize>() * dims.heads * dims.k * 2
+    }
+}
+
+pub(super) fn blocks(spans: &[Span], dims: Dims) -> Vec<Block<'_>> {
+    let most = (ROWS / dims.group()).max(1);
+    let mut blocks = Vec::new();
+    let mut at = 0;
+    while at < spans.len() {
+        let n = spans[at].queries.len();
+        if n == 0 {
+            at += 1;
+            continue;
+        }
+        if n > most {
+            blocks.extend(
+                (0..n).step_by(most).map(|start| Block { spans: &spans[at..=at], stretch: start..n.min(start + most) }),
+            );
+            at += 1;
+            continue;
+        }
+        let (mut end, mut queries) = (at + 1, n);
+        while let Some(next) = spans.get(end).filter(|s| {
+            let last = &spans[end - 1];
+            let follows = s.queries.start == last.queries.end && !s.queries.is_empty();
+            follows && !s.shared.is_empty() && s.shared == last.shared
+        }) {
+            queries += next.queries.len();
+            if queries > most {
+                break;
+            }
+            end += 1;
+        }
+        blocks.push(Block { spans: &spans[at..end], stretch: 0..n });
+        at = end;
+    }
+    blocks
+}
 
 /// A block of queries of one span, for one head of keys.
 pub(super) struct Task<'a> {
@@ -27,13 +94,6 @@ impl Task<'_> {
         self.span.visible(self.block.end - 1)
     }
 
-    /// Runs of rows in the key buffer, in order, for the first `keys` visible keys.
-    pub(super) fn pieces(&self, keys: usize) -> [Range<usize>; 2] {
-        let shared = keys.min(self.span.shared.len());
-        let own = keys - shared;
-        [self.span.shared.start..self.span.shared.start + shared, self.span.own.start..self.span.own.start + own]
-    }
-
     /// Where the rows of the block start in a [Tq, H, K] buffer, one start per query; each holds the whole group.
     pub(super) fn starts(&self, dims: Dims) -> impl Iterator<Item = usize> {
         let first = self.span.queries.start + self.block.start;
@@ -41,30 +101,26 @@ impl Task<'_> {
         (0..self.block.len()).map(move |i| ((first + i) * dims.heads + kv_head * dims.group()) * dims.k)
     }
 
-    /// The block's rows side by side: [queries · group, K].
-    pub(super) fn gather(&self, x: &[f32], dims: Dims) -> Vec<f32> {
-        let width = dims.group() * dims.k;
-        let mut rows = Vec::with_capacity(self.block.len() * width);
-        for start in self.starts(dims) {
-            rows.extend_from_slice(&x[start..start + width]);
-        }
-        rows
+    /// Rows of the query buffer.
+    pub(super) fn queries(&self) -> Range<usize> {
+        self.span.queries.start + self.block.start..self.span.queries.start + self.block.end
     }
 
-    pub(super) fn work(&self, dims: Dims) -> usize {
-        self.block.len() * dims.group() * self.keys() * dims.k * 2
+    /// Query × head of the group.
+    pub(super) fn rows(&self, dims: Dims) -> usize {
+        self.block.len() * dims.group()
     }
 }
 
+/// Every block of queries, for each head of keys in turn.
 pub(super) fn tasks(spans: &[Span], dims: Dims) -> Vec<Task<'_>> {
     let step = (ROWS / dims.group()).max(1);
     let mut tasks = Vec::new();
     for span in spans {
         let n = span.queries.len();
-        for kv_head in 0..dims.kv_heads {
-            for start in (0..n).step_by(step) {
-                tasks.push(Task { span, kv_head, block: start..n.min(start + step) });
-            }
+        for start in (0..n).step_by(step) {
+            let block = start..n.min(start + step);
+            tasks.extend((0..dims.kv_heads).map(|kv_head| Task { span, kv_head, block: block.clone() }));
         }
     }
     tasks
@@ -73,8 +129,11 @@ pub(super) fn tasks(spans: &[Span], dims: Dims) -> Vec<Task<'_>> {
 /// Keys and values that several tasks read, laid out for them once: shared runs, and own runs that are long enough to be read by
 /// more than one block of queries.
 pub(super) struct Prepared {
-    /// A run and, for each head of keys, its keys and values.
-    runs: Vec<(Range<usize>, Vec<Run>)>,
+    /// Ascending.
+    runs: Vec<Range<usize>>,
+    /// Keys and values of each run for each head of keys, `[runs, Hkv]`.
+    heads: Vec<Run>,
+    kv_heads: usize,
 }
 
 /// A run of keys for one head.
@@ -104,25 +163,24 @@ impl Prepared {
             }
         }
         distinct.retain(|(_, wanted, _)| *wanted);
-        let of_run = |&(run, _, many): &(&Range<usize>, bool, bool)| {
-            let head = |head: usize| Run {
-                keys: transposed(k, run.clone(), head, dims),
-                values: if many { head_rows(v, run, head, dims) } else { Vec::new() },
-            };
-            (run.clone(), (0..dims.kv_heads).map(head).collect())
+        let of_head = |(run, many): &(&Range<usize>, bool), head: usize| {
+            let mut keys = Vec::new();
+            transposed(&mut keys, k, (*run).clone(), head, dims);
+            Run { keys, values: if *many { head_rows(v, run, head, dims) } else { Vec::new() } }
         };
-        let runs = if distinct.len() < 2 {
-            distinct.iter().map(of_run).collect()
-        } else {
-            distinct.par_iter().map(of_run).collect()
-        };
-        Self { runs }
+        let distinct: Vec<(&Range<usize>, bool)> = distinct.into_iter().map(|(run, _, many)| (run, many)).collect();
+        let numbers: usize = distinct.iter().map(|(run, _)| run.len() * dims.kv_heads * dims.k).sum();
+        let each = 0..distinct.len() * dims.kv_heads;
+        let one = |i: usize| of_head(&distinct[i / dims.kv_heads], i % dims.kv_heads);
+        let heads: Vec<Run> =
+            if numbers < WORTH_THREADS { each.map(one).collect() } else { each.into_par_iter().map(one).collect() };
+        Self { runs: distinct.into_iter().map(|(run, _)| run.clone()).collect(), heads, kv_heads: dims.kv_heads }
     }
 
-    /// The run of keys as the task's head reads it, if it was prepared.
-    pub(super) fn run(&self, run: &Range<usize>, task: &Task) -> Option<&Run> {
-        let at = self.runs.binary_search_by_key(&(run.start, run.end), |(r, _)| (r.start, r.end)).ok()?;
-        Some(&self.runs[at].1[task.kv_head])
+    /// The run of keys as one head reads it, if it was prepared.
+    pub(super) fn run(&self, run: &Range<usize>, head: usize) -> Option<&Run> {
+        let at = self.runs.binary_search_by_key(&(run.start, run.end), |r| (r.start, r.end)).ok()?;
+        Some(&self.heads[at * self.kv_heads + head])
     }
 }
 
@@ -135,12 +193,12 @@ pub(super) fn head_rows(x: &[f32], run: &Range<usize>, head: usize, dims: Dims) 
     rows
 }
 
-/// A run of keys of one head as panels: [panels, K, WIDTH], zeros past the last key.
-pub(super) fn transposed(k: &[f32], run: Range<usize>, head: usize, dims: Dims) -> Vec<f32> {
+/// Writes a run of keys of one head as panels: [panels, K, WIDTH], zeros past the last key.
+pub(super) fn transposed(panels: &mut Vec<f32>, k: &[f32], run: Range<usize>, head: usize, dims: Dims) {
     let (kd, stride) = (dims.k, dims.kv_heads * dims.k);
-    let mut panels = vec![0.0f32; run.len().div_ceil(WIDTH) * WIDTH * kd];
+    panels.clear();
+    panels.resize(run.len().div_ceil(WIDTH) * WIDTH * kd, 0.0);
     for (panel, row) in panels.chunks_exact_mut(WIDTH * kd).zip(run.clone().step_by(WIDTH)) {
         panel::transpose_into(panel, &k[row * stride + head * kd..], stride, kd, WIDTH.min(run.end - row));
     }
-    panels
 }

@@ -1,0 +1,234 @@
+//! The vision tower's work within a step: each view is encoded once, and the gradient by its features goes back through the
+//! tower once, whatever groups it was seen in.
+//!
+//! It hides what is kept between the two. As long as the weights stay as they are features are kept, and where an update may
+//! follow, as much of the forward pass as fits the budget: everything, or each block's input, or nothing, and then the forward
+//! pass is done again for the backward pass. All three give the same gradients bit for bit, because the views of one forward pass
+//! stay together.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use rayon::prelude::*;
+
+use crate::episode::Placed;
+use crate::geometry::Grid;
+use crate::image::{self, PictureCache, Processor};
+use crate::model::block::Keep;
+use crate::model::presets::Memory;
+use crate::model::{Gradients, Trainable, VisionTape, Vlm};
+
+/// A picture's view, as a key: the same file, region and size give the same features while the tower is unchanged.
+pub type ViewKey = (Arc<Path>, [u64; 4], (u32, u32));
+
+pub fn key(placed: &Placed) -> ViewKey {
+    let r = placed.view.region;
+    (placed.path.clone(), [r.x1, r.y1, r.x2, r.y2].map(f64::to_bits), (placed.view.size.width, placed.view.size.height))
+}
+
+/// Gradients by the features of views, in the order in which the views were first met.
+#[derive(Default)]
+pub struct OnFeatures {
+    views: Vec<Placed>,
+    sums: HashMap<ViewKey, Vec<f32>>,
+}
+
+impl OnFeatures {
+    /// # Shapes
+    /// gradient `[tokens, D]`
+    pub fn add(&mut self, view: &Placed, gradient: &[f32]) {
+        match self.sums.get_mut(&key(view)) {
+            Some(sum) => sum.iter_mut().zip(gradient).for_each(|(sum, g)| *sum += g),
+            None => {
+                self.views.push(view.clone());
+                self.sums.insert(key(view), gradient.to_vec());
+            }
+        }
+    }
+}
+
+/// One forward pass over some views.
+struct Pass {
+    views: Vec<Placed>,
+    grids: Vec<Grid>,
+    /// The patches and the tape, or nothing.
+    kept: Option<(Vec<f32>, VisionTape)>,
+}
+
+pub struct Tower {
+    pictures: Arc<PictureCache>,
+    processor: Arc<Processor>,
+    features: HashMap<ViewKey, Arc<Vec<f32>>>,
+    /// Those of the conversations that are under way.
+    passes: Vec<Pass>,
+    /// Bytes that tapes take, and those that they may take.
+    held: u64,
+    budget: u64,
+    memory: Memory,
+    /// What its backward pass may want of a forward pass: less and less; nothing where none will follow.
+    keep: &'static [Keep],
+}
+
+/// Values of cached features kept at most: 64 Mi f32 are 256 MiB.
+const FEATURE_VALUES: usize = 64 << 20;
+
+/// Patches of one pass; a larger picture is alone in its pass.
+const PATCHES_AT_ONCE: usize = 4096;
+
+impl Tower {
+    /// `budget` is in bytes; no backward pass may follow where `keep` is [`Keep::Nothing`].
+    pub fn new(
+        pictures: Arc<PictureCache>,
+        processor: Arc<Processor>,
+        memory: Memory,
+        budget: u64,
+        keep: Keep,
+    ) -> Tower {
+        let keep: &[Keep] = match keep {
+            Keep::Nothing => &[],
+            Keep::Inputs => &[Keep::Inputs],
+            Keep::Everything => &[Keep::Everything, Keep::Inputs],
+        };
+        Tower { pictures, processor, features: HashMap::new(), passes: Vec::new(), held: 0, budget, memory, keep }
+    }
+
+    /// One for other weights, from which nothing is learned.
+    pub fn aside(&self) -> Tower {
+        Tower::new(self.pictures.clone(), self.processor.clone(), self.memory, 0, Keep::Nothing)
+    }
+
+    /// The weights have changed.
+    pub fn forget(&mut self) {
+        self.features.clear();
+        self.forget_passes();
+    }
+
+    /// Other conversations begin.
+    pub fn forget_passes(&mut self) {
+        self.passes.clear();
+        self.held = 0;
+    }
+
+    /// Features of some views `[tokens, D]`, each computed once while the weights stay as they are.
+    pub fn features(&mut self, model: &Vlm, views: &[&Placed]) -> Result<Vec<Arc<Vec<f32>>>> {
+        let held: usize = self.features.values().map(|f| f.len()).sum();
+        if held > FEATURE_VALUES && views.iter().any(|v| !self.features.contains_key(&key(v))) {
+            // Simple and rare: start over with what is wanted now.
+            self.features.clear();
+        }
+        let mut missing: Vec<Placed> = Vec::new();
+        for view in views {
+            if !self.features.contains_key(&key(view)) && !missing.iter().any(|m| key(m) == key(view)) {
+                missing.push((*view).clone());
+            }
+        }
+        let patches: u64 = missing.iter().map(|v| self.patch_count(v) as u64).sum();
+        let fits = |keep: &Keep| self.held + patches * self.bytes(*keep) <= self.budget;
+        let keep = self.keep.iter().copied().find(fits).unwrap_or(Keep::Nothing);
+        let bytes = self.bytes(keep);
+        self.held += patches * bytes;
+        for views in self.runs(missing) {
+            let (patches, grids) = self.patches(&views)?;
+            let (features, tape) = model.look(&patches, &grids, keep)?;
+            let mut rest = &features[..];
+            for (view, grid) in views.iter().zip(&grids) {
+                let (mine, others) = rest.split_at(self.values(*grid, model));
+                self.features.insert(key(view), Arc::new(mine.to_vec()));
+                rest = others;
+            }
+            if !self.keep.is_empty() {
+                self.passes.push(Pass { views, grids, kept: tape.map(|tape| (patches, tape)) });
+            }
+        }
+        views
+            .iter()
+            .map(|v| self.features.get(&key(v)).cloned().context("a view was encoded and is not there"))
+            .collect()
+    }
+
+    /// Adds the tower's gradient of a loss with the given gradients by the features.
+    pub fn backward(&mut self, model: &Vlm, mut on: OnFeatures, train: Trainable, grads: &mut Gradients) -> Result<()> {
+        let mut passes = std::mem::take(&mut self.passes);
+        self.held = 0;
+        let known: Vec<ViewKey> = passes.iter().flat_map(|p| p.views.iter().map(key)).collect();
+        let others = on.views.iter().filter(|v| !known.contains(&key(v))).cloned().collect();
+        for views in self.runs(others) {
+            let grids = views.iter().map(|v| self.processor.grid(v.view.size)).collect();
+            passes.push(Pass { views, grids, kept: None });
+        }
+        for Pass { views, grids, kept } in passes {
+            let sums: Vec<Option<Vec<f32>>> = views.iter().map(|v| on.sums.remove(&key(v))).collect();
+            if sums.iter().all(Option::is_none) {
+                continue;
+            }
+            let mut dfeatures = Vec::new();
+            for (sum, grid) in sums.into_iter().zip(&grids) {
+                dfeatures.extend(sum.unwrap_or_else(|| vec![0.0; self.values(*grid, model)]));
+            }
+            let (patches, tape) = match kept {
+                Some(kept) => kept,
+                None => {
+                    let (patches, _) = self.patches(&views)?;
+                    let most = self.keep.first().copied().unwrap_or(Keep::Nothing);
+                    let (_, tape) = model.look(&patches, &grids, most)?;
+                    (patches, tape.context("a pass over the tower kept nothing")?)
+                }
+            };
+            model.look_backward(&patches, tape, &dfeatures, train, grads);
+        }
+        Ok(())
+    }
+
+    /// Of a patch.
+    fn bytes(&self, keep: Keep) -> u64 {
+        match keep {
+            Keep::Nothing => 0,
+            Keep::Inputs => self.memory.recompute_bytes_per_patch,
+            Keep::Everything => self.memory.tape_bytes_per_patch,
+        }
+    }
+
+    fn patch_count(&self, view: &Placed) -> usize {
+        self.processor.grid(view.view.size).patches()
+    }
+
+    fn values(&self, grid: Grid, model: &Vlm) -> usize {
+        grid.tokens(self.processor.merge) * model.config.text.hidden
+    }
+
+    /// Cuts views into runs of at most so many patches.
+    fn runs(&self, views: Vec<Placed>) -> Vec<Vec<Placed>> {
+        let mut runs: Vec<Vec<Placed>> = Vec::new();
+        let mut filled = 0;
+        for view in views {
+            let patches = self.patch_count(&view);
+            match runs.last_mut() {
+                Some(run) if filled + patches <= PATCHES_AT_ONCE => run.push(view),
+                _ => {
+                    runs.push(vec![view]);
+                    filled = 0;
+                }
+            }
+            filled += patches;
+        }
+        runs
+    }
+
+    /// Patches of some views, cut from the original pictures.
+    fn patches(&self, views: &[Placed]) -> Result<(Vec<f32>, Vec<Grid>)> {
+        let each: Vec<image::Patches> = views
+            .par_iter()
+            .map(|placed| {
+                let picture = self.pictures.get(&placed.path)?;
+                image::patches(&image::show(&picture, &placed.view)?, &self.processor)
+            })
+            .collect::<Result<_>>()?;
+        let grids = each.iter().map(|p| p.grid).collect();
+        let mut each = each.into_iter();
+        let mut all = each.next().map(|p| p.data).unwrap_or_default();
+        each.for_each(|p| all.extend_from_slice(&p.data));
+        Ok((all, grids))
+    }
+}
