@@ -13,6 +13,9 @@ use rand_chacha::ChaCha8Rng;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use foveate_kernels::attention::Span;
+use foveate_kernels::sample;
+
 use crate::chat::{Message, Part};
 use crate::config::BadConfig;
 use crate::engine::embedded::{Embedded, Options, Training};
@@ -21,7 +24,10 @@ use crate::episode::Stream;
 use crate::geometry::{BBox, Budget, View};
 use crate::image::bench_image;
 use crate::objective::{Advantage, Objective, Sequence};
-use crate::optim::Optim;
+use crate::model::block::Keep;
+use crate::model::generate::{Cache, Extension, SequenceId};
+use crate::model::{Gradients, Head, Packed, Slopes, Target, Trainable, Vlm, presets};
+use crate::optim::{AdamW, Optim, Trained};
 use crate::run::peak_rss;
 
 #[derive(Subcommand)]
@@ -32,6 +38,10 @@ pub enum Workload {
     Sft(Step),
     /// Tokens per second of sampling
     Decode(Step),
+    /// Training steps of a plain decoder with random weights: no picture, nothing shared
+    Train(Train),
+    /// Sampling after short prompts of words with a decoder of random weights
+    Speak(Speak),
     /// Decode, crop, resize and cut a picture into patches
     Image {
         picture: PathBuf,
@@ -66,11 +76,58 @@ pub struct Step {
     max_pixels: Option<u64>,
     #[arg(long)]
     min_pixels: Option<u64>,
+    /// Budget of the second turn's views, where it is another
+    #[arg(long)]
+    crop_max_pixels: Option<u64>,
     /// Rows (tokens) of one forward and backward pass
     #[arg(long, default_value_t = 8192)]
     micro_batch_tokens: usize,
     #[arg(long)]
     recompute: bool,
+}
+
+/// A decoder of random weights.
+#[derive(Args)]
+pub struct Decoder {
+    #[arg(long, default_value_t = 8)]
+    layers: usize,
+    #[arg(long, default_value_t = 256)]
+    hidden: usize,
+    #[arg(long, default_value_t = 4)]
+    heads: usize,
+    #[arg(long, default_value_t = 4)]
+    kv_heads: usize,
+    #[arg(long, default_value_t = 768)]
+    mlp: usize,
+    #[arg(long, default_value_t = 4096)]
+    vocab: usize,
+    /// Sequences
+    #[arg(long, default_value_t = 8)]
+    batch: usize,
+    #[arg(long, default_value_t = 3)]
+    steps: usize,
+    #[arg(long, default_value_t = 1)]
+    warmup: usize,
+}
+
+#[derive(Args)]
+pub struct Train {
+    #[command(flatten)]
+    decoder: Decoder,
+    /// Tokens of a sequence
+    #[arg(long, default_value_t = 512)]
+    tokens: usize,
+}
+
+#[derive(Args)]
+pub struct Speak {
+    #[command(flatten)]
+    decoder: Decoder,
+    /// Tokens of a prompt
+    #[arg(long, default_value_t = 128)]
+    prompt: usize,
+    #[arg(long, default_value_t = 64)]
+    new_tokens: usize,
 }
 
 #[derive(Deserialize)]
@@ -86,12 +143,142 @@ impl Workload {
             Workload::Step(step) => Rig::open(&step)?.step(&step)?,
             Workload::Sft(step) => Rig::open(&step)?.sft(&step)?,
             Workload::Decode(step) => Rig::open(&step)?.decode(&step)?,
+            Workload::Train(train) => train.run()?,
+            Workload::Speak(speak) => speak.run()?,
             Workload::Image { picture, max_pixels, min_pixels } => {
                 bench_image(&picture, Budget::new(min_pixels, max_pixels, 28))?
             }
         };
         println!("{out}");
         Ok(())
+    }
+}
+
+impl Decoder {
+    fn model(&self) -> Result<Vlm> {
+        ensure!(
+            self.heads > 0 && self.kv_heads > 0 && self.heads.is_multiple_of(self.kv_heads),
+            "--heads {}: expected a multiple of --kv-heads {}",
+            self.heads,
+            self.kv_heads
+        );
+        ensure!(
+            self.hidden.is_multiple_of(self.heads * 4) && self.vocab > 16 && self.layers > 0 && self.batch > 0,
+            "--hidden {}: expected a multiple of 4 × --heads {}; --vocab above 16, --layers and --batch above 0",
+            self.hidden,
+            self.heads
+        );
+        let mut config = presets::nano(self.vocab);
+        let half = self.hidden / self.heads / 2;
+        let text = &mut config.text;
+        (text.layers, text.hidden, text.heads, text.kv_heads) = (self.layers, self.hidden, self.heads, self.kv_heads);
+        (text.mlp, text.sections) = (self.mlp, [half / 4, (half - half / 4) / 2, half - half / 4 - (half - half / 4) / 2]);
+        config.vision.out_hidden = self.hidden;
+        Ok(presets::initialise(config, 1))
+    }
+
+    fn ids(&self, rng: &mut ChaCha8Rng, n: usize) -> Vec<u32> {
+        // The last ids are special.
+        (0..n).map(|_| rng.random_range(0..self.vocab as u32 - 16)).collect()
+    }
+}
+
+impl Train {
+    fn run(self) -> Result<Value> {
+        let Train { decoder, tokens } = self;
+        ensure!(tokens > 1, "--tokens {tokens}: expected at least 2");
+        let mut model = decoder.model()?;
+        // Only what such a decoder has is trained.
+        let train = Trainable { vision: false, merger: false, ..Trainable::ALL };
+        let layout = model.weights.layout.clone();
+        let trained = layout.entries.iter().filter(|e| train.has(e.group));
+        let trained: Vec<Trained> =
+            trained.map(|e| Trained { range: e.range.clone(), decay: e.shape.len() > 1 }).collect();
+        let params: usize = trained.iter().map(|t| t.range.len()).sum();
+        let mut optimizer = AdamW::new(trained)?;
+        let mut gradients = Gradients::zeros(&layout);
+        let optim = Optim { lr: 1e-6, weight_decay: 0.01, ..Optim::default() };
+        let mut rng = ChaCha8Rng::seed_from_u64(1);
+        let mut packed = Packed::default();
+        for _ in 0..decoder.batch {
+            let one = Packed::single(&decoder.ids(&mut rng, tokens), &[], Vec::new(), &model.config)?;
+            let first = packed.ids.len();
+            packed.ids.extend(&one.ids);
+            packed.positions.iter_mut().zip(one.positions).for_each(|(all, own)| all.extend(own));
+            let rows = first..packed.ids.len();
+            packed.spans.push(Span { queries: rows.clone(), shared: 0..0, own: rows, causal: true });
+            packed.targets.extend((1..tokens).map(|t| Target { row: first + t - 1, token: packed.ids[first + t] }));
+        }
+        let slopes = vec![-1.0 / packed.targets.len() as f32; packed.targets.len()];
+        let mut times = Vec::new();
+        let mut loss = 0.0;
+        for step in 0..decoder.warmup + decoder.steps {
+            let started = Instant::now();
+            let out = model.evaluate(&packed, Head::PLAIN, Keep::Everything, train)?;
+            loss = -out.logprobs.iter().map(|l| f64::from(*l)).sum::<f64>() / slopes.len() as f64;
+            let tape = out.tape.context("the forward pass kept nothing for the backward pass")?;
+            model.backward(&packed, tape, &Slopes::of(&slopes), train, &mut gradients)?;
+            optimizer.step(&mut model.weights.data, &gradients.data, &optim, optim.lr)?;
+            gradients.data.fill(0.0);
+            if step >= decoder.warmup {
+                times.push(started.elapsed().as_secs_f64());
+            }
+        }
+        let seconds = median(times);
+        Ok(json!({
+            "impl": "foveate", "dtype": "float32", "threads": rayon::current_num_threads(), "params": params,
+            "batch": decoder.batch, "tokens": tokens, "loss": loss, "seconds": round(seconds),
+            "tokens_per_second": round((decoder.batch * tokens) as f64 / seconds), "peak_rss_mib": peak_rss() >> 20,
+        }))
+    }
+}
+
+impl Speak {
+    fn run(self) -> Result<Value> {
+        let Speak { decoder, prompt, new_tokens } = self;
+        ensure!(prompt > 0 && new_tokens > 0, "--prompt and --new-tokens: expected at least 1");
+        let model = decoder.model()?;
+        let v = model.config.text.vocab;
+        let mut rng = ChaCha8Rng::seed_from_u64(1);
+        let prompts: Vec<Vec<u32>> = (0..decoder.batch).map(|_| decoder.ids(&mut rng, prompt)).collect();
+        let mut times = Vec::new();
+        for step in 0..decoder.warmup + decoder.steps {
+            let started = Instant::now();
+            let mut cache = Cache::new(&model);
+            let ids = prompts.iter().map(|_| cache.add_sequence(None, prompt + new_tokens));
+            let sequences: Vec<SequenceId> = ids.collect::<Result<_>>()?;
+            let first: Vec<i32> = (0..prompt as i32).collect();
+            let mut said: Vec<Vec<u32>> = prompts.clone();
+            let mut position = first.clone();
+            for n in 0..new_tokens {
+                let from = if n == 0 { 0 } else { prompt + n - 1 };
+                let extensions: Vec<Extension> = sequences
+                    .iter()
+                    .zip(&said)
+                    .map(|(sequence, ids)| Extension {
+                        sequence: *sequence,
+                        ids: &ids[from..],
+                        positions: [&position; 3],
+                        features: &[],
+                    })
+                    .collect();
+                let hidden = model.extend(&mut cache, &extensions)?;
+                let mut logits = model.next_logits(&cache, &hidden, &[]);
+                for (row, ids) in logits.chunks_exact_mut(v).zip(&mut said) {
+                    ids.push(sample::categorical(row, 1.0, rng.random()).0);
+                }
+                position = vec![(prompt + n) as i32];
+            }
+            if step >= decoder.warmup {
+                times.push(started.elapsed().as_secs_f64());
+            }
+        }
+        let seconds = median(times);
+        Ok(json!({
+            "impl": "foveate", "dtype": "float32", "threads": rayon::current_num_threads(),
+            "batch": decoder.batch, "prompt": prompt, "new_tokens": new_tokens, "seconds": round(seconds),
+            "new_tokens_per_second": round((decoder.batch * new_tokens) as f64 / seconds), "peak_rss_mib": peak_rss() >> 20,
+        }))
     }
 }
 
@@ -120,6 +307,7 @@ struct Rig {
     engine: Embedded,
     rows: Vec<Row>,
     budget: Budget,
+    crop_budget: Budget,
     lengths: [usize; 2],
 }
 
@@ -156,14 +344,18 @@ impl Rig {
             step.max_pixels.unwrap_or(own.max_pixels),
             own.factor,
         );
-        Ok(Rig { engine, rows: read_rows(&step.rows)?, budget, lengths })
+        let crop_budget = match step.crop_max_pixels {
+            Some(max) => Budget::new(budget.min_pixels.min(max), max, own.factor),
+            None => budget,
+        };
+        Ok(Rig { engine, rows: read_rows(&step.rows)?, budget, crop_budget, lengths })
     }
 
     fn view(&self, row: &Row, region: Option<BBox>) -> Result<View> {
         let size = self.engine.pictures.get(&row.image)?.size();
         match region {
             None => View::whole(0, size, self.budget),
-            Some(region) => View { image: 0, region: size.bounds(), size }.crop(region, size, self.budget),
+            Some(region) => View { image: 0, region: size.bounds(), size }.crop(region, size, self.crop_budget),
         }
     }
 

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use anyhow::{Context as _, Result, ensure};
 use rand::{RngCore, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use crate::chat::{Action, Chat, Convention, Message, Reading as Reader};
@@ -126,9 +127,12 @@ pub fn play(
     seed: u64,
     step: u64,
 ) -> Result<Vec<Episode>> {
+    // Opening a conversation decodes its pictures, so it is done for all at once; of several errors the first is told.
+    let opened: Vec<Result<Playing>> =
+        samples.par_iter().map(|&(group, sample)| open(stage, sample, group)).collect();
     let mut playing = Vec::with_capacity(samples.len() * group_size);
-    for &(group, sample) in samples {
-        let first = open(stage, sample, group)?;
+    for (&(group, sample), first) in samples.iter().zip(opened) {
+        let first = first?;
         for member in 0..group_size {
             playing.push(Playing {
                 sample,

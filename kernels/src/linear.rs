@@ -38,7 +38,11 @@ pub fn forward(y: &mut [f32], x: &[f32], w: &[f32], b: Option<&[f32]>, onto: boo
         return;
     }
     if let Some(b) = b {
-        y.par_chunks_mut(ROWS * n).for_each(|rows| start(rows, b, onto));
+        if t * n < WORTH_THREADS {
+            start(y, b, onto);
+        } else {
+            y.par_chunks_mut(ROWS * n).for_each(|rows| start(rows, b, onto));
+        }
     }
     let started = onto || b.is_some();
     let block = block_len(m);

@@ -9,6 +9,8 @@ use rayon::prelude::*;
 
 /// Rows whose weight gradient is summed together; also the unit of parallel work.
 const ROWS: usize = 64;
+/// Numbers below which waking other threads costs more than it saves.
+const WORTH_THREADS: usize = 1 << 15;
 
 /// y = x · rstd · w with rstd = 1 / sqrt(mean(x²) + eps) (Zhang & Sennrich 2019, arXiv:1910.07467).
 ///
@@ -16,7 +18,7 @@ const ROWS: usize = 64;
 /// y, x `[T, D]`; rstd `[T]` (kept for backward); w `[D]`.
 pub fn forward(y: &mut [f32], rstd: &mut [f32], x: &[f32], w: &[f32], d: usize, eps: f32) {
     check(y.len(), x.len(), rstd.len(), w.len(), d);
-    if rstd.len() <= ROWS {
+    if x.len() <= WORTH_THREADS {
         return forward_rows(y, rstd, x, w, d, eps);
     }
     y.par_chunks_mut(ROWS * d)

@@ -102,7 +102,9 @@ fn turn(x: &mut [f32], table: &Table, heads: usize, back: bool) {
         table.cos.len() / k
     );
     const ROWS: usize = 32;
-    if table.cos.len() <= ROWS * k {
+    // Below this waking other threads costs more than it saves.
+    const WORTH_THREADS: usize = 1 << 15;
+    if x.len() <= WORTH_THREADS {
         return turn_rows(x, &table.cos, &table.sin, heads, k, back);
     }
     x.par_chunks_mut(ROWS * heads * k)
