@@ -23,10 +23,10 @@ use crate::engine::{Group, Prompt, Sampler, Sampling, Trainer, Weights, Who};
 use crate::episode::Stream;
 use crate::geometry::{BBox, Budget, View};
 use crate::image::bench_image;
-use crate::objective::{Advantage, Objective, Sequence};
 use crate::model::block::Keep;
 use crate::model::generate::{Cache, Extension, SequenceId};
 use crate::model::{Gradients, Head, Packed, Slopes, Target, Trainable, Vlm, presets};
+use crate::objective::{Advantage, Objective, Sequence};
 use crate::optim::{AdamW, Optim, Trained};
 use crate::run::peak_rss;
 
@@ -172,7 +172,8 @@ impl Decoder {
         let half = self.hidden / self.heads / 2;
         let text = &mut config.text;
         (text.layers, text.hidden, text.heads, text.kv_heads) = (self.layers, self.hidden, self.heads, self.kv_heads);
-        (text.mlp, text.sections) = (self.mlp, [half / 4, (half - half / 4) / 2, half - half / 4 - (half - half / 4) / 2]);
+        (text.mlp, text.sections) =
+            (self.mlp, [half / 4, (half - half / 4) / 2, half - half / 4 - (half - half / 4) / 2]);
         config.vision.out_hidden = self.hidden;
         Ok(presets::initialise(config, 1))
     }

@@ -480,6 +480,7 @@ impl Loop<'_> {
             interrupt: &Interrupt::none(),
         };
         let summary = eval::summarise(&eval::play_all(&bench, "held-out rows", self.task, engine, rows)?);
+        engine.forget_views();
         metrics.insert("val/accuracy".into(), json!(summary.accuracy.value));
         if let Some(c) = summary.containment {
             metrics.insert("val/contains_target".into(), json!(c.value));

@@ -128,8 +128,7 @@ pub fn play(
     step: u64,
 ) -> Result<Vec<Episode>> {
     // Opening a conversation decodes its pictures, so it is done for all at once; of several errors the first is told.
-    let opened: Vec<Result<Playing>> =
-        samples.par_iter().map(|&(group, sample)| open(stage, sample, group)).collect();
+    let opened: Vec<Result<Playing>> = samples.par_iter().map(|&(group, sample)| open(stage, sample, group)).collect();
     let mut playing = Vec::with_capacity(samples.len() * group_size);
     for (&(group, sample), first) in samples.iter().zip(opened) {
         let first = first?;

@@ -226,6 +226,14 @@ impl Embedded {
         self.training.as_ref().map(|t| &t.gradients)
     }
 
+    /// Of a trained tower: the weights have changed, or what was seen since then is not what the next update is about (an
+    /// evaluation has ended). A frozen tower remembers from step to step.
+    pub fn forget_views(&mut self) {
+        if self.trainable.tower() {
+            self.tower.forget();
+        }
+    }
+
     /// Features of some views, each computed once while the tower stays as it is.
     fn encode(&mut self, views: &[&Placed]) -> Result<Vec<Arc<Vec<f32>>>> {
         self.tower.features(&self.model, views)
@@ -256,15 +264,23 @@ impl Embedded {
         if !fits {
             self.cache = Some(Cache::new(&self.model));
             self.kept.clear();
-            self.tower.forget_passes();
         }
         let mut cache = self.cache.take().context("no cache to continue in")?;
         let d = self.model.config.text.hidden;
 
-        // What each prompt still has to read, with its images.
+        // What each prompt still has to read, with its images, which are encoded together.
+        let unread = |this: &Self, p: &Prompt| if fits { this.kept[&p.session].rows } else { 0 };
+        let views: Vec<&Placed> = prompts
+            .iter()
+            .flat_map(|p| {
+                let from = unread(self, p);
+                p.stream.images.iter().filter(move |i| i.first >= from)
+            })
+            .collect();
+        self.encode(&views)?;
         let mut reads = Vec::with_capacity(prompts.len());
         for p in prompts {
-            let from = if fits { self.kept[&p.session].rows } else { 0 };
+            let from = unread(self, p);
             let views: Vec<&Placed> = p.stream.images.iter().filter(|i| i.first >= from).collect();
             let features: Vec<f32> = self.encode(&views)?.iter().flat_map(|f| f.iter().copied()).collect();
             let own = if p.seeds.len() == 1 { sampling.max_new_tokens } else { 0 };
@@ -526,17 +542,17 @@ impl Trainer for Embedded {
         if who == Who::Policy {
             return self.score(groups);
         }
+        self.swap_reference()?;
         // What a trained tower has seen belongs to the policy, not to the reference.
         let own = self.trainable.tower().then(|| {
             let aside = self.tower.aside();
             std::mem::replace(&mut self.tower, aside)
         });
-        self.swap_reference()?;
         let scores = self.score(groups);
-        self.swap_reference()?;
         if let Some(own) = own {
             self.tower = own;
         }
+        self.swap_reference()?;
         scores
     }
 
@@ -605,9 +621,8 @@ impl Trainer for Embedded {
             stepped.grad_norm
         );
         gradients.data.fill(0.0);
-        if self.trainable.tower() {
-            self.tower.forget();
-        }
+        self.end_step();
+        self.forget_views();
         Ok(stepped.grad_norm)
     }
 
@@ -626,6 +641,7 @@ impl Trainer for Embedded {
         if let Some(training) = &mut self.training {
             training.optimizer = AdamW::load(training.trained.clone(), &dir.join(OPTIMIZER))?;
         }
+        self.end_step();
         self.tower.forget();
         Ok(())
     }

@@ -6,7 +6,7 @@
 //! pass is done again for the backward pass. All three give the same gradients bit for bit, because the views of one forward pass
 //! stay together.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -61,8 +61,9 @@ pub struct Tower {
     pictures: Arc<PictureCache>,
     processor: Arc<Processor>,
     features: HashMap<ViewKey, Arc<Vec<f32>>>,
-    /// Those of the conversations that are under way.
+    /// Those since the weights changed, and their views.
     passes: Vec<Pass>,
+    passed: HashSet<ViewKey>,
     /// Bytes that tapes take, and those that they may take.
     held: u64,
     budget: u64,
@@ -91,7 +92,17 @@ impl Tower {
             Keep::Inputs => &[Keep::Inputs],
             Keep::Everything => &[Keep::Everything, Keep::Inputs],
         };
-        Tower { pictures, processor, features: HashMap::new(), passes: Vec::new(), held: 0, budget, memory, keep }
+        Tower {
+            pictures,
+            processor,
+            features: HashMap::new(),
+            passes: Vec::new(),
+            passed: HashSet::new(),
+            held: 0,
+            budget,
+            memory,
+            keep,
+        }
     }
 
     /// One for other weights, from which nothing is learned.
@@ -99,15 +110,11 @@ impl Tower {
         Tower::new(self.pictures.clone(), self.processor.clone(), self.memory, 0, Keep::Nothing)
     }
 
-    /// The weights have changed.
+    /// The weights have changed, or what comes has nothing to do with what was seen.
     pub fn forget(&mut self) {
         self.features.clear();
-        self.forget_passes();
-    }
-
-    /// Other conversations begin.
-    pub fn forget_passes(&mut self) {
         self.passes.clear();
+        self.passed.clear();
         self.held = 0;
     }
 
@@ -118,27 +125,26 @@ impl Tower {
             // Simple and rare: start over with what is wanted now.
             self.features.clear();
         }
-        let mut missing: Vec<Placed> = Vec::new();
-        for view in views {
-            if !self.features.contains_key(&key(view)) && !missing.iter().any(|m| key(m) == key(view)) {
-                missing.push((*view).clone());
-            }
-        }
-        let patches: u64 = missing.iter().map(|v| self.patch_count(v) as u64).sum();
-        let fits = |keep: &Keep| self.held + patches * self.bytes(*keep) <= self.budget;
-        let keep = self.keep.iter().copied().find(fits).unwrap_or(Keep::Nothing);
-        let bytes = self.bytes(keep);
-        self.held += patches * bytes;
-        for views in self.runs(missing) {
+        let mut asked = HashSet::new();
+        let is_new = |v: &&&Placed| !self.features.contains_key(&key(v)) && asked.insert(key(v));
+        let missing: Vec<Placed> = views.iter().filter(is_new).map(|v| (*v).clone()).collect();
+        // Views whose features had to make way have their pass already.
+        let (again, new) = missing.into_iter().partition(|v| self.passed.contains(&key(v)));
+        for views in self.runs(again) {
             let (patches, grids) = self.patches(&views)?;
+            let (features, _) = model.look(&patches, &grids, Keep::Nothing)?;
+            self.remember(model, &views, &grids, &features);
+        }
+        for views in self.runs(new) {
+            let (patches, grids) = self.patches(&views)?;
+            let rows = grids.iter().map(|g| g.patches() as u64).sum::<u64>();
+            let fits = |keep: &Keep| self.held + rows * self.bytes(*keep) <= self.budget;
+            let keep = self.keep.iter().copied().find(fits).unwrap_or(Keep::Nothing);
             let (features, tape) = model.look(&patches, &grids, keep)?;
-            let mut rest = &features[..];
-            for (view, grid) in views.iter().zip(&grids) {
-                let (mine, others) = rest.split_at(self.values(*grid, model));
-                self.features.insert(key(view), Arc::new(mine.to_vec()));
-                rest = others;
-            }
+            self.held += rows * self.bytes(keep);
+            self.remember(model, &views, &grids, &features);
             if !self.keep.is_empty() {
+                self.passed.extend(views.iter().map(key));
                 self.passes.push(Pass { views, grids, kept: tape.map(|tape| (patches, tape)) });
             }
         }
@@ -148,11 +154,20 @@ impl Tower {
             .collect()
     }
 
+    fn remember(&mut self, model: &Vlm, views: &[Placed], grids: &[Grid], features: &[f32]) {
+        let mut rest = features;
+        for (view, grid) in views.iter().zip(grids) {
+            let (mine, others) = rest.split_at(self.values(*grid, model));
+            self.features.insert(key(view), Arc::new(mine.to_vec()));
+            rest = others;
+        }
+    }
+
     /// Adds the tower's gradient of a loss with the given gradients by the features.
     pub fn backward(&mut self, model: &Vlm, mut on: OnFeatures, train: Trainable, grads: &mut Gradients) -> Result<()> {
         let mut passes = std::mem::take(&mut self.passes);
+        let known = std::mem::take(&mut self.passed);
         self.held = 0;
-        let known: Vec<ViewKey> = passes.iter().flat_map(|p| p.views.iter().map(key)).collect();
         let others = on.views.iter().filter(|v| !known.contains(&key(v))).cloned().collect();
         for views in self.runs(others) {
             let grids = views.iter().map(|v| self.processor.grid(v.view.size)).collect();
