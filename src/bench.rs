@@ -13,9 +13,9 @@ use rand_chacha::ChaCha8Rng;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use foveate_kernels::attention::Span;
 use foveate_kernels::sample;
 
+use crate::batch;
 use crate::chat::{Message, Part};
 use crate::config::BadConfig;
 use crate::engine::embedded::{Embedded, Options, Training};
@@ -25,7 +25,7 @@ use crate::geometry::{BBox, Budget, View};
 use crate::image::bench_image;
 use crate::model::block::Keep;
 use crate::model::generate::{Cache, Extension, SequenceId};
-use crate::model::{Gradients, Head, Packed, Slopes, Target, Trainable, Vlm, presets};
+use crate::model::{Gradients, Head, Slopes, Trainable, Vlm, presets};
 use crate::objective::{Advantage, Objective, Sequence};
 use crate::optim::{AdamW, Optim, Trained};
 use crate::run::peak_rss;
@@ -192,24 +192,19 @@ impl Train {
         // Only what such a decoder has is trained.
         let train = Trainable { vision: false, merger: false, ..Trainable::ALL };
         let layout = model.weights.layout.clone();
-        let trained = layout.entries.iter().filter(|e| train.has(e.group));
-        let trained: Vec<Trained> =
-            trained.map(|e| Trained { range: e.range.clone(), decay: e.shape.len() > 1 }).collect();
+        let trained = Trained::of(&layout, train);
         let params: usize = trained.iter().map(|t| t.range.len()).sum();
         let mut optimizer = AdamW::new(trained)?;
         let mut gradients = Gradients::zeros(&layout);
         let optim = Optim { lr: 1e-6, weight_decay: 0.01, ..Optim::default() };
         let mut rng = ChaCha8Rng::seed_from_u64(1);
-        let mut packed = Packed::default();
-        for _ in 0..decoder.batch {
-            let one = Packed::single(&decoder.ids(&mut rng, tokens), &[], Vec::new(), &model.config)?;
-            let first = packed.ids.len();
-            packed.ids.extend(&one.ids);
-            packed.positions.iter_mut().zip(one.positions).for_each(|(all, own)| all.extend(own));
-            let rows = first..packed.ids.len();
-            packed.spans.push(Span { queries: rows.clone(), shared: 0..0, own: rows, causal: true });
-            packed.targets.extend((1..tokens).map(|t| Target { row: first + t - 1, token: packed.ids[first + t] }));
+        // As if all but the first token of each had been sampled.
+        let mut streams = vec![Stream::default(); decoder.batch];
+        for stream in &mut streams {
+            stream.push_sampled(&decoder.ids(&mut rng, tokens), &vec![0.0; tokens]);
         }
+        let groups: Vec<Group> = streams.iter().map(Stream::alone).collect();
+        let packed = batch::pack(&model, &groups)?.packed;
         let slopes = vec![-1.0 / packed.targets.len() as f32; packed.targets.len()];
         let mut times = Vec::new();
         let mut loss = 0.0;

@@ -14,6 +14,7 @@ use std::ops::Range;
 use std::path::Path;
 
 use crate::config::BadConfig;
+use crate::model::{Layout, Trainable};
 
 /// How the learning rate goes on after the warm-up. `p` runs from 0 (end of warm-up) to 1 (last step).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -119,6 +120,14 @@ pub struct Trained {
     pub range: Range<usize>,
     /// Whether weight decay applies (it is customary to spare norms and biases; verl does not).
     pub decay: bool,
+}
+
+impl Trained {
+    /// The tensors of a model that are trained, in their order; matrices decay.
+    pub fn of(layout: &Layout, train: Trainable) -> Vec<Trained> {
+        let entries = layout.entries.iter().filter(|e| train.has(e.group));
+        entries.map(|e| Trained { range: e.range.clone(), decay: e.shape.len() > 1 }).collect()
+    }
 }
 
 /// Numbers summed in one go: fixed, so that the order of additions does not depend on the number of threads.

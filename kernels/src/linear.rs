@@ -15,7 +15,7 @@ use rayon::prelude::*;
 /// Longest run of multiply-adds; the length `gemm` never splits.
 const BLOCK: usize = 512;
 /// Below this many rows `gemm` spends more on packing the weights (by one thread) than the panel product takes in all.
-const FEW_ROWS: usize = 64;
+pub const FEW_ROWS: usize = 64;
 /// Rows and columns that one task takes where the work is adding.
 const ROWS: usize = 64;
 const COLUMNS: usize = 64;

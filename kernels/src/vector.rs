@@ -117,24 +117,22 @@ pub(crate) fn max(x: &[f32]) -> f32 {
     for (m, &value) in lanes.iter_mut().zip(rest) {
         *m = if value > *m { value } else { *m };
     }
-    // A tree: in a row these comparisons would wait for each other.
-    let mut half = LANES / 2;
-    while half > 0 {
-        for i in 0..half {
-            lanes[i] = if lanes[i + half] > lanes[i] { lanes[i + half] } else { lanes[i] };
-        }
-        half /= 2;
-    }
-    lanes[0]
+    // In a row these comparisons would wait for each other.
+    tree(lanes, |a, b| if b > a { b } else { a })
 }
 
 /// Adds the lanes as a balanced tree.
 #[inline(always)]
-pub(crate) fn fold(mut lanes: [f32; LANES]) -> f32 {
+pub(crate) fn fold(lanes: [f32; LANES]) -> f32 {
+    tree(lanes, |a, b| a + b)
+}
+
+#[inline(always)]
+fn tree(mut lanes: [f32; LANES], both: impl Fn(f32, f32) -> f32) -> f32 {
     let mut half = LANES / 2;
     while half > 0 {
         for i in 0..half {
-            lanes[i] += lanes[i + half];
+            lanes[i] = both(lanes[i], lanes[i + half]);
         }
         half /= 2;
     }

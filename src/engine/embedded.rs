@@ -167,17 +167,9 @@ impl Embedded {
         let training_state = training.map(|t| -> Result<Learning> {
             t.optim.validate()?;
             let layout = &model.weights.layout;
-            let ranges: Vec<_> =
-                layout.entries.iter().filter(|e| trainable.has(e.group)).map(|e| e.range.clone()).collect();
-            let trained: Vec<Trained> = layout
-                .entries
-                .iter()
-                .filter(|e| trainable.has(e.group))
-                .map(|e| Trained { range: e.range.clone(), decay: e.shape.len() > 1 })
-                .collect();
-            let reference = t
-                .reference
-                .then(|| ranges.iter().map(|r| (r.clone(), model.weights.data[r.clone()].to_vec())).collect());
+            let trained = Trained::of(layout, trainable);
+            let kept = |t: &Trained| (t.range.clone(), model.weights.data[t.range.clone()].to_vec());
+            let reference = t.reference.then(|| trained.iter().map(kept).collect());
             Ok(Learning {
                 gradients: Gradients::zeros(layout),
                 optimizer: AdamW::new(trained.clone())?,
@@ -277,12 +269,12 @@ impl Embedded {
                 p.stream.images.iter().filter(move |i| i.first >= from)
             })
             .collect();
-        self.encode(&views)?;
+        let mut encoded = self.encode(&views)?.into_iter();
         let mut reads = Vec::with_capacity(prompts.len());
         for p in prompts {
             let from = unread(self, p);
-            let views: Vec<&Placed> = p.stream.images.iter().filter(|i| i.first >= from).collect();
-            let features: Vec<f32> = self.encode(&views)?.iter().flat_map(|f| f.iter().copied()).collect();
+            let pictures = p.stream.images.iter().filter(|i| i.first >= from).count();
+            let features: Vec<f32> = encoded.by_ref().take(pictures).flat_map(|f| f.to_vec()).collect();
             let own = if p.seeds.len() == 1 { sampling.max_new_tokens } else { 0 };
             let sequence = match fits {
                 true => self.kept[&p.session].sequence,

@@ -112,7 +112,7 @@ pub struct Laid(HashMap<usize, linear::Packed>);
 
 impl Laid {
     /// Rows from which on the plain product is as fast.
-    pub const ROWS: usize = 64;
+    pub const ROWS: usize = linear::FEW_ROWS;
 
     /// Of matrices `[outputs, inputs]`, given as place, inputs, outputs.
     pub fn new(maps: impl Iterator<Item = (Range<usize>, usize, usize)>, data: &[f32]) -> Laid {

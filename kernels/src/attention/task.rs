@@ -45,8 +45,13 @@ impl Block<'_> {
     }
 }
 
+/// Of a block.
+fn most_queries(dims: Dims) -> usize {
+    (ROWS / dims.group()).max(1)
+}
+
 pub(super) fn blocks(spans: &[Span], dims: Dims) -> Vec<Block<'_>> {
-    let most = (ROWS / dims.group()).max(1);
+    let most = most_queries(dims);
     let mut blocks = Vec::new();
     let mut at = 0;
     while at < spans.len() {
@@ -114,7 +119,7 @@ impl Task<'_> {
 
 /// Every block of queries, for each head of keys in turn.
 pub(super) fn tasks(spans: &[Span], dims: Dims) -> Vec<Task<'_>> {
-    let step = (ROWS / dims.group()).max(1);
+    let step = most_queries(dims);
     let mut tasks = Vec::new();
     for span in spans {
         let n = span.queries.len();
@@ -163,18 +168,17 @@ impl Prepared {
             }
         }
         distinct.retain(|(_, wanted, _)| *wanted);
-        let of_head = |(run, many): &(&Range<usize>, bool), head: usize| {
+        let of_head = |(run, _, many): &(&Range<usize>, bool, bool), head: usize| {
             let mut keys = Vec::new();
             transposed(&mut keys, k, (*run).clone(), head, dims);
             Run { keys, values: if *many { head_rows(v, run, head, dims) } else { Vec::new() } }
         };
-        let distinct: Vec<(&Range<usize>, bool)> = distinct.into_iter().map(|(run, _, many)| (run, many)).collect();
-        let numbers: usize = distinct.iter().map(|(run, _)| run.len() * dims.kv_heads * dims.k).sum();
+        let numbers: usize = distinct.iter().map(|(run, ..)| run.len() * dims.kv_heads * dims.k).sum();
         let each = 0..distinct.len() * dims.kv_heads;
         let one = |i: usize| of_head(&distinct[i / dims.kv_heads], i % dims.kv_heads);
         let heads: Vec<Run> =
             if numbers < WORTH_THREADS { each.map(one).collect() } else { each.into_par_iter().map(one).collect() };
-        Self { runs: distinct.into_iter().map(|(run, _)| run.clone()).collect(), heads, kv_heads: dims.kv_heads }
+        Self { runs: distinct.into_iter().map(|(run, ..)| run.clone()).collect(), heads, kv_heads: dims.kv_heads }
     }
 
     /// The run of keys as one head reads it, if it was prepared.
