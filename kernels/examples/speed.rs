@@ -1,7 +1,7 @@
 //! Prints the speed of the products and of attention in GFLOP/s: `cargo run --release -p foveate-kernels --example speed`.
 //! For a person to look at after a change; the project's measured numbers come from `foveate bench`.
 
-use foveate_kernels::attention::{self, Dims, Span};
+use foveate_kernels::attention::{self, Dims, Keys, Span};
 use foveate_kernels::{linear, logprob, mlp, norm};
 use std::hint::black_box;
 use std::time::Instant;
@@ -75,7 +75,7 @@ fn main() {
         line(
             &format!("attention T={t} H={heads}/{kv_heads} K={k} causal={causal}"),
             flops,
-            seconds(|| attention::forward(black_box(&mut o), &mut lse, &q, &kk, &v, &spans, dims)),
+            seconds(|| attention::forward(black_box(&mut o), &mut lse, &q, Keys::Rows(&kk), &v, &spans, dims)),
         );
         let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; kk.len()], vec![0.0; v.len()]);
         line(
@@ -97,7 +97,7 @@ fn main() {
     line(
         "attention decode B=32 keys=400 H=4/2 K=32",
         4 * b * 400 * 4 * 32,
-        seconds(|| attention::forward(black_box(&mut o), &mut lse, &q, &kk, &kk, &spans, dims)),
+        seconds(|| attention::forward(black_box(&mut o), &mut lse, &q, Keys::Rows(&kk), &kk, &spans, dims)),
     );
 
     let (t, d, v) = (256, 128, 4096);

@@ -15,7 +15,7 @@ mod task;
 pub use self::backward::backward;
 
 use self::task::{Block, Prepared, blocks, transposed};
-use crate::panel::{self, Left, WIDTH};
+use crate::panel::{self, Left, Onto, WIDTH};
 use crate::vector::{self, LANES, dispatch, exp2};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -68,14 +68,46 @@ const SCORES: usize = MARGIN + BLOCK + MARGIN;
 const WORTH_THREADS: usize = 1 << 18;
 const WORTH_TASK: usize = 1 << 16;
 
+/// Rows of keys that [`Keys::Panels`] lay out together.
+pub const PANEL: usize = WIDTH;
+
+/// Where keys are read from.
+#[derive(Clone, Copy)]
+pub enum Keys<'a> {
+    /// `[Tk, Hkv, K]`
+    Rows(&'a [f32]),
+    /// `[Tk / PANEL, Hkv, K, PANEL]`, as [`store_keys`] lays them out: for a cache, whose keys are read token after token. Every
+    /// run of keys starts at a multiple of [`PANEL`]; what lies behind its last key does not matter.
+    Panels(&'a [f32]),
+}
+
+/// Writes keys to rows `first..` of a cache.
+///
+/// # Shapes
+/// panels `[Tk / PANEL, Hkv, K, PANEL]`, k `[n, Hkv, K]`
+pub fn store_keys(panels: &mut [f32], first: usize, k: &[f32], dims: Dims) {
+    let width = dims.kv_heads * dims.k;
+    for (row, k) in (first..).zip(k.chunks_exact(width)) {
+        let panel = &mut panels[row / PANEL * PANEL * width..][..PANEL * width];
+        for (column, k) in panel.chunks_exact_mut(PANEL).zip(k) {
+            column[row % PANEL] = *k;
+        }
+    }
+}
+
 /// Writes o and lse (log-sum-exp of the scaled scores, for the backward) of every query in a span; other rows stay. Spans come in
 /// the order of their queries.
 ///
 /// # Shapes
-/// o, q `[Tq, H, K]`; lse `[Tq, H]`; k, v `[Tk, Hkv, K]`.
-#[allow(clippy::too_many_arguments)]
-pub fn forward(o: &mut [f32], lse: &mut [f32], q: &[f32], k: &[f32], v: &[f32], spans: &[Span], dims: Dims) {
-    check(q, k, v, spans, dims);
+/// o, q `[Tq, H, K]`; lse `[Tq, H]`; v and the keys `[Tk, Hkv, K]`.
+pub fn forward(o: &mut [f32], lse: &mut [f32], q: &[f32], k: Keys, v: &[f32], spans: &[Span], dims: Dims) {
+    let (Keys::Rows(all) | Keys::Panels(all)) = k;
+    check(q, all, v, spans, dims);
+    let aligned = |s: &Span| s.shared.start.is_multiple_of(PANEL) && s.own.start.is_multiple_of(PANEL);
+    assert!(
+        matches!(k, Keys::Rows(_)) || spans.iter().all(aligned),
+        "attention: a run of cached keys does not start with a panel"
+    );
     assert_eq!(o.len(), q.len(), "attention: o has {} numbers, q has {}", o.len(), q.len());
     assert_eq!(lse.len() * dims.k, q.len(), "attention: lse has {} numbers for q's {}", lse.len(), q.len());
     let prepared = Prepared::new(k, v, spans, dims);
@@ -127,19 +159,23 @@ struct Piece<'a> {
     /// Number of its first key among those that the span sees, and how many keys it has.
     first: usize,
     keys: usize,
+    /// Panels of [K, WIDTH] and how far each is from the next.
     panels: &'a [f32],
+    step: usize,
+    /// Values, `WIDTH` numbers of each key: how far apart keys are, and the next `WIDTH` numbers.
     values: &'a [f32],
     stride: usize,
+    next: usize,
 }
 
-dispatch! { fn attend(o: &mut [f32], lse: &mut [f32], q: &[f32], k: &[f32], v: &[f32], prepared: &Prepared, block: &Block, scratch: &mut Scratch, dims: Dims) = attend_body }
+dispatch! { fn attend(o: &mut [f32], lse: &mut [f32], q: &[f32], k: Keys, v: &[f32], prepared: &Prepared, block: &Block, scratch: &mut Scratch, dims: Dims) = attend_body }
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
 fn attend_body<const LEVEL: u8>(
     o: &mut [f32],
     lse: &mut [f32],
     q: &[f32],
-    k: &[f32],
+    k: Keys,
     v: &[f32],
     prepared: &Prepared,
     block: &Block,
@@ -171,12 +207,16 @@ fn attend_body<const LEVEL: u8>(
 
         let piece = |run: &Range<usize>, first: usize| {
             let ready = prepared.run(run, head);
-            let stride = dims.kv_heads * kd;
-            let (values, stride) = match ready {
-                Some(ready) if !ready.values.is_empty() => (&ready.values[..], kd),
-                _ => (&v[(run.start * stride + head * kd).min(v.len())..], stride),
+            let width_all = dims.kv_heads * kd;
+            let (values, stride, next) = match ready {
+                Some(ready) if !ready.values.is_empty() => (&ready.values[..], WIDTH, run.len() * WIDTH),
+                _ => (&v[(run.start * width_all + head * kd).min(v.len())..], width_all, WIDTH),
             };
-            Piece { first, keys: run.len(), panels: ready.map_or(&[], |r| &r.keys), values, stride }
+            let (panels, step) = match k {
+                Keys::Panels(k) => (&k[(run.start * width_all + head * kd * WIDTH).min(k.len())..], width_all * WIDTH),
+                Keys::Rows(_) => (ready.map_or(&[][..], |r| &r.keys), kd * WIDTH),
+            };
+            Piece { first, keys: run.len(), panels, step, values, stride, next }
         };
         // Blocks of keys that all members share are met by all rows at once, the rest by each member's rows.
         let shared = piece(&block.spans[0].shared, 0);
@@ -190,7 +230,7 @@ fn attend_body<const LEVEL: u8>(
             let rows = first..first + queries.len() * group;
             first = rows.end;
             let mut own = piece(&span.own, span.shared.len());
-            if own.panels.is_empty() {
+            if let (Keys::Rows(k), true) = (k, own.panels.is_empty()) {
                 transposed(own_panels, k, span.own.clone(), head, dims);
                 own.panels = own_panels;
             }
@@ -244,55 +284,61 @@ impl State<'_> {
             for (piece, from, to) in parts.clone() {
                 let (first, last) = ((from - piece.first) / WIDTH, (to - piece.first).div_ceil(WIDTH));
                 let out = &mut self.scores[MARGIN + piece.first + first * WIDTH - block..];
-                let panels = &piece.panels[first * WIDTH * kd..last * WIDTH * kd];
-                panel::multiply_panels(out, SCORES, Left::rows(&self.q[r0 * kd..], kd), panels, strip, kd);
+                let panels = &piece.panels[first * piece.step..(last - 1) * piece.step + WIDTH * kd];
+                panel::multiply_panels(out, SCORES, Left::rows(&self.q[r0 * kd..], kd), panels, piece.step, strip, kd);
             }
+            // The largest scores of all rows first: their exponentials are then one vector.
+            let mut largest = [f32::NEG_INFINITY; STRIP];
+            largest[..strip].copy_from_slice(&self.largest[r0..r0 + strip]);
+            let before = largest;
+            let visible = |r: usize| self.visible[r0 + r].clamp(block, seen) - block;
+            for (r, largest) in largest[..strip].iter_mut().enumerate() {
+                let highest = vector::max(&self.scores[r * SCORES + MARGIN..][..visible(r)]);
+                *largest = if highest > *largest { highest } else { *largest };
+            }
+            let mut shrink = [1.0; STRIP];
+            for ((shrink, before), largest) in shrink.iter_mut().zip(before).zip(largest) {
+                *shrink = if largest > before { exp2::<LEVEL>(before - largest) } else { 1.0 };
+            }
+            self.largest[r0..r0 + strip].copy_from_slice(&largest[..strip]);
             let o = &mut self.o[r0 * kd..(r0 + strip) * kd];
             for (r, o) in o.chunks_exact_mut(kd).enumerate() {
-                let visible = self.visible[r0 + r].clamp(block, seen) - block;
-                let row = &mut self.scores[r * SCORES + MARGIN..][..seen - block];
-                let shrink =
-                    softmax_terms::<LEVEL>(&mut row[..visible], &mut self.largest[r0 + r], &mut self.sums[r0 + r]);
-                row[visible..].fill(0.0);
-                if shrink != 1.0 {
-                    o.iter_mut().for_each(|o| *o *= shrink);
+                let (row, hidden) = self.scores[r * SCORES + MARGIN..][..seen - block].split_at_mut(visible(r));
+                softmax_terms::<LEVEL>(row, largest[r], shrink[r], &mut self.sums[r0 + r]);
+                hidden.fill(0.0);
+                if shrink[r] != 1.0 {
+                    o.iter_mut().for_each(|o| *o *= shrink[r]);
                 }
             }
             for (piece, from, to) in parts {
                 let weights = &self.scores[MARGIN + from - block..];
                 let values = &piece.values[(from - piece.first) * piece.stride..];
-                panel::multiply(o, kd, Left::rows(weights, SCORES), values, piece.stride, strip, to - from, kd, true);
+                for (i, c) in (0..kd).step_by(WIDTH).enumerate() {
+                    let (left, values) = (Left::rows(weights, SCORES), &values[i * piece.next..]);
+                    let cols = WIDTH.min(kd - c);
+                    panel::multiply(&mut o[c..], kd, left, values, piece.stride, strip, to - from, cols, Onto::Start);
+                }
             }
         }
     }
 }
 
-/// Scores of a block become 2^(score − largest), added to `sums`; `largest` and `sums` are those of all blocks so far.
-/// Returns what earlier terms have to be multiplied by.
+/// Scores of a block become 2^(score − largest), added to `sums`, whose earlier terms are multiplied by `shrink`.
 #[inline(always)]
-fn softmax_terms<const LEVEL: u8>(row: &mut [f32], largest: &mut f32, sums: &mut [f32; LANES]) -> f32 {
-    if row.is_empty() {
-        return 1.0;
-    }
-    let before = *largest;
-    let highest = vector::max(row);
-    let max = if highest > before { highest } else { before };
-    let shrink = if max > before { exp2::<LEVEL>(before - max) } else { 1.0 };
-    *largest = max;
+fn softmax_terms<const LEVEL: u8>(row: &mut [f32], largest: f32, shrink: f32, sums: &mut [f32; LANES]) {
     let mut lanes = sums.map(|sum| sum * shrink);
     let (whole, rest) = row.as_chunks_mut::<LANES>();
     for chunk in whole {
         for (s, lane) in chunk.iter_mut().zip(&mut lanes) {
-            *s = exp2::<LEVEL>(*s - max);
+            *s = exp2::<LEVEL>(*s - largest);
             *lane += *s;
         }
     }
     for (s, lane) in rest.iter_mut().zip(&mut lanes) {
-        *s = exp2::<LEVEL>(*s - max);
+        *s = exp2::<LEVEL>(*s - largest);
         *lane += *s;
     }
     *sums = lanes;
-    shrink
 }
 
 fn check(q: &[f32], k: &[f32], v: &[f32], spans: &[Span], dims: Dims) {
@@ -404,8 +450,41 @@ mod tests {
 
     fn run(q: &[f32], k: &[f32], v: &[f32], spans: &[Span], dims: Dims) -> (Vec<f32>, Vec<f32>) {
         let (mut o, mut lse) = (vec![f32::NAN; q.len()], vec![f32::NAN; q.len() / dims.k]);
-        forward(&mut o, &mut lse, q, k, v, spans, dims);
+        forward(&mut o, &mut lse, q, Keys::Rows(k), v, spans, dims);
         (o, lse)
+    }
+
+    /// In a cache runs start at panels, and what lies behind a run is not read.
+    #[test]
+    fn cached_keys_give_the_same_bits() {
+        let dims = Dims { heads: 4, kv_heads: 2, k: 40 };
+        let width = dims.kv_heads * dims.k;
+        let (shared, owns) = (600, [33, 70, 1]);
+        // Packed: the shared run, then each own run; in the cache each starts with a panel.
+        let rows = shared + owns.iter().sum::<usize>();
+        let (q, k, v) = (numbers(1, 90 * dims.heads * dims.k), numbers(2, rows * width), numbers(3, rows * width));
+        let (mut packed, mut cached) = (Vec::new(), Vec::new());
+        let places = shared.next_multiple_of(PANEL) + owns.iter().map(|n| n.next_multiple_of(PANEL)).sum::<usize>();
+        let (mut panels, mut values) = (vec![f32::NAN; places * width], vec![f32::NAN; places * width]);
+        let mut store = |at: usize, from: Range<usize>| {
+            let from = from.start * width..from.end * width;
+            store_keys(&mut panels, at, &k[from.clone()], dims);
+            values[at * width..at * width + from.len()].copy_from_slice(&v[from]);
+        };
+        store(0, 0..shared);
+        let (mut at, mut from, mut first) = (shared.next_multiple_of(PANEL), shared, 0);
+        for (own, queries) in owns.into_iter().zip([20, 69, 1]) {
+            store(at, from..from + own);
+            packed.push(span(first..first + queries, 0..shared, from..from + own, true));
+            cached.push(span(first..first + queries, 0..shared, at..at + own, true));
+            (at, from, first) = (at + own.next_multiple_of(PANEL), from + own, first + queries);
+        }
+        let (o, lse) = run(&q, &k, &v, &packed, dims);
+        let (mut found, mut found_lse) = (vec![0.0; q.len()], vec![0.0; lse.len()]);
+        forward(&mut found, &mut found_lse, &q, Keys::Panels(&panels), &values, &cached, dims);
+        let all = first * dims.heads;
+        assert_same_bits("o", &found[..all * dims.k], &o[..all * dims.k]);
+        assert_same_bits("lse", &found_lse[..all], &lse[..all]);
     }
 
     #[test]

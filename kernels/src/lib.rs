@@ -23,7 +23,6 @@ pub mod norm;
 pub mod rope;
 pub mod sample;
 
-mod matmul;
 #[cfg(test)]
 mod oracle;
 mod panel;

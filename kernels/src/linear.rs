@@ -1,23 +1,28 @@
 //! Linear layers: y = x·wᵀ + b with weights as Hugging Face stores them, [out, in].
 //!
-//! Hides the choice between `gemm` (many rows) and our own panel product (few rows), which give the same bits.
-//! The order fixed for one output: the M inputs are cut into `ceil(M / 512)` equal blocks; each block is a run of
-//! fused multiply-adds from zero in order of m; what y holds comes first where it is to be kept, then
-//! the bias, and the blocks are added to these in order. `gemm`
-//! keeps that order on its general path whenever k ≤ 512 (it never cuts such a k), so we hand it one block at a
-//! time and keep clear of its special paths (vectors, k ≤ 2, and tiny results) by giving those to the panel product.
+//! Hides how weights are laid out for our own product (`panel`) and how the work is cut: many rows are spread over the threads by
+//! rows, few by outputs, with the same bits. The order fixed for one output: the M inputs are cut into `ceil(M / 192)` equal
+//! blocks; each block is a run of fused multiply-adds from zero in order of m; what y holds comes first where it is to be
+//! kept, then the bias, and the blocks are added to these in order.
 
-use crate::matmul::{self, Target, View};
-use crate::panel::{self, Left, WIDTH};
+use crate::panel::{self, Left, Onto, WIDTH};
 use crate::vector::dispatch;
 use rayon::prelude::*;
 
-/// Longest run of multiply-adds; the length `gemm` never splits.
-const BLOCK: usize = 512;
-/// Below this many rows `gemm` spends more on packing the weights (by one thread) than the panel product takes in all.
+/// Longest run of multiply-adds: a panel of so many rows stays in the first cache (24 KiB).
+const BLOCK: usize = 192;
+/// Below this many rows the work is spread by outputs.
 pub const FEW_ROWS: usize = 64;
-/// Rows and columns that one task takes where the work is adding.
-const ROWS: usize = 64;
+/// Rows that one task takes.
+pub const ROWS: usize = 64;
+/// Outputs (or inputs, in the backward) whose weights are laid out at a time where they are used once: not a second copy of a head.
+const SLAB: usize = 2048;
+/// Most rows of a weight's gradient that one task takes, and the tokens it sums in one run.
+const STRIPE: usize = 128;
+const RUN: usize = 256;
+/// Rows of the product's tile.
+const TILE: usize = 8;
+/// Columns that one task takes where the work is adding.
 const COLUMNS: usize = 64;
 /// Multiply-adds below which waking other threads costs more than it saves.
 const WORTH_THREADS: usize = 1 << 18;
@@ -33,34 +38,27 @@ fn block_len(m: usize) -> usize {
 #[allow(clippy::too_many_arguments)]
 pub fn forward(y: &mut [f32], x: &[f32], w: &[f32], b: Option<&[f32]>, onto: bool, t: usize, m: usize, n: usize) {
     check(y.len(), x.len(), w.len(), b.map(<[f32]>::len), t, m, n);
-    if t < FEW_ROWS || n < 16 || m < 3 {
-        few_rows(y, x, Weights::Rows(w), b, onto, t, m, n);
-        return;
+    if t < FEW_ROWS || m == 0 || n == 0 {
+        return few_rows(y, x, Weights::Rows(w), b, onto, t, m, n);
     }
-    if let Some(b) = b {
-        if t * n < WORTH_THREADS {
-            start(y, b, onto);
-        } else {
-            y.par_chunks_mut(ROWS * n).for_each(|rows| start(rows, b, onto));
-        }
-    }
-    let started = onto || b.is_some();
-    let block = block_len(m);
-    for k0 in (0..m).step_by(block) {
-        let k = block.min(m - k0);
-        let c = Target { data: y, offset: 0, stride: n };
-        let (left, right) = (View::rows(x, k0, m), View::rows(w, k0, m).transposed());
-        matmul::multiply(c, left, right, t, n, k, 1.0, k0 > 0 || started, true);
+    for first in (0..n).step_by(SLAB) {
+        let outputs = first..n.min(first + SLAB);
+        let slab = Packed::new(&w[outputs.start * m..outputs.end * m], m, outputs.len());
+        let b = b.map(|b| &b[outputs]);
+        y.par_chunks_mut(ROWS * n)
+            .zip(x.par_chunks(ROWS * m))
+            .for_each(|(y, x)| slab.rows(&mut y[first..], n, x, m, b, onto));
     }
 }
 
 dispatch! {
     /// What the products are added to: the bias, behind what is there already when `onto`.
-    fn start(y: &mut [f32], b: &[f32], onto: bool) = start_body
+    fn start(y: &mut [f32], stride: usize, b: &[f32], onto: bool) = start_body
 }
 #[inline(always)]
-fn start_body<const LEVEL: u8>(y: &mut [f32], b: &[f32], onto: bool) {
-    for row in y.chunks_exact_mut(b.len()) {
+fn start_body<const LEVEL: u8>(y: &mut [f32], stride: usize, b: &[f32], onto: bool) {
+    for row in y.chunks_mut(stride) {
+        let row = &mut row[..b.len()];
         if onto {
             row.iter_mut().zip(b).for_each(|(y, b)| *y += b);
         } else {
@@ -69,9 +67,10 @@ fn start_body<const LEVEL: u8>(y: &mut [f32], b: &[f32], onto: bool) {
     }
 }
 
-/// Weights laid out once for products with few rows, as decoding needs them; same bits as [`forward`].
+/// Weights laid out once for our own product; same bits as [`forward`].
 ///
-/// Costs as much memory as the weights themselves. Worth it where the same weights meet few rows many times.
+/// Costs as much memory as the weights themselves. Worth it where the same weights meet rows several times: token after token, or
+/// one stretch of rows after the other.
 pub struct Packed {
     /// For each panel of `WIDTH` outputs, a matrix [M, WIDTH].
     panels: Vec<f32>,
@@ -94,17 +93,70 @@ impl Packed {
         Self { panels, m, n }
     }
 
+    /// For [`backward_input`]: the inputs are what was the outputs.
+    ///
+    /// # Shapes
+    /// w `[N, M]`; [`Packed::forward`] then takes dy `[T, N]` to dx `[T, M]`.
+    pub fn turned(w: &[f32], m: usize, n: usize) -> Self {
+        assert_eq!(w.len(), n * m, "linear: weight [{n}, {m}]");
+        let mut panels = vec![0.0; m.div_ceil(WIDTH) * WIDTH * n];
+        if n > 0 {
+            panels.par_chunks_mut(WIDTH * n).enumerate().for_each(|(p, panel)| {
+                let (first, last) = (p * WIDTH, m.min((p + 1) * WIDTH));
+                for (to, from) in panel.chunks_exact_mut(WIDTH).zip(w.chunks_exact(m)) {
+                    to[..last - first].copy_from_slice(&from[first..last]);
+                }
+            });
+        }
+        Self { panels, m: n, n: m }
+    }
+
+    /// Writes y, or adds to it when `onto`. From [`FEW_ROWS`] to [`ROWS`] rows stay on the calling thread.
+    ///
     /// # Shapes
     /// y `[T, N]` = x `[T, M]` · w `[N, M]`ᵀ + b `[N]`.
     pub fn forward(&self, y: &mut [f32], x: &[f32], b: Option<&[f32]>, onto: bool, t: usize) {
-        check(y.len(), x.len(), self.n * self.m, b.map(<[f32]>::len), t, self.m, self.n);
-        few_rows(y, x, Weights::Panels(&self.panels), b, onto, t, self.m, self.n);
+        let (m, n) = (self.m, self.n);
+        check(y.len(), x.len(), n * m, b.map(<[f32]>::len), t, m, n);
+        if t < FEW_ROWS || m == 0 || n == 0 {
+            few_rows(y, x, Weights::Panels(&self.panels), b, onto, t, m, n);
+        } else if t <= ROWS {
+            self.rows(y, n, x, m, b, onto);
+        } else {
+            y.par_chunks_mut(ROWS * n).zip(x.par_chunks(ROWS * m)).for_each(|(y, x)| self.rows(y, n, x, m, b, onto));
+        }
     }
+
+    /// On the calling thread, from rows of `x_stride` numbers into rows of `y_stride`.
+    fn rows(&self, y: &mut [f32], y_stride: usize, x: &[f32], x_stride: usize, b: Option<&[f32]>, onto: bool) {
+        let (m, n) = (self.m, self.n);
+        if let Some(b) = b {
+            start(y, y_stride, b, onto);
+        }
+        let (t, block) = (x.len().div_ceil(x_stride), block_len(m));
+        for (p, panel) in self.panels.chunks_exact(WIDTH * m).enumerate() {
+            let first = p * WIDTH;
+            let cols = WIDTH.min(n - first);
+            for k0 in (0..m).step_by(block) {
+                let k = block.min(m - k0);
+                let (left, there) = (Left::rows(&x[k0..], x_stride), onto || b.is_some() || k0 > 0);
+                let panel = &panel[k0 * WIDTH..];
+                panel::multiply(&mut y[first..], y_stride, left, panel, WIDTH, t, k, cols, sum_if(there));
+            }
+        }
+    }
+}
+
+fn sum_if(there: bool) -> Onto {
+    if there { Onto::Sum } else { Onto::Nothing }
 }
 
 #[derive(Clone, Copy)]
 enum Weights<'a> {
+    /// `[N, M]`
     Rows(&'a [f32]),
+    /// `[M, N]`
+    Turned(&'a [f32]),
     Panels(&'a [f32]),
 }
 
@@ -120,29 +172,31 @@ fn few_rows(y: &mut [f32], x: &[f32], w: Weights<'_>, b: Option<&[f32]>, onto: b
     let one = |(p, out): (usize, &mut [f32])| {
         let first = p * WIDTH;
         let cols = WIDTH.min(n - first);
-        for (row, begun) in out.chunks_exact_mut(WIDTH).zip(begun.chunks_exact(n)) {
-            if onto {
+        if onto {
+            for (row, begun) in out.chunks_exact_mut(WIDTH).zip(begun.chunks_exact(n)) {
                 row[..cols].copy_from_slice(&begun[first..first + cols]);
             }
-            if let Some(b) = b {
-                start(&mut row[..cols], &b[first..first + cols], onto);
-            }
+        }
+        if let Some(b) = b {
+            start(out, WIDTH, &b[first..first + cols], onto);
         }
         let block = block_len(m);
         let mut scratch = match w {
             Weights::Rows(_) => vec![0.0; block * WIDTH],
-            Weights::Panels(_) => Vec::new(),
+            _ => Vec::new(),
         };
         for k0 in (0..m).step_by(block) {
             let k = block.min(m - k0);
-            let panel = match w {
+            let (panel, stride) = match w {
                 Weights::Rows(w) => {
                     panel::transpose_into(&mut scratch, &w[first * m + k0..], m, k, cols);
-                    &scratch[..]
+                    (&scratch[..], WIDTH)
                 }
-                Weights::Panels(panels) => &panels[first * m + k0 * WIDTH..],
+                Weights::Turned(w) => (&w[k0 * n + first..], n),
+                Weights::Panels(panels) => (&panels[first * m + k0 * WIDTH..], WIDTH),
             };
-            add_block(out, &x[k0..], m, panel, t, k, onto || b.is_some() || k0 > 0);
+            let (left, there) = (Left::rows(&x[k0..], m), onto || b.is_some() || k0 > 0);
+            panel::multiply(out, WIDTH, left, panel, stride, t, k, cols, sum_if(there));
         }
     };
     if t * m * n < WORTH_THREADS {
@@ -160,37 +214,42 @@ fn few_rows(y: &mut [f32], x: &[f32], w: Weights<'_>, b: Option<&[f32]>, onto: b
     }
 }
 
-/// One block of k: a product from zero, then one addition to what `out` holds.
-fn add_block(out: &mut [f32], x: &[f32], m: usize, panel: &[f32], t: usize, k: usize, started: bool) {
-    const ROWS: usize = 8;
-    if !started {
-        panel::multiply(out, WIDTH, Left::rows(x, m), panel, WIDTH, t, k, WIDTH, false);
-        return;
-    }
-    let mut part = [0.0f32; ROWS * WIDTH];
-    for r in (0..t).step_by(ROWS) {
-        let rows = ROWS.min(t - r);
-        panel::multiply(&mut part, WIDTH, Left::rows(&x[r * m..], m), panel, WIDTH, rows, k, WIDTH, false);
-        for (o, p) in out[r * WIDTH..(r + rows) * WIDTH].iter_mut().zip(&part) {
-            *o += p;
-        }
-    }
-}
-
 /// # Shapes
 /// dx `[T, M]` = dy `[T, N]` · w `[N, M]`, added to dx when `accumulate`.
 pub fn backward_input(dx: &mut [f32], dy: &[f32], w: &[f32], t: usize, m: usize, n: usize, accumulate: bool) {
     check(dy.len(), dx.len(), w.len(), None, t, m, n);
-    let c = Target { data: dx, offset: 0, stride: m };
-    matmul::multiply(c, View::rows(dy, 0, n), View::rows(w, 0, m), t, m, n, 1.0, accumulate, true);
+    if t < FEW_ROWS || m == 0 || n == 0 {
+        return few_rows(dx, dy, Weights::Turned(w), None, accumulate, t, n, m);
+    }
+    for first in (0..n).step_by(SLAB) {
+        let outputs = first..n.min(first + SLAB);
+        let slab = Packed::turned(&w[outputs.start * m..outputs.end * m], m, outputs.len());
+        let onto = accumulate || first > 0;
+        dx.par_chunks_mut(ROWS * m)
+            .zip(dy.par_chunks(ROWS * n))
+            .for_each(|(dx, dy)| slab.rows(dx, m, &dy[first..], n, None, onto));
+    }
 }
 
 /// # Shapes
 /// dw `[N, M]` += dy `[T, N]`ᵀ · x `[T, M]`; db `[N]` += column sums of dy.
 pub fn backward_weight(dw: &mut [f32], db: Option<&mut [f32]>, dy: &[f32], x: &[f32], t: usize, m: usize, n: usize) {
     check(dy.len(), x.len(), dw.len(), db.as_ref().map(|b| b.len()), t, m, n);
-    let c = Target { data: dw, offset: 0, stride: m };
-    matmul::multiply(c, View::rows(dy, 0, n).transposed(), View::rows(x, 0, m), n, m, t, 1.0, true, true);
+    if t == 0 || m == 0 || n == 0 {
+        return;
+    }
+    // Each thread makes some rows of the gradient, from all tokens in order: how many rows changes no bit.
+    let threads = rayon::current_num_threads();
+    let stripes = n.div_ceil(STRIPE).next_multiple_of(threads);
+    let rows = n.div_ceil(stripes).next_multiple_of(TILE);
+    let stripe =
+        |scratch: &mut Vec<f32>, (s, dw): (usize, &mut [f32])| add_outer(dw, &dy[s * rows..], x, t, m, n, scratch);
+    if t * m * n < WORTH_THREADS {
+        let mut scratch = Vec::new();
+        dw.chunks_mut(rows * m).enumerate().for_each(|part| stripe(&mut scratch, part));
+    } else {
+        dw.par_chunks_mut(rows * m).enumerate().for_each_init(Vec::new, stripe);
+    }
     if let Some(db) = db {
         // Each thread sums some columns over all rows, in order.
         let sum = |(c, db): (usize, &mut [f32])| add_columns(db, dy, c * COLUMNS, n);
@@ -198,6 +257,38 @@ pub fn backward_weight(dw: &mut [f32], db: Option<&mut [f32]>, dy: &[f32], x: &[
             db.chunks_mut(COLUMNS).enumerate().for_each(sum);
         } else {
             db.par_chunks_mut(COLUMNS).enumerate().for_each(sum);
+        }
+    }
+}
+
+/// dw `[rows, M]` += the first columns of dy `[T, N]`ᵀ · x `[T, M]`, on the calling thread.
+fn add_outer(dw: &mut [f32], dy: &[f32], x: &[f32], t: usize, m: usize, n: usize, scratch: &mut Vec<f32>) {
+    let rows = dw.len() / m;
+    let tiles = rows.div_ceil(TILE);
+    // What a run reads of dy, [tiles, RUN, TILE], then a panel of x, [RUN, WIDTH]: read where they are, strides of powers of two would
+    // push each other out of the first cache.
+    scratch.resize(tiles * RUN * TILE + RUN * WIDTH, 0.0);
+    let (left, panel) = scratch.split_at_mut(tiles * RUN * TILE);
+    for t0 in (0..t).step_by(RUN) {
+        let run = RUN.min(t - t0);
+        for (k, dy) in dy[t0 * n..].chunks(n).take(run).enumerate() {
+            let (whole, rest) = dy[..rows].as_chunks::<TILE>();
+            let mut tiles = left.chunks_exact_mut(RUN * TILE).map(|tile| &mut tile[k * TILE..][..TILE]);
+            whole.iter().zip(&mut tiles).for_each(|(dy, tile)| tile.copy_from_slice(dy));
+            rest.iter().zip(tiles.next().into_iter().flatten()).for_each(|(dy, to)| *to = *dy);
+        }
+        for c in (0..m).step_by(WIDTH) {
+            let cols = WIDTH.min(m - c);
+            for (to, from) in panel.as_chunks_mut::<WIDTH>().0.iter_mut().zip(x[t0 * m..].chunks_exact(m).take(run)) {
+                match from[c..].first_chunk::<WIDTH>() {
+                    Some(whole) => *to = *whole,
+                    None => to[..cols].copy_from_slice(&from[c..]),
+                }
+            }
+            for (dw, left) in dw.chunks_mut(TILE * m).zip(left.chunks_exact(RUN * TILE)) {
+                let rows = dw.len() / m;
+                panel::multiply(&mut dw[c..], m, Left::turned(left, TILE), panel, WIDTH, rows, run, cols, Onto::Sum);
+            }
         }
     }
 }
@@ -310,7 +401,7 @@ mod tests {
 
     #[test]
     fn a_row_among_very_many_has_the_same_bits() {
-        // Enough rows for `gemm` to cut them into several outer blocks.
+        // Many tasks, and several blocks of inputs.
         let (t, m, n) = (1500, 600, 80);
         let (x, w) = (numbers(1, t * m), numbers(2, n * m));
         let all = product(&x, &w, None, t, m, n);

@@ -7,7 +7,6 @@
 //! drawn and when it is trained.
 
 use crate::linear;
-use crate::matmul::{self, Target, View};
 use crate::vector::{self, LANES, dispatch, exp};
 use rayon::prelude::*;
 
@@ -149,8 +148,7 @@ pub fn backward(
             }
         });
         linear::backward_input(&mut dh[start * d..end * d], &z, w, t, d, v, false);
-        let c = Target { data: dw, offset: 0, stride: d };
-        matmul::multiply(c, View::rows(&z, 0, v).transposed(), View::rows(h, 0, d), v, d, t, 1.0, true, true);
+        linear::backward_weight(dw, None, &z, h, t, d, v);
     }
 }
 

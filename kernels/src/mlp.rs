@@ -78,27 +78,26 @@ fn swiglu_body<const LEVEL: u8>(h: &mut [f32], gate: &[f32], up: &[f32]) {
     }
 }
 
-/// dgate = dh · up · silu'(gate), dup = dh · silu(gate); both written.
-pub fn swiglu_backward(dgate: &mut [f32], dup: &mut [f32], dh: &[f32], gate: &[f32], up: &[f32]) {
-    same("swiglu backward", &[dgate.len(), dup.len(), dh.len(), gate.len(), up.len()]);
+/// All three in place: gate becomes dgate = dh · up · silu'(gate), up becomes dup = dh · silu(gate), dh becomes h again.
+pub fn swiglu_backward(dh: &mut [f32], gate: &mut [f32], up: &mut [f32]) {
+    same("swiglu backward", &[dh.len(), gate.len(), up.len()]);
     if dh.len() <= CHUNK {
-        return swiglu_grad_many(dgate, dup, dh, gate, up);
+        return swiglu_grad_many(dh, gate, up);
     }
-    dgate
-        .par_chunks_mut(CHUNK)
-        .zip(dup.par_chunks_mut(CHUNK))
-        .zip(dh.par_chunks(CHUNK))
-        .zip(gate.par_chunks(CHUNK).zip(up.par_chunks(CHUNK)))
-        .for_each(|(((dg, du), dh), (g, u))| swiglu_grad_many(dg, du, dh, g, u));
+    dh.par_chunks_mut(CHUNK)
+        .zip(gate.par_chunks_mut(CHUNK).zip(up.par_chunks_mut(CHUNK)))
+        .for_each(|(dh, (gate, up))| swiglu_grad_many(dh, gate, up));
 }
 
-dispatch! { fn swiglu_grad_many(dgate: &mut [f32], dup: &mut [f32], dh: &[f32], gate: &[f32], up: &[f32]) = swiglu_grad_body }
+dispatch! { fn swiglu_grad_many(dh: &mut [f32], gate: &mut [f32], up: &mut [f32]) = swiglu_grad_body }
 #[inline(always)]
-fn swiglu_grad_body<const LEVEL: u8>(dgate: &mut [f32], dup: &mut [f32], dh: &[f32], gate: &[f32], up: &[f32]) {
-    for ((((dg, du), &dh), &g), &u) in dgate.iter_mut().zip(dup).zip(dh).zip(gate).zip(up) {
+fn swiglu_grad_body<const LEVEL: u8>(dh: &mut [f32], gate: &mut [f32], up: &mut [f32]) {
+    for ((dh, gate), up) in dh.iter_mut().zip(gate).zip(up) {
+        let (d, g, u) = (*dh, *gate, *up);
         let s = sigmoid::<LEVEL>(g);
-        *dg = dh * u * (s + g * s * (1.0 - s));
-        *du = dh * (g * s);
+        *gate = d * u * (s + g * s * (1.0 - s));
+        *up = d * (g * s);
+        *dh = g * s * u;
     }
 }
 
@@ -204,14 +203,15 @@ mod tests {
         assert_close("gelu backward", &dx, &slope(&gelu, &xs, &dy), 1e-6);
         swiglu_forward(&mut y, &x, &up);
         assert_close("swiglu", &y, &swiglu(&xs, &ups), 6e-7);
-        let mut du = vec![f32::NAN; 1000];
-        swiglu_backward(&mut dx, &mut du, &dy, &x, &up);
+        let (mut dgate, mut dup, mut h) = (x.clone(), up.clone(), dy.clone());
+        swiglu_backward(&mut h, &mut dgate, &mut dup);
+        assert_same_bits("h again", &h, &y);
         let per_gate: Vec<f64> =
             (0..1000).flat_map(|i| gradient(&xs[i..=i], |g| weighted(&swiglu(g, &ups[i..=i]), &dy[i..=i]))).collect();
         let per_up: Vec<f64> =
             (0..1000).flat_map(|i| gradient(&ups[i..=i], |u| weighted(&swiglu(&xs[i..=i], u), &dy[i..=i]))).collect();
-        assert_close("dgate", &dx, &per_gate, 6e-7);
-        assert_close("dup", &du, &per_up, 6e-7);
+        assert_close("dgate", &dgate, &per_gate, 6e-7);
+        assert_close("dup", &dup, &per_up, 6e-7);
     }
 
     #[test]
@@ -232,7 +232,7 @@ mod tests {
     #[test]
     fn huge_inputs_stay_finite() {
         let x = [-1e30, -1e4, -90.0, 90.0, 1e4, 1e30];
-        let (mut y, mut dx, mut du) = ([0.0; 6], [0.0; 6], [0.0; 6]);
+        let mut y = [0.0; 6];
         for i in 0..4 {
             match i {
                 0 => silu_forward(&mut y, &x),
@@ -242,7 +242,9 @@ mod tests {
             }
             assert!(y.iter().all(|v| v.is_finite()), "function {i}: {y:?}");
         }
-        swiglu_backward(&mut dx, &mut du, &[1.0; 6], &x, &[1.0; 6]);
-        assert!(dx.iter().chain(&du).all(|v| v.is_finite()), "{dx:?} {du:?}");
+        let (mut gate, mut up) = (x, [1.0; 6]);
+        y = [1.0; 6];
+        swiglu_backward(&mut y, &mut gate, &mut up);
+        assert!(y.iter().chain(&gate).chain(&up).all(|v| v.is_finite()), "{y:?} {gate:?} {up:?}");
     }
 }

@@ -1,15 +1,25 @@
-//! Our own small matrix product: a few rows times a panel of columns, each output a run of fused multiply-adds
-//! over k in order.
+//! The matrix product: a few rows times a panel of columns, each output a run of fused multiply-adds over k in order.
 //!
-//! It serves where `gemm` is slow or changes its order of summation: few rows (decoding) and attention. A panel is a
-//! matrix [k, `WIDTH`] stored row by row. What must stay true: an output's bits depend on its row of `a`, its column
-//! of the panel and the value it starts from, never on the tile it was computed in; that is the order of `gemm`'s
-//! general path within one block of k, too.
+//! Everything is built from it: linear layers, attention and their gradients. A panel is a matrix [k, `WIDTH`] stored row by
+//! row; callers lay their matrices out in panels that stay in the first cache, and cut k to that end. What must stay true: an
+//! output's bits depend on its row of `a`, its column of the panel and the value it starts from, never on the tile it was
+//! computed in.
 
 use crate::vector::{FUSED, PLAIN, WIDE, dispatch, mul_add};
 
 /// Columns of a panel.
 pub(crate) const WIDTH: usize = 32;
+
+/// What a product meets in `out`.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Onto {
+    /// Nothing that counts: it is overwritten.
+    Nothing,
+    /// What the run of multiply-adds starts from.
+    Start,
+    /// What the whole run is added to.
+    Sum,
+}
 
 /// The left side of a product: a[r, k] is `data[r · row + k · step]`.
 #[derive(Clone, Copy)]
@@ -36,7 +46,7 @@ impl<'a> Left<'a> {
 }
 
 dispatch! {
-    /// out[r, c] = (accumulate: out[r, c], else 0) + Σ_k a[r, k] · panel[k, c], k in order.
+    /// out[r, c] = [out[r, c] +] Σ_k a[r, k] · panel[k, c], k in order.
     ///
     /// A function of its own for each instruction set: inlined into larger ones, its loops keep their bounds checks.
     ///
@@ -51,16 +61,17 @@ dispatch! {
         rows: usize,
         k: usize,
         cols: usize,
-        accumulate: bool,
+        onto: Onto,
     ) = multiply_body
 }
 dispatch! {
-    /// [`multiply`] with every panel of `panels` `[panels, k, WIDTH]`; panel p gives columns from `p · WIDTH` on.
+    /// [`multiply`] with each of some panels [k, WIDTH]; panel p starts at `p · step` and gives columns from `p · WIDTH` on.
     pub(crate) fn multiply_panels(
         out: &mut [f32],
         out_stride: usize,
         a: Left,
         panels: &[f32],
+        step: usize,
         rows: usize,
         k: usize,
     ) = multiply_panels_body
@@ -71,12 +82,13 @@ fn multiply_panels_body<const LEVEL: u8>(
     out_stride: usize,
     a: Left,
     panels: &[f32],
+    step: usize,
     rows: usize,
     k: usize,
 ) {
-    for (p, panel) in panels.chunks_exact(WIDTH * k).enumerate() {
+    for (p, panel) in panels.chunks(step).enumerate() {
         let out = &mut out[p * WIDTH..];
-        multiply_body::<LEVEL>(out, out_stride, a, panel, WIDTH, rows, k, WIDTH, false);
+        multiply_body::<LEVEL>(out, out_stride, a, panel, WIDTH, rows, k, WIDTH, Onto::Nothing);
     }
 }
 
@@ -91,24 +103,24 @@ fn multiply_body<const LEVEL: u8>(
     rows: usize,
     k: usize,
     cols: usize,
-    accumulate: bool,
+    onto: Onto,
 ) {
     let mut c = 0;
     // Wide registers take a block of 32 columns as two vectors; narrow ones 16 at a time, or the tile would spill.
     while LEVEL == WIDE && c + 32 <= cols {
-        columns::<LEVEL, 32>(&mut out[c..], out_stride, a, &panel[c..], panel_stride, rows, k, accumulate);
+        columns::<LEVEL, 32>(&mut out[c..], out_stride, a, &panel[c..], panel_stride, rows, k, onto);
         c += 32;
     }
     while c + 16 <= cols {
-        columns::<LEVEL, 16>(&mut out[c..], out_stride, a, &panel[c..], panel_stride, rows, k, accumulate);
+        columns::<LEVEL, 16>(&mut out[c..], out_stride, a, &panel[c..], panel_stride, rows, k, onto);
         c += 16;
     }
     while c + 8 <= cols {
-        columns::<LEVEL, 8>(&mut out[c..], out_stride, a, &panel[c..], panel_stride, rows, k, accumulate);
+        columns::<LEVEL, 8>(&mut out[c..], out_stride, a, &panel[c..], panel_stride, rows, k, onto);
         c += 8;
     }
     while c < cols {
-        columns::<LEVEL, 1>(&mut out[c..], out_stride, a, &panel[c..], panel_stride, rows, k, accumulate);
+        columns::<LEVEL, 1>(&mut out[c..], out_stride, a, &panel[c..], panel_stride, rows, k, onto);
         c += 1;
     }
 }
@@ -123,21 +135,13 @@ fn columns<const LEVEL: u8, const W: usize>(
     panel_stride: usize,
     rows: usize,
     k: usize,
-    accumulate: bool,
+    onto: Onto,
 ) {
     let mut r = 0;
     macro_rules! take {
         ($n:literal) => {
             while rows - r >= $n {
-                tile::<LEVEL, $n, W>(
-                    &mut out[r * out_stride..],
-                    out_stride,
-                    a.from(r),
-                    panel,
-                    panel_stride,
-                    k,
-                    accumulate,
-                );
+                tile::<LEVEL, $n, W>(&mut out[r * out_stride..], out_stride, a.from(r), panel, panel_stride, k, onto);
                 r += $n;
             }
         };
@@ -162,10 +166,10 @@ fn tile<const LEVEL: u8, const R: usize, const W: usize>(
     panel: &[f32],
     panel_stride: usize,
     k: usize,
-    accumulate: bool,
+    onto: Onto,
 ) {
     let mut acc = [[0.0f32; W]; R];
-    if accumulate {
+    if onto == Onto::Start {
         for (r, acc) in acc.iter_mut().enumerate() {
             acc.copy_from_slice(&out[r * out_stride..][..W]);
         }
@@ -188,7 +192,11 @@ fn tile<const LEVEL: u8, const R: usize, const W: usize>(
         }
     }
     for (r, acc) in acc.iter().enumerate() {
-        out[r * out_stride..][..W].copy_from_slice(acc);
+        let out = &mut out[r * out_stride..][..W];
+        match onto {
+            Onto::Sum => out.iter_mut().zip(acc).for_each(|(out, acc)| *out += acc),
+            _ => out.copy_from_slice(acc),
+        }
     }
 }
 
@@ -236,8 +244,10 @@ mod tests {
     use crate::oracle::{assert_same_bits, numbers};
 
     /// One output: a run of multiply-adds in order.
-    fn by_hand(a: &[f32], panel: &[f32], stride: usize, c: usize, start: f32) -> f32 {
-        a.iter().enumerate().fold(start, |sum, (k, &x)| x.mul_add(panel[k * stride + c], sum))
+    fn by_hand(a: &[f32], panel: &[f32], stride: usize, c: usize, onto: Onto, there: f32) -> f32 {
+        let start = if onto == Onto::Start { there } else { 0.0 };
+        let run = a.iter().enumerate().fold(start, |sum, (k, &x)| x.mul_add(panel[k * stride + c], sum));
+        if onto == Onto::Sum { there + run } else { run }
     }
 
     #[test]
@@ -247,15 +257,14 @@ mod tests {
         for (left, turned) in [(Left::rows(&a, a_stride), false), (Left::turned(&a, a_stride), true)] {
             for rows in [1, 2, 3, 7, 8, 19] {
                 for cols in [1, 5, 8, 15, 16, 31, 32, 90] {
-                    for accumulate in [false, true] {
+                    for onto in [Onto::Nothing, Onto::Start, Onto::Sum] {
                         let expected: Vec<f32> = (0..rows * cols)
                             .map(|i| {
                                 let (r, c) = (i / cols, i % cols);
-                                let from = if accumulate { start[r * out_stride + c] } else { 0.0 };
                                 let row: Vec<f32> = (0..k)
                                     .map(|kk| if turned { a[kk * a_stride + r] } else { a[r * a_stride + kk] })
                                     .collect();
-                                by_hand(&row, &panel, stride, c, from)
+                                by_hand(&row, &panel, stride, c, onto, start[r * out_stride + c])
                             })
                             .collect();
                         let narrow = |f: &dyn Fn(&mut [f32])| -> Vec<f32> {
@@ -265,15 +274,15 @@ mod tests {
                         };
                         // Both levels that fuse agree, whatever their tiles.
                         let wide = narrow(&|out| {
-                            multiply_body::<WIDE>(out, out_stride, left, &panel, stride, rows, k, cols, accumulate)
+                            multiply_body::<WIDE>(out, out_stride, left, &panel, stride, rows, k, cols, onto)
                         });
                         let fused = narrow(&|out| {
-                            multiply_body::<FUSED>(out, out_stride, left, &panel, stride, rows, k, cols, accumulate)
+                            multiply_body::<FUSED>(out, out_stride, left, &panel, stride, rows, k, cols, onto)
                         });
                         assert_same_bits("wide", &wide, &expected);
                         assert_same_bits("fused", &fused, &expected);
                         let chosen =
-                            narrow(&|out| multiply(out, out_stride, left, &panel, stride, rows, k, cols, accumulate));
+                            narrow(&|out| multiply(out, out_stride, left, &panel, stride, rows, k, cols, onto));
                         for (x, y) in chosen.iter().zip(&expected) {
                             // A machine without fused multiply-add rounds twice.
                             assert!((x - y).abs() < 1e-5);
@@ -289,10 +298,10 @@ mod tests {
         let (rows, k, panels) = (11, 9, 3);
         let (a, b) = (numbers(1, rows * k), numbers(2, panels * k * WIDTH));
         let mut all = vec![0.0; rows * panels * WIDTH];
-        multiply_panels(&mut all, panels * WIDTH, Left::rows(&a, k), &b, rows, k);
+        multiply_panels(&mut all, panels * WIDTH, Left::rows(&a, k), &b, k * WIDTH, rows, k);
         for (p, panel) in b.chunks_exact(k * WIDTH).enumerate() {
             let mut one = vec![0.0; rows * WIDTH];
-            multiply(&mut one, WIDTH, Left::rows(&a, k), panel, WIDTH, rows, k, WIDTH, false);
+            multiply(&mut one, WIDTH, Left::rows(&a, k), panel, WIDTH, rows, k, WIDTH, Onto::Nothing);
             for (row, all) in one.chunks_exact(WIDTH).zip(all.chunks_exact(panels * WIDTH)) {
                 assert_same_bits("panel", row, &all[p * WIDTH..(p + 1) * WIDTH]);
             }

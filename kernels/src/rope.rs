@@ -6,6 +6,7 @@
 
 use crate::vector::dispatch;
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// Cosine and sine of every angle, both halves of K filled.
 ///
@@ -15,6 +16,25 @@ pub struct Table {
     pub cos: Vec<f32>,
     pub sin: Vec<f32>,
     pub k: usize,
+}
+
+/// Some rows of a [`Table`].
+#[derive(Clone, Copy)]
+pub struct Angles<'a> {
+    cos: &'a [f32],
+    sin: &'a [f32],
+    k: usize,
+}
+
+impl Table {
+    pub fn rows(&self, rows: Range<usize>) -> Angles<'_> {
+        let values = rows.start * self.k..rows.end * self.k;
+        Angles { cos: &self.cos[values.clone()], sin: &self.sin[values], k: self.k }
+    }
+
+    pub fn all(&self) -> Angles<'_> {
+        Angles { cos: &self.cos, sin: &self.sin, k: self.k }
+    }
 }
 
 /// Multimodal rotary table (Qwen2-VL, arXiv:2409.12191): frequency i takes its position from axis 0 (time), 1 (height)
@@ -77,39 +97,39 @@ fn table(t: usize, k: usize, angle: impl Fn(usize, usize) -> f32 + Sync) -> Tabl
 /// Turns every head of x in place: x·cos + rotate_half(x)·sin.
 ///
 /// # Shapes
-/// x `[T, H, K]`; table `[T, K]`.
-pub fn apply(x: &mut [f32], table: &Table, heads: usize) {
-    turn(x, table, heads, false);
+/// x `[T, H, K]`; angles `[T, K]`.
+pub fn apply(x: &mut [f32], angles: Angles, heads: usize) {
+    turn(x, angles, heads, false);
 }
 
 /// The gradient of [`apply`] in place: turns by the opposite angle.
 ///
 /// # Shapes
-/// dx `[T, H, K]`; table `[T, K]`.
-pub fn apply_backward(dx: &mut [f32], table: &Table, heads: usize) {
-    turn(dx, table, heads, true);
+/// dx `[T, H, K]`; angles `[T, K]`.
+pub fn apply_backward(dx: &mut [f32], angles: Angles, heads: usize) {
+    turn(dx, angles, heads, true);
 }
 
-fn turn(x: &mut [f32], table: &Table, heads: usize, back: bool) {
-    let k = table.k;
+fn turn(x: &mut [f32], angles: Angles, heads: usize, back: bool) {
+    let Angles { cos, sin, k } = angles;
     assert!(k > 0 && heads > 0, "rope: K={k}, H={heads}");
-    assert_eq!(table.cos.len(), table.sin.len(), "rope: cos and sin differ in length");
+    assert_eq!(cos.len(), sin.len(), "rope: cos and sin differ in length");
     assert_eq!(
         x.len(),
-        table.cos.len() * heads,
+        cos.len() * heads,
         "rope: x has {} numbers, expected [T={}, H={heads}, K={k}]",
         x.len(),
-        table.cos.len() / k
+        cos.len() / k
     );
     const ROWS: usize = 32;
     // Below this waking other threads costs more than it saves.
     const WORTH_THREADS: usize = 1 << 15;
     if x.len() <= WORTH_THREADS {
-        return turn_rows(x, &table.cos, &table.sin, heads, k, back);
+        return turn_rows(x, cos, sin, heads, k, back);
     }
     x.par_chunks_mut(ROWS * heads * k)
-        .zip(table.cos.par_chunks(ROWS * k))
-        .zip(table.sin.par_chunks(ROWS * k))
+        .zip(cos.par_chunks(ROWS * k))
+        .zip(sin.par_chunks(ROWS * k))
         .for_each(|((x, cos), sin)| turn_rows(x, cos, sin, heads, k, back));
 }
 
@@ -175,7 +195,7 @@ mod tests {
     fn a_quarter_turn_by_hand() {
         let table = Table { cos: vec![0.0, 1.0, 0.0, 1.0], sin: vec![1.0, 0.0, 1.0, 0.0], k: 4 };
         let mut x = [1.0, 2.0, 3.0, 4.0, 10.0, 20.0, 30.0, 40.0];
-        apply(&mut x, &table, 2);
+        apply(&mut x, table.all(), 2);
         assert_eq!(x, [-3.0, 2.0, 1.0, 4.0, -30.0, 20.0, 10.0, 40.0]);
     }
 
@@ -198,11 +218,11 @@ mod tests {
             y
         };
         let mut y = x.clone();
-        apply(&mut y, &table, heads);
+        apply(&mut y, table.all(), heads);
         // Two products of numbers in ±1.
         assert_close("y", &y, &exact(&wide(&x)), 2e-7);
         let mut dx = dy.clone();
-        apply_backward(&mut dx, &table, heads);
+        apply_backward(&mut dx, table.all(), heads);
         assert_close("dx", &dx, &gradient(&wide(&x), |x| weighted(&exact(x), &dy)), 5e-7);
     }
 
@@ -212,7 +232,7 @@ mod tests {
         assert_threads_agree("rope", || {
             let table = mrope([&p, &p, &p], 32, 1e4, [4, 6, 6]);
             let mut x = numbers(1, 150 * 3 * 32);
-            apply(&mut x, &table, 3);
+            apply(&mut x, table.all(), 3);
             x
         });
     }
@@ -228,8 +248,8 @@ mod tests {
             let table = mrope([&axes[0], &axes[1], &axes[2]], 16, 1e6, [2, 3, 3]);
             let x = numbers(seed, positions.len() * heads * 16);
             let mut y = x.clone();
-            apply(&mut y, &table, heads);
-            apply_backward(&mut y, &table, heads);
+            apply(&mut y, table.all(), heads);
+            apply_backward(&mut y, table.all(), heads);
             // cos² + sin² is 1 to some 1e-7 in f32.
             assert_close("there and back", &y, &wide(&x), 1e-6);
         }

@@ -9,9 +9,10 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-use foveate_kernels::attention::{self, Span};
+use foveate_kernels::attention::{self, Keys, Span};
 use foveate_kernels::rope::{self, Table};
 use foveate_kernels::{linear, mlp, norm};
+use rayon::prelude::*;
 
 use super::layout::{Affine, Block};
 
@@ -107,20 +108,34 @@ impl<'a> From<&'a Vec<f32>> for Params<'a> {
     }
 }
 
-/// Matrices laid out once for products with few rows (`linear::Packed`), by the place of each in the arena.
+/// Matrices laid out once for our own product (`linear::Packed`), by the place of each in the arena.
 pub struct Laid(HashMap<usize, linear::Packed>);
 
 impl Laid {
-    /// Rows from which on the plain product is as fast.
-    pub const ROWS: usize = linear::FEW_ROWS;
+    /// Of some maps.
+    pub fn new<'a>(maps: impl Iterator<Item = &'a Affine>, weights: &[f32]) -> Laid {
+        Laid::each(maps, |map| linear::Packed::new(&weights[map.w.clone()], map.inputs, map.outputs))
+    }
 
-    /// Of matrices `[outputs, inputs]`, given as place, inputs, outputs.
-    pub fn new(maps: impl Iterator<Item = (Range<usize>, usize, usize)>, data: &[f32]) -> Laid {
-        Laid(maps.map(|(w, inputs, outputs)| (w.start, linear::Packed::new(&data[w], inputs, outputs))).collect())
+    /// Of a block's maps for the gradients by their inputs.
+    fn turned(block: &Block, weights: &[f32]) -> Laid {
+        let maps = block.maps().into_iter();
+        Laid::each(maps, |map| linear::Packed::turned(&weights[map.w.clone()], map.inputs, map.outputs))
+    }
+
+    fn each<'a>(maps: impl Iterator<Item = &'a Affine>, lay: impl Fn(&Affine) -> linear::Packed + Sync) -> Laid {
+        let maps: Vec<&Affine> = maps.collect();
+        Laid(maps.into_par_iter().map(|map| (map.w.start, lay(map))).collect())
     }
 
     pub fn get(&self, place: &Range<usize>) -> Option<&linear::Packed> {
         self.0.get(&place.start)
+    }
+}
+
+impl Block {
+    pub fn maps(&self) -> [&Affine; 7] {
+        [&self.q, &self.k, &self.v, &self.o, &self.gate, &self.up, &self.down]
     }
 }
 
@@ -133,18 +148,14 @@ impl Affine {
         y
     }
 
-    /// The same, added to `y`.
+    /// Writes y, or adds to it when `onto`.
     ///
     /// # Shapes
     /// x `[T, inputs]`, y `[T, outputs]`
-    pub fn add_to<'a>(&self, y: &mut [f32], params: impl Into<Params<'a>>, x: &[f32]) {
-        self.run(y, params.into(), x, true);
-    }
-
     fn run(&self, y: &mut [f32], params: Params, x: &[f32], onto: bool) {
         let t = x.len() / self.inputs;
         let bias = self.b.clone().map(|b| &params.data[b]);
-        match params.laid.filter(|_| t < Laid::ROWS).and_then(|laid| laid.get(&self.w)) {
+        match params.laid.and_then(|laid| laid.get(&self.w)) {
             Some(packed) => packed.forward(y, x, bias, onto, t),
             None => linear::forward(y, x, &params.data[self.w.clone()], bias, onto, t, self.inputs, self.outputs),
         }
@@ -154,6 +165,15 @@ impl Affine {
     pub fn backward_input(&self, dx: &mut [f32], dy: &[f32], weights: &[f32], accumulate: bool) {
         let t = dy.len() / self.outputs;
         linear::backward_input(dx, dy, &weights[self.w.clone()], t, self.inputs, self.outputs, accumulate);
+    }
+
+    /// The same over matrices that are laid out for it.
+    fn run_back(&self, dx: &mut [f32], dy: &[f32], turned: &Laid, accumulate: bool) {
+        let t = dy.len() / self.outputs;
+        match turned.get(&self.w) {
+            Some(packed) => packed.forward(dx, dy, None, accumulate, t),
+            None => unreachable!("a block's maps are all laid out"),
+        }
     }
 
     /// Adds the gradient by weight and bias to the arena `grads`.
@@ -210,18 +230,38 @@ pub fn normed_backward(
     norm::backward(dx, dw, dy, x, &weights[place.clone()], rstd, d, accumulate);
 }
 
+/// Rows that one task takes through a block's row-wise parts: few enough that all it makes of them stays in its core's cache.
+const CHUNK: usize = linear::ROWS;
+
+/// A block's maps laid out, unless they are already or the rows are too few to be worth it.
+fn laid_out(block: &Block, params: Params, rows: usize) -> Option<Laid> {
+    (params.laid.is_none() && rows >= linear::FEW_ROWS).then(|| Laid::new(block.maps().into_iter(), params.data))
+}
+
 /// First half up to attention: norm, projections, rotation.
 ///
 /// # Shapes
 /// x `[T, D]`, table `[T, K]`
-pub fn project<'a>(block: &Block, dims: &Dims, params: impl Into<Params<'a>>, x: &[f32], table: &Table) -> Qkv {
-    let params = params.into();
-    let (n1, _) = normed(x, &params.data[block.norm1.clone()], dims.eps);
-    let mut q = block.q.forward(params, &n1);
-    let mut k = block.k.forward(params, &n1);
-    let v = block.v.forward(params, &n1);
-    rope::apply(&mut q, table, dims.heads);
-    rope::apply(&mut k, table, dims.kv_heads);
+pub fn project(block: &Block, dims: &Dims, params: Params, x: &[f32], table: &Table) -> Qkv {
+    let t = x.len() / dims.hidden;
+    let own = laid_out(block, params, t);
+    let params = Params { laid: own.as_ref().or(params.laid), ..params };
+    let (wide, narrow) = (dims.heads * dims.k, dims.kv_heads * dims.k);
+    let (mut q, mut k, mut v) = (vec![0.0; t * wide], vec![0.0; t * narrow], vec![0.0; t * narrow]);
+    q.par_chunks_mut(CHUNK * wide)
+        .zip(k.par_chunks_mut(CHUNK * narrow))
+        .zip(v.par_chunks_mut(CHUNK * narrow))
+        .zip(x.par_chunks(CHUNK * dims.hidden))
+        .enumerate()
+        .for_each(|(i, (((q, k), v), x))| {
+            let (n1, rstd) = normed(x, &params.data[block.norm1.clone()], dims.eps);
+            block.q.run(q, params, &n1, false);
+            block.k.run(k, params, &n1, false);
+            block.v.run(v, params, &n1, false);
+            let angles = table.rows(i * CHUNK..i * CHUNK + rstd.len());
+            rope::apply(q, angles, dims.heads);
+            rope::apply(k, angles, dims.kv_heads);
+        });
     Qkv { q, k, v }
 }
 
@@ -229,18 +269,29 @@ pub fn project<'a>(block: &Block, dims: &Dims, params: impl Into<Params<'a>>, x:
 ///
 /// # Shapes
 /// x `[T, D]`, o `[T, H, K]`
-pub fn finish<'a>(block: &Block, dims: &Dims, params: impl Into<Params<'a>>, x: &[f32], o: &[f32]) -> Rest {
-    let params = params.into();
-    let mut mid = x.to_vec();
-    block.o.add_to(&mut mid, params, o);
-    let (n2, _) = normed(&mid, &params.data[block.norm2.clone()], dims.eps);
-    let gate = block.gate.forward(params, &n2);
-    let up = block.up.forward(params, &n2);
-    let mut h = n2;
-    h.resize(gate.len(), 0.0);
-    mlp::swiglu_forward(&mut h, &gate, &up);
-    let mut y = mid.clone();
-    block.down.add_to(&mut y, params, &h);
+pub fn finish(block: &Block, dims: &Dims, params: Params, x: &[f32], o: &[f32]) -> Rest {
+    let t = x.len() / dims.hidden;
+    let own = laid_out(block, params, t);
+    let params = Params { laid: own.as_ref().or(params.laid), ..params };
+    let Dims { hidden: d, mlp: wide, .. } = *dims;
+    let (mut y, mut mid) = (vec![0.0; t * d], vec![0.0; t * d]);
+    let (mut gate, mut up) = (vec![0.0; t * wide], vec![0.0; t * wide]);
+    y.par_chunks_mut(CHUNK * d)
+        .zip(mid.par_chunks_mut(CHUNK * d))
+        .zip(gate.par_chunks_mut(CHUNK * wide).zip(up.par_chunks_mut(CHUNK * wide)))
+        .zip(x.par_chunks(CHUNK * d).zip(o.par_chunks(CHUNK * dims.heads * dims.k)))
+        .for_each(|(((y, mid), (gate, up)), (x, o))| {
+            mid.copy_from_slice(x);
+            block.o.run(mid, params, o, true);
+            let (n2, _) = normed(mid, &params.data[block.norm2.clone()], dims.eps);
+            block.gate.run(gate, params, &n2, false);
+            block.up.run(up, params, &n2, false);
+            let mut h = n2;
+            h.resize(gate.len(), 0.0);
+            mlp::swiglu_forward(&mut h, gate, up);
+            y.copy_from_slice(mid);
+            block.down.run(y, params, &h, true);
+        });
     Rest { y, mid, gate, up }
 }
 
@@ -264,15 +315,15 @@ fn put_back(dy: &[f32], rows: &[usize], width: usize, len: usize) -> Vec<f32> {
 
 fn forward_all(block: &Block, dims: &Dims, weights: &[f32], x: Vec<f32>, rows: Rows) -> (Vec<f32>, Tape) {
     let t = x.len() / dims.hidden;
-    let Qkv { q, k, v } = project(block, dims, weights, &x, rows.table);
+    let Qkv { q, k, v } = project(block, dims, weights.into(), &x, rows.table);
     let mut o = vec![0.0; q.len()];
     let mut lse = vec![0.0; t * dims.heads];
-    attention::forward(&mut o, &mut lse, &q, &k, &v, rows.spans, dims.attention());
+    attention::forward(&mut o, &mut lse, &q, Keys::Rows(&k), &v, rows.spans, dims.attention());
     let Rest { y, mid, gate, up } = match rows.wanted {
-        None => finish(block, dims, weights, &x, &o),
+        None => finish(block, dims, weights.into(), &x, &o),
         Some(wanted) => {
             let (x, o) = (pick(&x, wanted, dims.hidden), pick(&o, wanted, dims.hidden));
-            finish(block, dims, weights, &x, &o)
+            finish(block, dims, weights.into(), &x, &o)
         }
     };
     (y, Tape { x, q, k, v, o, lse, mid, gate, up })
@@ -308,7 +359,7 @@ pub fn backward(
     block: &Block,
     dims: &Dims,
     weights: &[f32],
-    mut dy: Vec<f32>,
+    dy: Vec<f32>,
     kept: Kept,
     rows: Rows,
     mut grads: Option<&mut [f32]>,
@@ -318,73 +369,84 @@ pub fn backward(
         Kept::Input(x) => forward_all(block, dims, weights, x, rows).1,
     };
 
-    // MLP: y = mid + down(h)
-    let mut h = vec![0.0; tape.gate.len()];
-    if let Some(g) = grads.as_deref_mut() {
-        mlp::swiglu_forward(&mut h, &tape.gate, &tape.up);
-        block.down.backward_weight(g, &dy, &h);
-    }
-    let dh = &mut h;
-    block.down.backward_input(dh, &dy, weights, false);
-    let mut dgate = vec![0.0; tape.gate.len()];
-    let mut dup = vec![0.0; tape.up.len()];
-    mlp::swiglu_backward(&mut dgate, &mut dup, dh, &tape.gate, &tape.up);
-    let (n2, rstd2) = normed(&tape.mid, &weights[block.norm2.clone()], dims.eps);
-    if let Some(g) = grads.as_deref_mut() {
-        block.gate.backward_weight(g, &dgate, &n2);
-        block.up.backward_weight(g, &dup, &n2);
-    }
-    let mut dn = n2;
-    block.gate.backward_input(&mut dn, &dgate, weights, false);
-    block.up.backward_input(&mut dn, &dup, weights, true);
-    normed_backward(&mut dy, grads.as_deref_mut(), &block.norm2, &dn, &tape.mid, weights, &rstd2, true);
-    drop((h, dgate, dup));
+    let Tape { x, q, k, v, o, lse, mid, mut gate, mut up } = tape;
+    let Dims { hidden: d, mlp: wide, .. } = *dims;
+    let turned = Laid::turned(block, weights);
 
-    // Attention: mid = x + o(attention); dy is now the gradient by mid.
-    let mut d_o = vec![0.0; dy.len()];
-    block.o.backward_input(&mut d_o, &dy, weights, false);
-    match rows.wanted {
-        None => {
-            if let Some(g) = grads.as_deref_mut() {
-                block.o.backward_weight(g, &dy, &tape.o);
-            }
-        }
-        Some(wanted) => {
-            if let Some(g) = grads.as_deref_mut() {
-                block.o.backward_weight(g, &dy, &pick(&tape.o, wanted, dims.hidden));
-            }
-            d_o = put_back(&d_o, wanted, dims.hidden, tape.o.len());
-            dy = put_back(&dy, wanted, dims.hidden, tape.x.len());
-        }
-    }
-    let mut dq = vec![0.0; tape.q.len()];
-    let mut dk = vec![0.0; tape.k.len()];
-    let mut dv = vec![0.0; tape.v.len()];
-    attention::backward(
-        &mut dq,
-        &mut dk,
-        &mut dv,
-        &d_o,
-        &tape.o,
-        &tape.lse,
-        &tape.q,
-        &tape.k,
-        &tape.v,
-        rows.spans,
-        dims.attention(),
-    );
-    rope::apply_backward(&mut dq, rows.table, dims.heads);
-    rope::apply_backward(&mut dk, rows.table, dims.kv_heads);
-    let (n1, rstd1) = normed(&tape.x, &weights[block.norm1.clone()], dims.eps);
-    dn.resize(n1.len(), 0.0);
+    // MLP: y = mid + down(h). Then attention: mid = x + o(attention).
+    let n = mid.len() / d;
+    let (mut h, mut n2, mut dmid) = (vec![0.0; n * wide], vec![0.0; n * d], vec![0.0; n * d]);
+    let mut d_o = vec![0.0; n * dims.heads * dims.k];
+    let mut dnorm = vec![0.0; n.div_ceil(CHUNK) * d];
+    h.par_chunks_mut(CHUNK * wide)
+        .zip(gate.par_chunks_mut(CHUNK * wide).zip(up.par_chunks_mut(CHUNK * wide)))
+        .zip(n2.par_chunks_mut(CHUNK * d).zip(dmid.par_chunks_mut(CHUNK * d)))
+        .zip(d_o.par_chunks_mut(CHUNK * dims.heads * dims.k).zip(dnorm.par_chunks_mut(d)))
+        .zip(dy.par_chunks(CHUNK * d).zip(mid.par_chunks(CHUNK * d)))
+        .for_each(|((((h, (gate, up)), (n2, dmid)), (d_o, dnorm)), (dy, mid))| {
+            block.down.run_back(h, dy, &turned, false);
+            mlp::swiglu_backward(h, gate, up);
+            let mut dn = vec![0.0; dy.len()];
+            block.gate.run_back(&mut dn, gate, &turned, false);
+            block.up.run_back(&mut dn, up, &turned, true);
+            let mut rstd = vec![0.0; mid.len() / d];
+            let weight = &weights[block.norm2.clone()];
+            norm::forward(n2, &mut rstd, mid, weight, d, dims.eps);
+            dmid.copy_from_slice(dy);
+            norm::backward(dmid, dnorm, &dn, mid, weight, &rstd, d, true);
+            block.o.run_back(d_o, dmid, &turned, false);
+        });
+    let picked = rows.wanted.map(|wanted| pick(&o, wanted, dims.heads * dims.k));
     if let Some(g) = grads.as_deref_mut() {
+        block.down.backward_weight(g, &dy, &h);
+        block.gate.backward_weight(g, &gate, &n2);
+        block.up.backward_weight(g, &up, &n2);
+        block.o.backward_weight(g, &dmid, picked.as_ref().unwrap_or(&o));
+        add_up(&mut g[block.norm2.clone()], &dnorm);
+    }
+    drop((h, gate, up, n2, dy, mid));
+    if let Some(wanted) = rows.wanted {
+        d_o = put_back(&d_o, wanted, dims.heads * dims.k, o.len());
+        dmid = put_back(&dmid, wanted, d, x.len());
+    }
+
+    let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
+    attention::backward(&mut dq, &mut dk, &mut dv, &d_o, &o, &lse, &q, &k, &v, rows.spans, dims.attention());
+    drop((d_o, o, q, k, v));
+    let mut n1 = vec![0.0; x.len()];
+    let mut dnorm = vec![0.0; (x.len() / d).div_ceil(CHUNK) * d];
+    let mut dx = dmid;
+    let narrow = dims.kv_heads * dims.k;
+    dq.par_chunks_mut(CHUNK * dims.heads * dims.k)
+        .zip(dk.par_chunks_mut(CHUNK * narrow).zip(dv.par_chunks(CHUNK * narrow)))
+        .zip(n1.par_chunks_mut(CHUNK * d).zip(dx.par_chunks_mut(CHUNK * d)))
+        .zip(dnorm.par_chunks_mut(d).zip(x.par_chunks(CHUNK * d)))
+        .enumerate()
+        .for_each(|(i, (((dq, (dk, dv)), (n1, dx)), (dnorm, x)))| {
+            let mut rstd = vec![0.0; x.len() / d];
+            let angles = rows.table.rows(i * CHUNK..i * CHUNK + rstd.len());
+            rope::apply_backward(dq, angles, dims.heads);
+            rope::apply_backward(dk, angles, dims.kv_heads);
+            let mut dn = vec![0.0; x.len()];
+            block.q.run_back(&mut dn, dq, &turned, false);
+            block.k.run_back(&mut dn, dk, &turned, true);
+            block.v.run_back(&mut dn, dv, &turned, true);
+            let weight = &weights[block.norm1.clone()];
+            norm::forward(n1, &mut rstd, x, weight, d, dims.eps);
+            norm::backward(dx, dnorm, &dn, x, weight, &rstd, d, true);
+        });
+    if let Some(g) = grads {
         block.q.backward_weight(g, &dq, &n1);
         block.k.backward_weight(g, &dk, &n1);
         block.v.backward_weight(g, &dv, &n1);
+        add_up(&mut g[block.norm1.clone()], &dnorm);
     }
-    block.q.backward_input(&mut dn, &dq, weights, false);
-    block.k.backward_input(&mut dn, &dk, weights, true);
-    block.v.backward_input(&mut dn, &dv, weights, true);
-    normed_backward(&mut dy, grads, &block.norm1, &dn, &tape.x, weights, &rstd1, true);
-    dy
+    dx
+}
+
+/// Adds the parts of a gradient, in order.
+fn add_up(sum: &mut [f32], parts: &[f32]) {
+    for part in parts.chunks_exact(sum.len()) {
+        sum.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
+    }
 }

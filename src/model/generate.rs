@@ -10,11 +10,12 @@
 use std::ops::Range;
 
 use anyhow::{Result, ensure};
-use foveate_kernels::attention::{self, Span};
-use foveate_kernels::logprob;
+use foveate_kernels::attention::{self, Keys, PANEL, Span};
+use foveate_kernels::{linear, logprob};
 
 use super::Vlm;
 use super::block::{self, Laid, Params, Qkv};
+use super::layout::{Affine, Block};
 use super::text::{self, FeatureRun};
 
 /// Names a sequence of one cache.
@@ -31,8 +32,9 @@ struct Sequence {
 
 /// Keys and values of all sequences, made by one state of a model's weights.
 pub struct Cache {
-    /// Per layer `[rows, Hkv, K]`.
+    /// Per layer `[rows / PANEL, Hkv, K, PANEL]`; every sequence starts with a panel.
     k: Vec<Vec<f32>>,
+    /// Per layer `[rows, Hkv, K]`.
     v: Vec<Vec<f32>>,
     rows: usize,
     /// Values of one row: heads × width.
@@ -81,8 +83,9 @@ impl Cache {
                 prefix.start..prefix.start + prefix.len
             }
         };
-        self.sequences.push(Sequence { shared, start: self.rows, len: 0, reserved: reserve });
-        self.grow(reserve);
+        let reserved = reserve.next_multiple_of(PANEL);
+        self.sequences.push(Sequence { shared, start: self.rows, len: 0, reserved });
+        self.grow(reserved);
         Ok(SequenceId(self.sequences.len() - 1))
     }
 
@@ -93,19 +96,21 @@ impl Cache {
         if reserved - len >= tokens {
             return;
         }
-        let missing = len + tokens - reserved;
+        let wanted = (len + tokens).next_multiple_of(PANEL);
         if start + reserved == self.rows {
-            self.grow(missing);
+            self.grow(wanted - reserved);
         } else {
             let to = self.rows;
-            self.grow(len + tokens);
-            let (from, to_value) = (start * self.width..(start + len) * self.width, to * self.width);
+            self.grow(wanted);
+            // Whole panels, the last one with what lies behind its last key.
+            let held = start..start + len.next_multiple_of(PANEL);
+            let (from, to_value) = (held.start * self.width..held.end * self.width, to * self.width);
             for array in self.k.iter_mut().chain(&mut self.v) {
                 array.copy_within(from.clone(), to_value);
             }
             self.sequences[id.0].start = to;
         }
-        self.sequences[id.0].reserved = len + tokens;
+        self.sequences[id.0].reserved = wanted;
     }
 
     fn grow(&mut self, rows: usize) {
@@ -179,7 +184,7 @@ impl Vlm {
         }
 
         let laid = match cache.laid.take() {
-            None if ids.len() < Laid::ROWS => self.lay_out(),
+            None if ids.len() < linear::FEW_ROWS => self.lay_out(),
             laid => laid,
         };
         let params = Params { data: weights, laid: laid.as_ref() };
@@ -192,7 +197,7 @@ impl Vlm {
                 let n = span.queries.len();
                 let to = (span.own.end - n) * w..span.own.end * w;
                 let from = span.queries.start * w..span.queries.end * w;
-                cache.k[l][to.clone()].copy_from_slice(&k[from.clone()]);
+                attention::store_keys(&mut cache.k[l], span.own.end - n, &k[from.clone()], dims.attention());
                 cache.v[l][to].copy_from_slice(&v[from]);
             }
             if l + 1 == index.layers.len() {
@@ -204,7 +209,8 @@ impl Vlm {
             }
             let mut o = vec![0.0; q.len()];
             let mut lse = vec![0.0; q.len() / dims.k];
-            attention::forward(&mut o, &mut lse, &q, &cache.k[l], &cache.v[l], &spans, dims.attention());
+            let keys = Keys::Panels(&cache.k[l]);
+            attention::forward(&mut o, &mut lse, &q, keys, &cache.v[l], &spans, dims.attention());
             x = block::finish(layer, &dims, params, &x, &o).y;
         }
         for e in extensions {
@@ -221,7 +227,7 @@ impl Vlm {
     pub fn next_logits(&self, cache: &Cache, hidden: &[f32], banned: &[u32]) -> Vec<f32> {
         let (d, v) = (self.config.text.hidden, self.config.text.vocab);
         let head = &self.weights.layout.text.head;
-        match cache.laid.as_ref().and_then(|laid| laid.get(head)).filter(|_| hidden.len() / d < Laid::ROWS) {
+        match cache.laid.as_ref().and_then(|laid| laid.get(head)) {
             Some(packed) => {
                 let n = hidden.len() / d;
                 let mut logits = vec![0.0; n * v];
@@ -236,12 +242,10 @@ impl Vlm {
     /// The language model's weights as few rows like them, if they are not too many.
     fn lay_out(&self) -> Option<Laid> {
         let index = &self.weights.layout.text;
-        let of_layer = |b: &super::layout::Block| {
-            [&b.q, &b.k, &b.v, &b.o, &b.gate, &b.up, &b.down].map(|a| (a.w.clone(), a.inputs, a.outputs))
-        };
-        let head = (index.head.clone(), self.config.text.hidden, self.config.text.vocab);
-        let maps: Vec<_> = index.layers.iter().flat_map(of_layer).chain([head]).collect();
-        let values: usize = maps.iter().map(|(place, ..)| place.len()).sum();
-        (values <= LAID_OUT).then(|| Laid::new(maps.into_iter(), &self.weights.data))
+        let (d, v) = (self.config.text.hidden, self.config.text.vocab);
+        let head = Affine { w: index.head.clone(), b: None, inputs: d, outputs: v };
+        let maps = || index.layers.iter().flat_map(Block::maps).chain([&head]);
+        let values: usize = maps().map(|map| map.w.len()).sum();
+        (values <= LAID_OUT).then(|| Laid::new(maps(), &self.weights.data))
     }
 }

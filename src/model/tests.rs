@@ -250,6 +250,7 @@ fn sampling_with_the_cache_is_the_packed_pass() {
     let features = model.encode(&seen[1], &[TALL]).unwrap();
     // The other member stands behind it, so it moves.
     cache.make_room(members[0], turns[0].1.len() + 2);
+    cache.make_room(members[0], cache.room(members[0]) + 1);
     let e = Extension { sequence: members[0], ids: &turns[0].1, positions: at.as_slices(), features: &features };
     let h = model.extend(&mut cache, &[e]).unwrap();
     assert_eq!(h, row(n + 3 + turns[0].1.len() - 1));
@@ -260,9 +261,11 @@ fn sampling_with_the_cache_is_the_packed_pass() {
         let h = model.extend(&mut cache, &[e]).unwrap();
         assert_eq!(h, row(n + 3 + turns[0].1.len() + step));
     }
-    assert_eq!((cache.len(members[0]), cache.room(members[0])), (b, 0));
-    let e = Extension { sequence: members[1], ids: &[1], positions: [&[0]; 3], features: &[] };
-    assert!(model.extend(&mut cache, &[e]).unwrap_err().to_string().contains("room for 0"));
+    assert_eq!(cache.len(members[0]), b);
+    let room = cache.room(members[1]);
+    let (ids, at) = (vec![1; room + 1], vec![0; room + 1]);
+    let e = Extension { sequence: members[1], ids: &ids, positions: [&at; 3], features: &[] };
+    assert!(model.extend(&mut cache, &[e]).unwrap_err().to_string().contains(&format!("room for {room}")));
 }
 
 /// The log-prob at the head is log-softmax of the logits without the banned ids, computed here in f64.

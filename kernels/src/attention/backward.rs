@@ -8,7 +8,7 @@
 
 use super::task::{Task, tasks};
 use super::{Dims, Span, WORTH_THREADS, check};
-use crate::panel::{self, Left, WIDTH};
+use crate::panel::{self, Left, Onto, WIDTH};
 use crate::vector::{self, dispatch, exp2, mul_add};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -363,13 +363,23 @@ fn add_task(
         let count = WIDTH.min(unit.keys.len() - tile);
         let at = (unit.keys.start + tile) * stride + unit.kv_head * kd;
         let (k, v) = (&inputs.k[at..], &inputs.v[at..]);
-        panel::multiply_panels(&mut p, width, Left::rows(k, stride), &rows.q_t, count, kd);
-        panel::multiply_panels(&mut ds, width, Left::rows(v, stride), &rows.d_o_t, count, kd);
+        panel::multiply_panels(&mut p, width, Left::rows(k, stride), &rows.q_t, kd * WIDTH, count, kd);
+        panel::multiply_panels(&mut ds, width, Left::rows(v, stride), &rows.d_o_t, kd * WIDTH, count, kd);
         probabilities(&mut p, &mut ds, rows, count, first + tile, dims.scale());
         for (sum, weights, values) in [(&mut *dv, &p, &rows.d_o), (&mut *dk, &ds, &rows.q)] {
-            panel::multiply(&mut sum[tile * kd..], kd, Left::rows(weights, width), values, kd, count, n, kd, true);
+            panel::multiply(
+                &mut sum[tile * kd..],
+                kd,
+                Left::rows(weights, width),
+                values,
+                kd,
+                count,
+                n,
+                kd,
+                Onto::Start,
+            );
         }
-        panel::multiply(dq, kd, Left::turned(&ds, width), k, stride, n, count, kd, true);
+        panel::multiply(dq, kd, Left::turned(&ds, width), k, stride, n, count, kd, Onto::Start);
     }
     (rows.p, rows.ds) = (p, ds);
 }

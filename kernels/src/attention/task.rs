@@ -3,7 +3,7 @@
 //!
 //! Hides where rows lie in the [T, H, K] buffers. How spans are cut must not depend on the number of threads.
 
-use super::{Dims, Span};
+use super::{Dims, Keys, Span};
 use crate::panel::{self, WIDTH};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -132,7 +132,7 @@ pub(super) fn tasks(spans: &[Span], dims: Dims) -> Vec<Task<'_>> {
 }
 
 /// Keys and values that several tasks read, laid out for them once: shared runs, and own runs that are long enough to be read by
-/// more than one block of queries.
+/// more than one block of queries. Keys that are panels already stay where they are.
 pub(super) struct Prepared {
     /// Ascending.
     runs: Vec<Range<usize>>,
@@ -143,20 +143,22 @@ pub(super) struct Prepared {
 
 /// A run of keys for one head.
 pub(super) struct Run {
-    /// Panels, as [`transposed`] makes them.
+    /// Panels, as [`transposed`] makes them; empty where they are panels already.
     pub(super) keys: Vec<f32>,
-    /// `[keys, K]`; empty where so few rows read them that copying costs more than reading them where they are.
+    /// Panels `[K / WIDTH, keys, WIDTH]`; empty where so few rows read them that copying costs more than reading them where they are.
     pub(super) values: Vec<f32>,
 }
 
 impl Prepared {
-    pub(super) fn new(k: &[f32], v: &[f32], spans: &[Span], dims: Dims) -> Self {
+    pub(super) fn new(k: Keys, v: &[f32], spans: &[Span], dims: Dims) -> Self {
         // Each run that some span reads: whether it is to be laid out, and whether many rows read it.
         let mut read: Vec<(&Range<usize>, bool, bool)> = Vec::with_capacity(2 * spans.len());
         for span in spans {
             let rows = span.queries.len() * dims.group();
-            read.push((&span.shared, true, rows > FEW_ROWS));
-            read.push((&span.own, rows > ROWS, rows > FEW_ROWS));
+            let many = rows > FEW_ROWS;
+            let (shared, own) = if matches!(k, Keys::Rows(_)) { (true, rows > ROWS) } else { (many, many) };
+            read.push((&span.shared, shared, many));
+            read.push((&span.own, own, many));
         }
         read.retain(|(run, ..)| !run.is_empty());
         read.sort_by_key(|(run, ..)| (run.start, run.end));
@@ -170,8 +172,10 @@ impl Prepared {
         distinct.retain(|(_, wanted, _)| *wanted);
         let of_head = |(run, _, many): &(&Range<usize>, bool, bool), head: usize| {
             let mut keys = Vec::new();
-            transposed(&mut keys, k, (*run).clone(), head, dims);
-            Run { keys, values: if *many { head_rows(v, run, head, dims) } else { Vec::new() } }
+            if let Keys::Rows(k) = k {
+                transposed(&mut keys, k, (*run).clone(), head, dims);
+            }
+            Run { keys, values: if *many { value_panels(v, run, head, dims) } else { Vec::new() } }
         };
         let numbers: usize = distinct.iter().map(|(run, ..)| run.len() * dims.kv_heads * dims.k).sum();
         let each = 0..distinct.len() * dims.kv_heads;
@@ -188,13 +192,16 @@ impl Prepared {
     }
 }
 
-/// The rows `run` of a `[T, Hkv, K]` buffer, one head of them side by side: `[run, K]`.
-pub(super) fn head_rows(x: &[f32], run: &Range<usize>, head: usize, dims: Dims) -> Vec<f32> {
-    let mut rows = Vec::with_capacity(run.len() * dims.k);
-    for row in run.clone() {
-        rows.extend_from_slice(&x[(row * dims.kv_heads + head) * dims.k..][..dims.k]);
+/// The rows `run` of a `[T, Hkv, K]` buffer, one head of them as panels `[K / WIDTH, run, WIDTH]`.
+fn value_panels(x: &[f32], run: &Range<usize>, head: usize, dims: Dims) -> Vec<f32> {
+    let mut panels = vec![0.0; run.len() * dims.k.next_multiple_of(WIDTH)];
+    for (panel, c) in panels.chunks_exact_mut(run.len() * WIDTH).zip((0..dims.k).step_by(WIDTH)) {
+        let cols = WIDTH.min(dims.k - c);
+        for (to, row) in panel.chunks_exact_mut(WIDTH).zip(run.clone()) {
+            to[..cols].copy_from_slice(&x[(row * dims.kv_heads + head) * dims.k + c..][..cols]);
+        }
     }
-    rows
+    panels
 }
 
 /// Writes a run of keys of one head as panels: [panels, K, WIDTH], zeros past the last key.
