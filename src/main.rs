@@ -6,7 +6,10 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 use foveate::config::BadConfig;
-use foveate::{ask, bench, commands, demo, doctor, eval, rl, run, sft};
+use foveate::{ask, bench, commands, demo, doctor, eval, memory, rl, run, sft};
+
+#[global_allocator]
+static MEMORY: memory::OnLines = memory::OnLines;
 
 #[derive(Parser)]
 #[command(name = "foveate", version, about = "Teaches vision-language models where to look.", max_term_width = 100)]
@@ -130,7 +133,7 @@ fn main() -> ExitCode {
         }
         usual(panic);
     }));
-    keep_memory();
+    memory::keep();
     let cli = Cli::parse();
     match dispatch(cli) {
         Ok(()) => ExitCode::SUCCESS,
@@ -176,20 +179,5 @@ fn run_command(command: Command) -> anyhow::Result<()> {
         Command::Trace(command) => command.run(),
         Command::Bench(workload) => workload.run(),
         Command::Doctor { config, json } => doctor::main(config.as_deref(), json),
-    }
-}
-
-/// Asks glibc to keep freed memory instead of handing it back: a step frees and takes again the same large arrays hundreds of
-/// times, and every return costs page faults (a quarter of the time of a step, LOG.md). One arena, because the others are too small
-/// for such arrays and would map each of them anew.
-fn keep_memory() {
-    #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    // SAFETY: called before any other thread exists; mallopt only sets parameters of the allocator.
-    unsafe {
-        libc::mallopt(libc::M_ARENA_MAX, 1);
-        libc::mallopt(libc::M_MMAP_MAX, 0);
-        // Never.
-        libc::mallopt(libc::M_TRIM_THRESHOLD, -1);
-        libc::mallopt(libc::M_TOP_PAD, 64 << 20);
     }
 }

@@ -1,0 +1,127 @@
+//! How the program asks for memory: large arrays start on a cache line, and what is freed is kept for the next step.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+
+/// The system's allocator, with large blocks on cache lines: the C library aligns to 16 bytes, and then every load of a wide vector
+/// touches two lines, which costs a product up to a seventh of its time (LOG.md).
+pub struct OnLines;
+
+/// Bytes of a cache line and of a wide vector.
+const LINE: usize = 64;
+/// Bytes from which on a block is worth it.
+const LARGE: usize = 4096;
+
+/// The block that holds such a block: its start is moved to a line, and how far stands before it.
+fn around(layout: Layout) -> Option<Layout> {
+    let holds = layout.size() >= LARGE && layout.align() <= LINE;
+    holds.then(|| Layout::from_size_align(layout.size() + LINE, size_of::<usize>() * 2).ok()).flatten()
+}
+
+/// # Safety
+/// `block` holds `LINE` bytes more than are asked for and is aligned to two words, or null.
+unsafe fn on_line(block: *mut u8) -> *mut u8 {
+    if block.is_null() {
+        return block;
+    }
+    // Two words at least, so there is room for one before the line.
+    let shift = LINE - block.addr() % LINE;
+    // SAFETY: shift is at most LINE, and what stands before the line is at least a word, aligned like one.
+    unsafe {
+        let start = block.add(shift);
+        start.cast::<usize>().sub(1).write(shift);
+        start
+    }
+}
+
+// SAFETY: every block comes from the system's allocator and goes back to it with the layout that it was asked for: which of the two
+// ways a block went depends on its layout alone.
+unsafe impl GlobalAlloc for OnLines {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        match around(layout) {
+            // SAFETY: `around` leaves room for the shift.
+            Some(around) => unsafe { on_line(System.alloc(around)) },
+            // SAFETY: the caller's promise.
+            None => unsafe { System.alloc(layout) },
+        }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        match around(layout) {
+            // SAFETY: as above; the shift is written before the block that is handed out.
+            Some(around) => unsafe { on_line(System.alloc_zeroed(around)) },
+            // SAFETY: the caller's promise.
+            None => unsafe { System.alloc_zeroed(layout) },
+        }
+    }
+
+    unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
+        match around(layout) {
+            // SAFETY: a block of this layout was made by `on_line`, which left the shift before it.
+            Some(around) => unsafe { System.dealloc(block.sub(block.cast::<usize>().sub(1).read()), around) },
+            // SAFETY: the caller's promise.
+            None => unsafe { System.dealloc(block, layout) },
+        }
+    }
+
+    unsafe fn realloc(&self, block: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        // SAFETY: the caller's promise: `size` is a possible one for this alignment.
+        let new = unsafe { Layout::from_size_align_unchecked(size, layout.align()) };
+        if around(layout).is_none() && around(new).is_none() {
+            // SAFETY: the caller's promise.
+            return unsafe { System.realloc(block, layout, size) };
+        }
+        // SAFETY: both blocks hold at least the smaller size, and the old one is given up only when the new one is there.
+        unsafe {
+            let to = self.alloc(new);
+            if !to.is_null() {
+                std::ptr::copy_nonoverlapping(block, to, layout.size().min(size));
+                self.dealloc(block, layout);
+            }
+            to
+        }
+    }
+}
+
+/// Asks glibc to keep freed memory instead of handing it back: a step frees and takes again the same large arrays hundreds of
+/// times, and every return costs page faults (a quarter of the time of a step, LOG.md). One arena, because the others are too small
+/// for such arrays and would map each of them anew. To be called before there is a second thread.
+pub fn keep() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: mallopt only sets parameters of the allocator.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+        libc::mallopt(libc::M_MMAP_MAX, 0);
+        // Never.
+        libc::mallopt(libc::M_TRIM_THRESHOLD, -1);
+        libc::mallopt(libc::M_TOP_PAD, 64 << 20);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn large_blocks_lie_on_lines_and_keep_what_they_hold() {
+        let at = |size: usize, align: usize| Layout::from_size_align(size, align).unwrap();
+        for (small, large) in [(16, LARGE), (LARGE - 1, 1 << 20), (LARGE, LARGE + 1)] {
+            for align in [1, 16, LINE, 4096] {
+                // SAFETY: blocks are written and read within their sizes, and given back with their layouts.
+                unsafe {
+                    let block = OnLines.alloc(at(small, align));
+                    (0..small).for_each(|i| block.add(i).write(i as u8));
+                    let block = OnLines.realloc(block, at(small, align), large);
+                    assert!(block.addr().is_multiple_of(LINE.max(align)), "{small} {large} {align}");
+                    assert!((0..small).all(|i| block.add(i).read() == i as u8));
+                    (0..large).for_each(|i| block.add(i).write(i as u8));
+                    let block = OnLines.realloc(block, at(large, align), small);
+                    assert!((0..small).all(|i| block.add(i).read() == i as u8));
+                    OnLines.dealloc(block, at(small, align));
+                    let block = OnLines.alloc_zeroed(at(large, align));
+                    assert!((0..large).all(|i| block.add(i).read() == 0));
+                    OnLines.dealloc(block, at(large, align));
+                }
+            }
+        }
+    }
+}
