@@ -21,7 +21,6 @@ pub mod episode;
 pub mod eval;
 pub mod geometry;
 pub mod image;
-pub mod memory;
 pub mod model;
 pub mod objective;
 pub mod optim;

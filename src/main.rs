@@ -6,10 +6,11 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 use foveate::config::BadConfig;
-use foveate::{ask, bench, commands, demo, doctor, eval, memory, rl, run, sft};
+use foveate::{ask, bench, commands, demo, doctor, eval, rl, run, sft};
+use foveate_kernels::memory::OnLines;
 
 #[global_allocator]
-static MEMORY: memory::OnLines = memory::OnLines;
+static MEMORY: OnLines = OnLines;
 
 #[derive(Parser)]
 #[command(name = "foveate", version, about = "Teaches vision-language models where to look.", max_term_width = 100)]
@@ -133,7 +134,7 @@ fn main() -> ExitCode {
         }
         usual(panic);
     }));
-    memory::keep();
+    keep_memory();
     let cli = Cli::parse();
     match dispatch(cli) {
         Ok(()) => ExitCode::SUCCESS,
@@ -179,5 +180,20 @@ fn run_command(command: Command) -> anyhow::Result<()> {
         Command::Trace(command) => command.run(),
         Command::Bench(workload) => workload.run(),
         Command::Doctor { config, json } => doctor::main(config.as_deref(), json),
+    }
+}
+
+/// Asks glibc to keep freed memory instead of handing it back: a step frees and takes again the same large arrays hundreds of
+/// times, and every return costs page faults (a quarter of the time of a step, LOG.md). One arena, because the others are too small
+/// for such arrays and would map each of them anew. To be called before there is a second thread.
+fn keep_memory() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: mallopt only sets parameters of the allocator.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+        libc::mallopt(libc::M_MMAP_MAX, 0);
+        // Never.
+        libc::mallopt(libc::M_TRIM_THRESHOLD, -1);
+        libc::mallopt(libc::M_TOP_PAD, 64 << 20);
     }
 }

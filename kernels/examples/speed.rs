@@ -2,9 +2,13 @@
 //! For a person to look at after a change; the project's measured numbers come from `foveate bench`.
 
 use foveate_kernels::attention::{self, Dims, Keys, Span};
+use foveate_kernels::memory::OnLines;
 use foveate_kernels::{linear, logprob, mlp, norm};
 use std::hint::black_box;
 use std::time::Instant;
+
+#[global_allocator]
+static MEMORY: OnLines = OnLines;
 
 /// Best of several runs, within about a fifth of a second.
 fn seconds(mut work: impl FnMut()) -> f64 {

@@ -18,6 +18,7 @@ pub mod attention;
 pub mod embed;
 pub mod linear;
 pub mod logprob;
+pub mod memory;
 pub mod mlp;
 pub mod norm;
 pub mod rope;

@@ -20,6 +20,8 @@ const SLAB: usize = 2048;
 /// Most rows of a weight's gradient that one task takes, and the tokens it sums in one run.
 const STRIPE: usize = 128;
 const RUN: usize = 256;
+/// Columns of a weight's gradient that a task makes of one run: what they read of x stays in the second cache (512 KiB).
+const INPUTS: usize = 512;
 /// Rows of the product's tile.
 const TILE: usize = 8;
 /// Columns that one task takes where the work is adding.
@@ -231,63 +233,109 @@ pub fn backward_input(dx: &mut [f32], dy: &[f32], w: &[f32], t: usize, m: usize,
     }
 }
 
+/// A map's share in [`backward_weights`].
+pub struct Outer<'a> {
+    /// `[N, M]`
+    pub dw: &'a mut [f32],
+    /// `[N]`
+    pub db: Option<&'a mut [f32]>,
+    /// `[T, N]`
+    pub dy: &'a [f32],
+}
+
 /// # Shapes
 /// dw `[N, M]` += dy `[T, N]`ᵀ · x `[T, M]`; db `[N]` += column sums of dy.
 pub fn backward_weight(dw: &mut [f32], db: Option<&mut [f32]>, dy: &[f32], x: &[f32], t: usize, m: usize, n: usize) {
     check(dy.len(), x.len(), dw.len(), db.as_ref().map(|b| b.len()), t, m, n);
-    if t == 0 || m == 0 || n == 0 {
+    backward_weights(vec![Outer { dw, db, dy }], x, t, m);
+}
+
+/// [`backward_weight`] of maps that have the same input, which is then read once.
+///
+/// # Shapes
+/// x `[T, M]`
+pub fn backward_weights(maps: Vec<Outer>, x: &[f32], t: usize, m: usize) {
+    if t == 0 || m == 0 {
         return;
     }
-    // Each thread makes some rows of the gradient, from all tokens in order: how many rows changes no bit.
-    let threads = rayon::current_num_threads();
-    let stripes = n.div_ceil(STRIPE).next_multiple_of(threads);
-    let rows = n.div_ceil(stripes).next_multiple_of(TILE);
-    let stripe =
-        |scratch: &mut Vec<f32>, (s, dw): (usize, &mut [f32])| add_outer(dw, &dy[s * rows..], x, t, m, n, scratch);
-    if t * m * n < WORTH_THREADS {
-        let mut scratch = Vec::new();
-        dw.chunks_mut(rows * m).enumerate().for_each(|part| stripe(&mut scratch, part));
-    } else {
-        dw.par_chunks_mut(rows * m).enumerate().for_each_init(Vec::new, stripe);
+    for map in &maps {
+        check(map.dy.len(), x.len(), map.dw.len(), map.db.as_ref().map(|b| b.len()), t, m, map.dy.len() / t);
     }
-    if let Some(db) = db {
-        // Each thread sums some columns over all rows, in order.
-        let sum = |(c, db): (usize, &mut [f32])| add_columns(db, dy, c * COLUMNS, n);
-        if t * n < WORTH_THREADS {
-            db.chunks_mut(COLUMNS).enumerate().for_each(sum);
-        } else {
-            db.par_chunks_mut(COLUMNS).enumerate().for_each(sum);
+    let outputs: usize = maps.iter().map(|map| map.dw.len() / m).sum();
+    let threads = t * m * outputs >= WORTH_THREADS;
+    // Each thread makes some rows of the gradients, from all tokens in order: which rows changes no bit.
+    let share = if threads { outputs.div_ceil(rayon::current_num_threads()).next_multiple_of(TILE) } else { outputs };
+    let mut shares: Vec<Vec<Stripe>> = Vec::new();
+    let mut room = 0;
+    for Outer { dw, db, dy } in maps {
+        let n = dy.len() / t;
+        if let Some(db) = db {
+            // Each thread sums some columns over all rows, in order.
+            let sum = |(c, db): (usize, &mut [f32])| add_columns(db, dy, c * COLUMNS, n);
+            if threads {
+                db.par_chunks_mut(COLUMNS).enumerate().for_each(sum);
+            } else {
+                db.chunks_mut(COLUMNS).enumerate().for_each(sum);
+            }
         }
+        let (mut rest, mut first) = (dw, 0);
+        while !rest.is_empty() {
+            let begun = if room > 0 { shares.pop() } else { None };
+            let (mut mine, left) = begun.map_or((Vec::new(), share), |mine| (mine, room));
+            let rows = STRIPE.min(left).min(n - first);
+            let (dw, others) = rest.split_at_mut(rows * m);
+            mine.push(Stripe { dw, dy: &dy[first..], n });
+            shares.push(mine);
+            (rest, first, room) = (others, first + rows, left - rows);
+        }
+    }
+    if threads {
+        shares.into_par_iter().for_each(|share| add_outer(share, x, t, m));
+    } else {
+        shares.into_iter().for_each(|share| add_outer(share, x, t, m));
     }
 }
 
-/// dw `[rows, M]` += the first columns of dy `[T, N]`ᵀ · x `[T, M]`, on the calling thread.
-fn add_outer(dw: &mut [f32], dy: &[f32], x: &[f32], t: usize, m: usize, n: usize, scratch: &mut Vec<f32>) {
-    let rows = dw.len() / m;
-    let tiles = rows.div_ceil(TILE);
-    // What a run reads of dy, [tiles, RUN, TILE], then a panel of x, [RUN, WIDTH]: read where they are, strides of powers of two would
-    // push each other out of the first cache.
-    scratch.resize(tiles * RUN * TILE + RUN * WIDTH, 0.0);
-    let (left, panel) = scratch.split_at_mut(tiles * RUN * TILE);
+/// Some rows of a gradient, and the columns of dy `[T, N]` that make them.
+struct Stripe<'a> {
+    dw: &'a mut [f32],
+    dy: &'a [f32],
+    n: usize,
+}
+
+/// dw `[rows, M]` += the first columns of dy `[T, N]`ᵀ · x `[T, M]` for each stripe, on the calling thread.
+fn add_outer(stripes: Vec<Stripe>, x: &[f32], t: usize, m: usize) {
+    // What a run reads of x, as panels [RUN, WIDTH], and of dy, [RUN, TILE] for each tile: read where they are, strides of powers of
+    // two would push each other out of the first cache. The same goes for panels that lie a power of two apart.
+    const APART: usize = RUN * WIDTH + 16;
+    let mut panels = vec![0.0; INPUTS.min(m).div_ceil(WIDTH) * APART];
+    let mut left = vec![0.0; STRIPE * RUN];
+    let mut stripes = stripes;
     for t0 in (0..t).step_by(RUN) {
         let run = RUN.min(t - t0);
-        for (k, dy) in dy[t0 * n..].chunks(n).take(run).enumerate() {
-            let (whole, rest) = dy[..rows].as_chunks::<TILE>();
-            let mut tiles = left.chunks_exact_mut(RUN * TILE).map(|tile| &mut tile[k * TILE..][..TILE]);
-            whole.iter().zip(&mut tiles).for_each(|(dy, tile)| tile.copy_from_slice(dy));
-            rest.iter().zip(tiles.next().into_iter().flatten()).for_each(|(dy, to)| *to = *dy);
-        }
-        for c in (0..m).step_by(WIDTH) {
-            let cols = WIDTH.min(m - c);
-            for (to, from) in panel.as_chunks_mut::<WIDTH>().0.iter_mut().zip(x[t0 * m..].chunks_exact(m).take(run)) {
-                match from[c..].first_chunk::<WIDTH>() {
-                    Some(whole) => *to = *whole,
-                    None => to[..cols].copy_from_slice(&from[c..]),
-                }
+        for c0 in (0..m).step_by(INPUTS) {
+            let inputs = INPUTS.min(m - c0);
+            for (k, x) in x[t0 * m..].chunks_exact(m).take(run).enumerate() {
+                let (whole, rest) = x[c0..c0 + inputs].as_chunks::<WIDTH>();
+                let mut panels = panels.chunks_mut(APART).map(|panel| &mut panel[k * WIDTH..][..WIDTH]);
+                whole.iter().zip(&mut panels).for_each(|(x, panel)| panel.copy_from_slice(x));
+                rest.iter().zip(panels.next().into_iter().flatten()).for_each(|(x, to)| *to = *x);
             }
-            for (dw, left) in dw.chunks_mut(TILE * m).zip(left.chunks_exact(RUN * TILE)) {
+            for Stripe { dw, dy, n } in &mut stripes {
                 let rows = dw.len() / m;
-                panel::multiply(&mut dw[c..], m, Left::turned(left, TILE), panel, WIDTH, rows, run, cols, Onto::Sum);
+                for (k, dy) in dy[t0 * *n..].chunks(*n).take(run).enumerate() {
+                    let (whole, rest) = dy[..rows].as_chunks::<TILE>();
+                    let mut tiles = left.chunks_exact_mut(RUN * TILE).map(|tile| &mut tile[k * TILE..][..TILE]);
+                    whole.iter().zip(&mut tiles).for_each(|(dy, tile)| tile.copy_from_slice(dy));
+                    rest.iter().zip(tiles.next().into_iter().flatten()).for_each(|(dy, to)| *to = *dy);
+                }
+                for (panel, c) in panels.chunks(APART).zip((c0..c0 + inputs).step_by(WIDTH)) {
+                    let cols = WIDTH.min(m - c);
+                    for (dw, left) in dw.chunks_mut(TILE * m).zip(left.chunks_exact(RUN * TILE)) {
+                        let (rows, left) = (dw.len() / m, Left::turned(left, TILE));
+                        panel::multiply(&mut dw[c..], m, left, panel, WIDTH, rows, run, cols, Onto::Sum);
+                    }
+                }
             }
         }
     }

@@ -178,20 +178,31 @@ impl Affine {
 
     /// Adds the gradient by weight and bias to the arena `grads`.
     pub fn backward_weight(&self, grads: &mut [f32], dy: &[f32], x: &[f32]) {
-        let t = dy.len() / self.outputs;
-        match self.b.clone() {
-            Some(b) => {
-                let (head, tail) = grads.split_at_mut(b.start);
-                let db = &mut tail[..b.len()];
-                let dw = &mut head[self.w.clone()];
-                linear::backward_weight(dw, Some(db), dy, x, t, self.inputs, self.outputs);
-            }
-            None => {
-                let dw = &mut grads[self.w.clone()];
-                linear::backward_weight(dw, None, dy, x, t, self.inputs, self.outputs);
-            }
-        }
+        backward_weights(grads, &[(self, dy)], x);
     }
+}
+
+/// [`Affine::backward_weight`] of maps, each with its dy, that have the same input.
+fn backward_weights(grads: &mut [f32], maps: &[(&Affine, &[f32])], x: &[f32]) {
+    let inputs = maps[0].0.inputs;
+    // The gradients lie apart in the arena, in whatever order.
+    let mut places: Vec<(usize, &Range<usize>)> = Vec::new();
+    for (i, (map, _)) in maps.iter().enumerate() {
+        places.push((2 * i, &map.w));
+        places.extend(map.b.iter().map(|b| (2 * i + 1, b)));
+    }
+    places.sort_by_key(|(_, place)| place.start);
+    let mut parts: Vec<Option<&mut [f32]>> = (0..2 * maps.len()).map(|_| None).collect();
+    let (mut rest, mut at) = (grads, 0);
+    for (i, place) in places {
+        let (part, others) = rest[place.start - at..].split_at_mut(place.len());
+        (parts[i], rest, at) = (Some(part), others, place.end);
+    }
+    let mut outers = Vec::with_capacity(maps.len());
+    for (part, &(_, dy)) in parts.chunks_exact_mut(2).zip(maps) {
+        outers.push(linear::Outer { dw: part[0].take().unwrap_or_default(), db: part[1].take(), dy });
+    }
+    linear::backward_weights(outers, x, x.len() / inputs, inputs);
 }
 
 /// RMS-normalised rows and their reciprocal root mean squares.
@@ -399,8 +410,7 @@ pub fn backward(
     let picked = rows.wanted.map(|wanted| pick(&o, wanted, dims.heads * dims.k));
     if let Some(g) = grads.as_deref_mut() {
         block.down.backward_weight(g, &dy, &h);
-        block.gate.backward_weight(g, &gate, &n2);
-        block.up.backward_weight(g, &up, &n2);
+        backward_weights(g, &[(&block.gate, &gate), (&block.up, &up)], &n2);
         block.o.backward_weight(g, &dmid, picked.as_ref().unwrap_or(&o));
         add_up(&mut g[block.norm2.clone()], &dnorm);
     }
@@ -436,9 +446,7 @@ pub fn backward(
             norm::backward(dx, dnorm, &dn, x, weight, &rstd, d, true);
         });
     if let Some(g) = grads {
-        block.q.backward_weight(g, &dq, &n1);
-        block.k.backward_weight(g, &dk, &n1);
-        block.v.backward_weight(g, &dv, &n1);
+        backward_weights(g, &[(&block.q, &dq), (&block.k, &dk), (&block.v, &dv)], &n1);
         add_up(&mut g[block.norm1.clone()], &dnorm);
     }
     dx

@@ -2,11 +2,11 @@
 //!
 //! The work is cut by keys. A [`Unit`] is a stretch of keys for one head; it meets, in the order of the spans, every block of
 //! queries that sees it, and writes what it adds to dk, dv and dq into a place of its own; the places are added up afterwards, in
-//! the order of the units. A tile is 32 keys by a block of rows, its scores held with keys as rows, which is how dk and dv
-//! want them and how the product for dq can read them. The order of summation depends on the spans and on the constants here,
-//! never on the threads.
+//! the order of the units. A tile is 32 keys by so many rows that everything about them stays in the first cache; its scores
+//! are held row by row, and the products for dk and dv read them by columns. The order of summation depends on the spans and on
+//! the constants here, never on the threads.
 
-use super::task::{Task, tasks};
+use super::task::{Task, tasks, transposed};
 use super::{Dims, Span, WORTH_THREADS, check};
 use crate::panel::{self, Left, Onto, WIDTH};
 use crate::vector::{self, dispatch, exp2, mul_add};
@@ -15,6 +15,8 @@ use std::ops::Range;
 
 /// Keys of a unit: enough of them to make up for gathering the queries again, few enough to spread over threads.
 const KEYS: usize = 1024;
+/// Numbers that the rows of a tile have in q, and as many in d_o: 8 KiB each.
+const TILE: usize = 2048;
 /// Numbers that the places of units running at once may have; 64 MiB.
 const PLACES: usize = 16 << 20;
 
@@ -35,21 +37,22 @@ impl Unit {
     }
 }
 
-/// A task's rows as a unit needs them, kept for the next.
+/// What a unit works on, kept for the next.
 #[derive(Default)]
-struct Rows {
-    /// `[R, K]`, and transposed as panels `[panels, K, WIDTH]`.
+struct Scratch {
+    /// Its keys and values as panels `[panels, K, WIDTH]`.
+    k_t: Vec<f32>,
+    v_t: Vec<f32>,
+    /// A task's rows, `[R, K]`.
     q: Vec<f32>,
-    q_t: Vec<f32>,
     d_o: Vec<f32>,
-    d_o_t: Vec<f32>,
-    /// `[R]`, in units of ln 2; room for whole panels behind.
+    /// `[R]`, in units of ln 2.
     lse: Vec<f32>,
-    /// Σ_k d_o∘o, `[R]`, with the same room.
+    /// Σ_k d_o∘o, `[R]`.
     delta: Vec<f32>,
     /// Keys that each row sees.
     visible: Vec<usize>,
-    /// Probabilities and their derivatives of a tile, `[WIDTH, R]`.
+    /// Probabilities and their derivatives of a tile, `[rows, WIDTH]`.
     p: Vec<f32>,
     ds: Vec<f32>,
 }
@@ -146,7 +149,7 @@ pub fn backward(
             left = others;
             (unit, mine)
         });
-        each(threads, parts, Rows::default, |rows, (unit, place)| fill(place, unit, &tasks, &inputs, rows));
+        each(threads, parts, Scratch::default, |scratch, (unit, place)| fill(place, unit, &tasks, &inputs, scratch));
         add_up(dq, dk, dv, batch, &sizes, &places, &tasks, threads, dims);
     }
 }
@@ -285,37 +288,33 @@ fn add_up(
 }
 
 /// Writes what a unit adds into its place.
-fn fill(place: &mut [f32], unit: &Unit, tasks: &[Task], inputs: &Inputs, rows: &mut Rows) {
-    let kd = inputs.dims.k;
-    let (dk, rest) = place.split_at_mut(unit.keys.len() * kd);
-    let (dv, mut dq) = rest.split_at_mut(unit.keys.len() * kd);
+fn fill(place: &mut [f32], unit: &Unit, tasks: &[Task], inputs: &Inputs, scratch: &mut Scratch) {
+    let dims = inputs.dims;
+    let (dk, rest) = place.split_at_mut(unit.keys.len() * dims.k);
+    let (dv, mut dq) = rest.split_at_mut(unit.keys.len() * dims.k);
+    for (to, from) in [(&mut scratch.k_t, inputs.k), (&mut scratch.v_t, inputs.v)] {
+        transposed(to, from, unit.keys.clone(), unit.kv_head, dims);
+    }
     for &(task, number) in &unit.seen_by {
         let task = &tasks[task];
-        rows.read(task, inputs);
-        let (mine, others) = std::mem::take(&mut dq).split_at_mut(task.rows(inputs.dims) * kd);
+        scratch.read(task, inputs);
+        let rows = task.rows(dims);
+        let (mine, others) = std::mem::take(&mut dq).split_at_mut(rows * dims.k);
         dq = others;
-        add_task(mine, dk, dv, rows, unit, number, inputs);
+        let at_once = (TILE / dims.k).next_multiple_of(8);
+        for first in (0..rows).step_by(at_once) {
+            add_rows(mine, dk, dv, scratch, first..rows.min(first + at_once), unit, number, inputs);
+        }
     }
 }
 
-impl Rows {
+impl Scratch {
     fn read(&mut self, task: &Task, inputs: &Inputs) {
         let dims = inputs.dims;
         let (kd, group) = (dims.k, dims.group());
-        let rows = task.rows(dims);
-        let panels = rows.div_ceil(WIDTH);
-        for (to, to_t, from) in [(&mut self.q, &mut self.q_t, inputs.q), (&mut self.d_o, &mut self.d_o_t, inputs.d_o)] {
+        for (to, from) in [(&mut self.q, inputs.q), (&mut self.d_o, inputs.d_o)] {
             to.clear();
             task.starts(dims).for_each(|start| to.extend_from_slice(&from[start..start + group * kd]));
-            to_t.resize(panels * WIDTH * kd, 0.0);
-            for (p, panel) in to_t.chunks_exact_mut(WIDTH * kd).enumerate() {
-                let first = p * WIDTH;
-                let n = WIDTH.min(rows - first);
-                if n < WIDTH {
-                    panel.fill(0.0);
-                }
-                panel::transpose_into(panel, &to[first * kd..], kd, kd, n);
-            }
         }
         self.lse.clear();
         self.delta.clear();
@@ -323,12 +322,8 @@ impl Rows {
             self.lse.extend(inputs.lse[start..start + group].iter().map(|lse| lse * std::f32::consts::LOG2_E));
             self.delta.extend_from_slice(&inputs.delta[start..start + group]);
         }
-        self.lse.resize(panels * WIDTH, 0.0);
-        self.delta.resize(panels * WIDTH, 0.0);
         self.visible.clear();
-        self.visible.extend((0..rows).map(|r| task.span.visible(task.block.start + r / group)));
-        self.p.resize(WIDTH * panels * WIDTH, 0.0);
-        self.ds.resize(WIDTH * panels * WIDTH, 0.0);
+        self.visible.extend((0..task.rows(dims)).map(|r| task.span.visible(task.block.start + r / group)));
     }
 }
 
@@ -340,73 +335,72 @@ fn products_body<const LEVEL: u8>(out: &mut [f32], a: &[f32], b: &[f32], k: usiz
     }
 }
 
-/// Adds what one task and the keys of a unit (of which the first is number `first` for the task) give to dq, dk and dv.
-fn add_task(
+/// Adds what some rows of a task and the keys of a unit (of which the first is number `number` for the task) give to dq, dk and dv.
+#[allow(clippy::too_many_arguments)]
+fn add_rows(
     dq: &mut [f32],
     dk: &mut [f32],
     dv: &mut [f32],
-    rows: &mut Rows,
+    scratch: &mut Scratch,
+    rows: Range<usize>,
     unit: &Unit,
-    first: usize,
+    number: usize,
     inputs: &Inputs,
 ) {
     let dims = inputs.dims;
     let (kd, stride) = (dims.k, dims.kv_heads * dims.k);
-    let n = rows.visible.len();
-    let width = rows.lse.len();
-    let Some(&last) = rows.visible.last() else { return };
-    let (mut p, mut ds) = (std::mem::take(&mut rows.p), std::mem::take(&mut rows.ds));
+    let Scratch { k_t, v_t, q, d_o, lse, delta, visible, p, ds } = scratch;
+    p.resize(rows.len() * WIDTH, 0.0);
+    ds.resize(rows.len() * WIDTH, 0.0);
     for tile in (0..unit.keys.len()).step_by(WIDTH) {
-        if first + tile >= last {
+        // Rows see ever more keys: the first ones may see none of these.
+        let unseeing = visible[rows.clone()].partition_point(|v| *v <= number + tile);
+        let rows = rows.start + unseeing..rows.end;
+        if rows.is_empty() {
             break;
         }
-        let count = WIDTH.min(unit.keys.len() - tile);
-        let at = (unit.keys.start + tile) * stride + unit.kv_head * kd;
-        let (k, v) = (&inputs.k[at..], &inputs.v[at..]);
-        panel::multiply_panels(&mut p, width, Left::rows(k, stride), &rows.q_t, kd * WIDTH, count, kd);
-        panel::multiply_panels(&mut ds, width, Left::rows(v, stride), &rows.d_o_t, kd * WIDTH, count, kd);
-        probabilities(&mut p, &mut ds, rows, count, first + tile, dims.scale());
-        for (sum, weights, values) in [(&mut *dv, &p, &rows.d_o), (&mut *dk, &ds, &rows.q)] {
-            panel::multiply(
-                &mut sum[tile * kd..],
-                kd,
-                Left::rows(weights, width),
-                values,
-                kd,
-                count,
-                n,
-                kd,
-                Onto::Start,
-            );
+        let (n, count) = (rows.len(), WIDTH.min(unit.keys.len() - tile));
+        let values = rows.start * kd..rows.end * kd;
+        for (out, left, panels) in [(&mut *p, &q[values.clone()], &k_t), (&mut *ds, &d_o[values.clone()], &v_t)] {
+            let panel = &panels[tile * kd..];
+            panel::multiply(out, WIDTH, Left::rows(left, kd), panel, WIDTH, n, kd, WIDTH, Onto::Nothing);
         }
-        panel::multiply(dq, kd, Left::turned(&ds, width), k, stride, n, count, kd, Onto::Start);
+        let of_rows = (&lse[rows.clone()], &delta[rows.clone()], &visible[rows]);
+        probabilities(p, ds, of_rows, number + tile, dims.scale());
+        for (sum, weights, right) in [(&mut *dv, &*p, &d_o), (&mut *dk, &*ds, &q)] {
+            let (sum, right) = (&mut sum[tile * kd..], &right[values.clone()]);
+            panel::multiply(sum, kd, Left::turned(weights, WIDTH), right, kd, count, n, kd, Onto::Start);
+        }
+        let k = &inputs.k[(unit.keys.start + tile) * stride + unit.kv_head * kd..];
+        panel::multiply(&mut dq[values], kd, Left::rows(ds, WIDTH), k, stride, n, count, kd, Onto::Start);
     }
-    (rows.p, rows.ds) = (p, ds);
 }
 
 dispatch! {
-    /// p: scores in, probabilities out (0 where hidden); ds: d_o·vᵀ in, scale·dS out. Keys are rows; the first is number `first`.
-    fn probabilities(p: &mut [f32], ds: &mut [f32], rows: &Rows, keys: usize, first: usize, scale: f32) = probabilities_body
+    /// p: scores in, probabilities out (0 where hidden); ds: d_o·vᵀ in, scale·dS out. The first key is number `first`; of each row
+    /// come the log-sum-exp, delta, and how many keys it sees.
+    fn probabilities(p: &mut [f32], ds: &mut [f32], rows: (&[f32], &[f32], &[usize]), first: usize, scale: f32) = probabilities_body
 }
 #[inline(always)]
 fn probabilities_body<const LEVEL: u8>(
     p: &mut [f32],
     ds: &mut [f32],
-    rows: &Rows,
-    keys: usize,
+    rows: (&[f32], &[f32], &[usize]),
     first: usize,
     scale: f32,
 ) {
-    let width = rows.lse.len();
     let in_log2 = scale * std::f32::consts::LOG2_E;
-    for (j, (p, ds)) in p.chunks_exact_mut(width).zip(ds.chunks_exact_mut(width)).enumerate().take(keys) {
-        for ((p, ds), (lse, delta)) in p.iter_mut().zip(ds.iter_mut()).zip(rows.lse.iter().zip(&rows.delta)) {
+    let (lse, delta, visible) = rows;
+    let tile = p.as_chunks_mut::<WIDTH>().0.iter_mut().zip(ds.as_chunks_mut::<WIDTH>().0);
+    for ((p, ds), ((lse, delta), visible)) in tile.zip(lse.iter().zip(delta).zip(visible)) {
+        for (p, ds) in p.iter_mut().zip(ds.iter_mut()) {
             *p = exp2::<LEVEL>(mul_add::<LEVEL>(*p, in_log2, -lse));
             *ds = *p * (*ds - delta) * scale;
         }
-        // Rows see ever more keys, so the ones that do not see this key come first.
-        let hidden = if rows.visible[0] > first + j { 0 } else { rows.visible.partition_point(|v| *v <= first + j) };
-        p[..hidden].fill(0.0);
-        ds[..hidden].fill(0.0);
+        let seen = visible - first;
+        if seen < WIDTH {
+            p[seen..].fill(0.0);
+            ds[seen..].fill(0.0);
+        }
     }
 }

@@ -1,4 +1,4 @@
-//! How the program asks for memory: large arrays start on a cache line, and what is freed is kept for the next step.
+//! A global allocator for programs that use these kernels: large arrays start on a cache line.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 
@@ -79,21 +79,6 @@ unsafe impl GlobalAlloc for OnLines {
             }
             to
         }
-    }
-}
-
-/// Asks glibc to keep freed memory instead of handing it back: a step frees and takes again the same large arrays hundreds of
-/// times, and every return costs page faults (a quarter of the time of a step, LOG.md). One arena, because the others are too small
-/// for such arrays and would map each of them anew. To be called before there is a second thread.
-pub fn keep() {
-    #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    // SAFETY: mallopt only sets parameters of the allocator.
-    unsafe {
-        libc::mallopt(libc::M_ARENA_MAX, 1);
-        libc::mallopt(libc::M_MMAP_MAX, 0);
-        // Never.
-        libc::mallopt(libc::M_TRIM_THRESHOLD, -1);
-        libc::mallopt(libc::M_TOP_PAD, 64 << 20);
     }
 }
 
