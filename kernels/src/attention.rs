@@ -60,7 +60,7 @@ impl Dims {
 
 /// Rows and keys whose scores exist at once in the forward: 16 KiB, next to the keys and values of the block in the cache.
 const STRIP: usize = 16;
-const BLOCK: usize = 256;
+const BLOCK: usize = 384;
 /// Room before and behind the scores of a block, because keys come in whole panels.
 const MARGIN: usize = WIDTH;
 const SCORES: usize = MARGIN + BLOCK + MARGIN;

@@ -1,6 +1,10 @@
-//! A global allocator for programs that use these kernels: large arrays start on a cache line.
+//! Memory for large arrays: [`OnLines`], an allocator for programs that use these kernels, and [`Rows`], arrays that are cleared by the
+//! tasks that fill them.
 
+use rayon::prelude::*;
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::mem::MaybeUninit;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// The system's allocator, with large blocks on cache lines: the C library aligns to 16 bytes, and then every load of a wide vector
 /// touches two lines, which costs a product up to a seventh of its time (LOG.md).
@@ -82,6 +86,53 @@ unsafe impl GlobalAlloc for OnLines {
     }
 }
 
+/// An array whose chunks are cleared one by one, each by the task that fills it and while that task's core holds it. Clearing all of
+/// a large array first, on one thread, costs a pass over the memory that the others wait for.
+pub struct Rows {
+    data: Vec<f32>,
+    len: usize,
+    cleared: AtomicUsize,
+}
+
+/// A chunk that has not been cleared yet.
+pub struct Chunk<'a> {
+    data: &'a mut [MaybeUninit<f32>],
+    cleared: &'a AtomicUsize,
+}
+
+impl Rows {
+    pub fn new(len: usize) -> Rows {
+        Rows { data: Vec::with_capacity(len), len, cleared: AtomicUsize::new(0) }
+    }
+
+    /// All of it in chunks of `size`, the last one shorter.
+    pub fn chunks(&mut self, size: usize) -> impl IndexedParallelIterator<Item = Chunk<'_>> {
+        *self.cleared.get_mut() = 0;
+        let cleared = &self.cleared;
+        self.data.spare_capacity_mut()[..self.len].par_chunks_mut(size).map(move |data| Chunk { data, cleared })
+    }
+
+    /// # Panics
+    /// Where a chunk was not cleared.
+    pub fn done(mut self) -> Vec<f32> {
+        assert_eq!(*self.cleared.get_mut(), self.len, "memory: numbers cleared, of all");
+        // SAFETY: `chunks` hands out each number once and counts anew each time, and a chunk is used up by clearing it: so when the
+        // counts agree every number has been written.
+        unsafe { self.data.set_len(self.len) };
+        self.data
+    }
+}
+
+impl<'a> Chunk<'a> {
+    /// The chunk, all zeros.
+    pub fn clear(self) -> &'a mut [f32] {
+        self.data.iter_mut().for_each(|x| _ = x.write(0.0));
+        self.cleared.fetch_add(self.data.len(), Ordering::Relaxed);
+        // SAFETY: just written, and `MaybeUninit<f32>` has the layout of `f32`.
+        unsafe { &mut *(std::ptr::from_mut(self.data) as *mut [f32]) }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -108,5 +159,23 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn rows_are_cleared_by_chunks() {
+        for (len, size) in [(0, 4), (3, 4), (8, 4), (9, 4)] {
+            let mut rows = Rows::new(len);
+            rows.chunks(size).enumerate().for_each(|(i, chunk)| chunk.clear().iter_mut().for_each(|x| *x += i as f32));
+            let expected: Vec<f32> = (0..len).map(|i| (i / size) as f32).collect();
+            assert_eq!(rows.done(), expected);
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "numbers cleared")]
+    fn rows_that_were_not_cleared_are_not_handed_out() {
+        let mut rows = Rows::new(10);
+        rows.chunks(4).enumerate().filter(|(i, _)| *i != 1).for_each(|(_, chunk)| _ = chunk.clear());
+        rows.done();
     }
 }

@@ -11,7 +11,7 @@ use std::ops::Range;
 
 use foveate_kernels::attention::{self, Keys, Span};
 use foveate_kernels::rope::{self, Table};
-use foveate_kernels::{linear, mlp, norm};
+use foveate_kernels::{linear, memory, mlp, norm};
 use rayon::prelude::*;
 
 use super::layout::{Affine, Block};
@@ -82,8 +82,8 @@ pub struct Qkv {
 }
 
 /// The second half of a block.
-pub struct Rest {
-    pub y: Vec<f32>,
+struct Rest {
+    y: Vec<f32>,
     mid: Vec<f32>,
     gate: Vec<f32>,
     up: Vec<f32>,
@@ -258,13 +258,15 @@ pub fn project(block: &Block, dims: &Dims, params: Params, x: &[f32], table: &Ta
     let own = laid_out(block, params, t);
     let params = Params { laid: own.as_ref().or(params.laid), ..params };
     let (wide, narrow) = (dims.heads * dims.k, dims.kv_heads * dims.k);
-    let (mut q, mut k, mut v) = (vec![0.0; t * wide], vec![0.0; t * narrow], vec![0.0; t * narrow]);
-    q.par_chunks_mut(CHUNK * wide)
-        .zip(k.par_chunks_mut(CHUNK * narrow))
-        .zip(v.par_chunks_mut(CHUNK * narrow))
+    let (mut q, mut k, mut v) =
+        (memory::Rows::new(t * wide), memory::Rows::new(t * narrow), memory::Rows::new(t * narrow));
+    q.chunks(CHUNK * wide)
+        .zip(k.chunks(CHUNK * narrow))
+        .zip(v.chunks(CHUNK * narrow))
         .zip(x.par_chunks(CHUNK * dims.hidden))
         .enumerate()
         .for_each(|(i, (((q, k), v), x))| {
+            let (q, k, v) = (q.clear(), k.clear(), v.clear());
             let (n1, rstd) = normed(x, &params.data[block.norm1.clone()], dims.eps);
             block.q.run(q, params, &n1, false);
             block.k.run(k, params, &n1, false);
@@ -273,37 +275,70 @@ pub fn project(block: &Block, dims: &Dims, params: Params, x: &[f32], table: &Ta
             rope::apply(q, angles, dims.heads);
             rope::apply(k, angles, dims.kv_heads);
         });
-    Qkv { q, k, v }
+    Qkv { q: q.done(), k: k.done(), v: v.done() }
 }
 
 /// From the attention's result to the block's: output projection, both residuals, MLP.
 ///
 /// # Shapes
 /// x `[T, D]`, o `[T, H, K]`
-pub fn finish(block: &Block, dims: &Dims, params: Params, x: &[f32], o: &[f32]) -> Rest {
+fn finish_keeping(block: &Block, dims: &Dims, params: Params, x: &[f32], o: &[f32]) -> Rest {
     let t = x.len() / dims.hidden;
     let own = laid_out(block, params, t);
     let params = Params { laid: own.as_ref().or(params.laid), ..params };
     let Dims { hidden: d, mlp: wide, .. } = *dims;
-    let (mut y, mut mid) = (vec![0.0; t * d], vec![0.0; t * d]);
-    let (mut gate, mut up) = (vec![0.0; t * wide], vec![0.0; t * wide]);
-    y.par_chunks_mut(CHUNK * d)
-        .zip(mid.par_chunks_mut(CHUNK * d))
-        .zip(gate.par_chunks_mut(CHUNK * wide).zip(up.par_chunks_mut(CHUNK * wide)))
+    let [mut y, mut mid, mut gate, mut up] = [d, d, wide, wide].map(|width| memory::Rows::new(t * width));
+    y.chunks(CHUNK * d)
+        .zip(mid.chunks(CHUNK * d))
+        .zip(gate.chunks(CHUNK * wide).zip(up.chunks(CHUNK * wide)))
         .zip(x.par_chunks(CHUNK * d).zip(o.par_chunks(CHUNK * dims.heads * dims.k)))
         .for_each(|(((y, mid), (gate, up)), (x, o))| {
-            mid.copy_from_slice(x);
-            block.o.run(mid, params, o, true);
-            let (n2, _) = normed(mid, &params.data[block.norm2.clone()], dims.eps);
-            block.gate.run(gate, params, &n2, false);
-            block.up.run(up, params, &n2, false);
-            let mut h = n2;
-            h.resize(gate.len(), 0.0);
-            mlp::swiglu_forward(&mut h, gate, up);
-            y.copy_from_slice(mid);
-            block.down.run(y, params, &h, true);
+            let (y, mid) = (y.clear(), mid.clear());
+            finish_rows(block, dims, params, [x, o], y, Some(mid), [gate.clear(), up.clear()]);
         });
-    Rest { y, mid, gate, up }
+    Rest { y: y.done(), mid: mid.done(), gate: gate.done(), up: up.done() }
+}
+
+/// The same where no backward pass will follow.
+///
+/// # Shapes
+/// x `[T, D]`, o `[T, H, K]` -> `[T, D]`
+pub fn finish(block: &Block, dims: &Dims, params: Params, x: &[f32], o: &[f32]) -> Vec<f32> {
+    let t = x.len() / dims.hidden;
+    let own = laid_out(block, params, t);
+    let params = Params { laid: own.as_ref().or(params.laid), ..params };
+    let mut y = memory::Rows::new(x.len());
+    y.chunks(CHUNK * dims.hidden)
+        .zip(x.par_chunks(CHUNK * dims.hidden).zip(o.par_chunks(CHUNK * dims.heads * dims.k)))
+        .for_each(|(y, (x, o))| {
+            let wide = x.len() / dims.hidden * dims.mlp;
+            let (mut gate, mut up) = (vec![0.0; wide], vec![0.0; wide]);
+            finish_rows(block, dims, params, [x, o], y.clear(), None, [&mut gate, &mut up]);
+        });
+    y.done()
+}
+
+fn finish_rows(
+    block: &Block,
+    dims: &Dims,
+    params: Params,
+    [x, o]: [&[f32]; 2],
+    y: &mut [f32],
+    mid: Option<&mut [f32]>,
+    [gate, up]: [&mut [f32]; 2],
+) {
+    y.copy_from_slice(x);
+    block.o.run(y, params, o, true);
+    if let Some(mid) = mid {
+        mid.copy_from_slice(y);
+    }
+    let (n2, _) = normed(y, &params.data[block.norm2.clone()], dims.eps);
+    block.gate.run(gate, params, &n2, false);
+    block.up.run(up, params, &n2, false);
+    let mut h = n2;
+    h.resize(gate.len(), 0.0);
+    mlp::swiglu_forward(&mut h, gate, up);
+    block.down.run(y, params, &h, true);
 }
 
 /// The named rows of `x`, each of `width` values.
@@ -324,19 +359,28 @@ fn put_back(dy: &[f32], rows: &[usize], width: usize, len: usize) -> Vec<f32> {
     dx
 }
 
+/// The attention's result and log-sum-exp, and of the wanted rows the block's input and that result.
+struct Attended {
+    qkv: Qkv,
+    o: Vec<f32>,
+    lse: Vec<f32>,
+    /// Where only some rows are wanted: `[N, D]`, `[N, H, K]`.
+    picked: Option<[Vec<f32>; 2]>,
+}
+
+fn attend(block: &Block, dims: &Dims, weights: &[f32], x: &[f32], rows: Rows) -> Attended {
+    let qkv = project(block, dims, weights.into(), x, rows.table);
+    let mut o = vec![0.0; qkv.q.len()];
+    let mut lse = vec![0.0; x.len() / dims.hidden * dims.heads];
+    attention::forward(&mut o, &mut lse, &qkv.q, Keys::Rows(&qkv.k), &qkv.v, rows.spans, dims.attention());
+    let picked = rows.wanted.map(|wanted| [pick(x, wanted, dims.hidden), pick(&o, wanted, dims.heads * dims.k)]);
+    Attended { qkv, o, lse, picked }
+}
+
 fn forward_all(block: &Block, dims: &Dims, weights: &[f32], x: Vec<f32>, rows: Rows) -> (Vec<f32>, Tape) {
-    let t = x.len() / dims.hidden;
-    let Qkv { q, k, v } = project(block, dims, weights.into(), &x, rows.table);
-    let mut o = vec![0.0; q.len()];
-    let mut lse = vec![0.0; t * dims.heads];
-    attention::forward(&mut o, &mut lse, &q, Keys::Rows(&k), &v, rows.spans, dims.attention());
-    let Rest { y, mid, gate, up } = match rows.wanted {
-        None => finish(block, dims, weights.into(), &x, &o),
-        Some(wanted) => {
-            let (x, o) = (pick(&x, wanted, dims.hidden), pick(&o, wanted, dims.hidden));
-            finish(block, dims, weights.into(), &x, &o)
-        }
-    };
+    let Attended { qkv: Qkv { q, k, v }, o, lse, picked } = attend(block, dims, weights, &x, rows);
+    let [of_x, of_o] = picked.as_ref().map_or([&x, &o], |[x, o]| [x, o]);
+    let Rest { y, mid, gate, up } = finish_keeping(block, dims, weights.into(), of_x, of_o);
     (y, Tape { x, q, k, v, o, lse, mid, gate, up })
 }
 
@@ -352,13 +396,15 @@ pub fn forward(
     rows: Rows,
     keep: Keep,
 ) -> (Vec<f32>, Option<Kept>) {
-    let (y, tape) = forward_all(block, dims, weights, x, rows);
-    let kept = match keep {
-        Keep::Nothing => None,
-        Keep::Inputs => Some(Kept::Input(tape.x)),
-        Keep::Everything => Some(Kept::All(Box::new(tape))),
-    };
-    (y, kept)
+    if keep == Keep::Everything {
+        let (y, tape) = forward_all(block, dims, weights, x, rows);
+        return (y, Some(Kept::All(Box::new(tape))));
+    }
+    let Attended { qkv, o, picked, .. } = attend(block, dims, weights, &x, rows);
+    drop(qkv);
+    let [of_x, of_o] = picked.as_ref().map_or([&x, &o], |[x, o]| [x, o]);
+    let y = finish(block, dims, weights.into(), of_x, of_o);
+    (y, (keep == Keep::Inputs).then_some(Kept::Input(x)))
 }
 
 /// Backward of [`forward`]: turns the gradient by the result into the gradient by the input, and adds the gradients of
@@ -386,15 +432,16 @@ pub fn backward(
 
     // MLP: y = mid + down(h). Then attention: mid = x + o(attention).
     let n = mid.len() / d;
-    let (mut h, mut n2, mut dmid) = (vec![0.0; n * wide], vec![0.0; n * d], vec![0.0; n * d]);
-    let mut d_o = vec![0.0; n * dims.heads * dims.k];
+    let [mut h, mut n2, mut dmid, mut d_o] =
+        [wide, d, d, dims.heads * dims.k].map(|width| memory::Rows::new(n * width));
     let mut dnorm = vec![0.0; n.div_ceil(CHUNK) * d];
-    h.par_chunks_mut(CHUNK * wide)
+    h.chunks(CHUNK * wide)
         .zip(gate.par_chunks_mut(CHUNK * wide).zip(up.par_chunks_mut(CHUNK * wide)))
-        .zip(n2.par_chunks_mut(CHUNK * d).zip(dmid.par_chunks_mut(CHUNK * d)))
-        .zip(d_o.par_chunks_mut(CHUNK * dims.heads * dims.k).zip(dnorm.par_chunks_mut(d)))
+        .zip(n2.chunks(CHUNK * d).zip(dmid.chunks(CHUNK * d)))
+        .zip(d_o.chunks(CHUNK * dims.heads * dims.k).zip(dnorm.par_chunks_mut(d)))
         .zip(dy.par_chunks(CHUNK * d).zip(mid.par_chunks(CHUNK * d)))
         .for_each(|((((h, (gate, up)), (n2, dmid)), (d_o, dnorm)), (dy, mid))| {
+            let (h, n2, dmid, d_o) = (h.clear(), n2.clear(), dmid.clear(), d_o.clear());
             block.down.run_back(h, dy, &turned, false);
             mlp::swiglu_backward(h, gate, up);
             let mut dn = vec![0.0; dy.len()];
@@ -407,6 +454,7 @@ pub fn backward(
             norm::backward(dmid, dnorm, &dn, mid, weight, &rstd, d, true);
             block.o.run_back(d_o, dmid, &turned, false);
         });
+    let (h, n2, mut dmid, mut d_o) = (h.done(), n2.done(), dmid.done(), d_o.done());
     let picked = rows.wanted.map(|wanted| pick(&o, wanted, dims.heads * dims.k));
     if let Some(g) = grads.as_deref_mut() {
         block.down.backward_weight(g, &dy, &h);
@@ -423,16 +471,17 @@ pub fn backward(
     let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
     attention::backward(&mut dq, &mut dk, &mut dv, &d_o, &o, &lse, &q, &k, &v, rows.spans, dims.attention());
     drop((d_o, o, q, k, v));
-    let mut n1 = vec![0.0; x.len()];
+    let mut n1 = memory::Rows::new(x.len());
     let mut dnorm = vec![0.0; (x.len() / d).div_ceil(CHUNK) * d];
     let mut dx = dmid;
     let narrow = dims.kv_heads * dims.k;
     dq.par_chunks_mut(CHUNK * dims.heads * dims.k)
         .zip(dk.par_chunks_mut(CHUNK * narrow).zip(dv.par_chunks(CHUNK * narrow)))
-        .zip(n1.par_chunks_mut(CHUNK * d).zip(dx.par_chunks_mut(CHUNK * d)))
+        .zip(n1.chunks(CHUNK * d).zip(dx.par_chunks_mut(CHUNK * d)))
         .zip(dnorm.par_chunks_mut(d).zip(x.par_chunks(CHUNK * d)))
         .enumerate()
         .for_each(|(i, (((dq, (dk, dv)), (n1, dx)), (dnorm, x)))| {
+            let n1 = n1.clear();
             let mut rstd = vec![0.0; x.len() / d];
             let angles = rows.table.rows(i * CHUNK..i * CHUNK + rstd.len());
             rope::apply_backward(dq, angles, dims.heads);
@@ -446,6 +495,7 @@ pub fn backward(
             norm::backward(dx, dnorm, &dn, x, weight, &rstd, d, true);
         });
     if let Some(g) = grads {
+        let n1 = n1.done();
         backward_weights(g, &[(&block.q, &dq), (&block.k, &dk), (&block.v, &dv)], &n1);
         add_up(&mut g[block.norm1.clone()], &dnorm);
     }

@@ -211,7 +211,7 @@ impl Vlm {
             let mut lse = vec![0.0; q.len() / dims.k];
             let keys = Keys::Panels(&cache.k[l]);
             attention::forward(&mut o, &mut lse, &q, keys, &cache.v[l], &spans, dims.attention());
-            x = block::finish(layer, &dims, params, &x, &o).y;
+            x = block::finish(layer, &dims, params, &x, &o);
         }
         for e in extensions {
             cache.sequences[e.sequence.0].len += e.ids.len();
