@@ -20,7 +20,7 @@ pub struct Processor {
     pub budget: Budget,
     /// Side of a square patch, pixels.
     pub patch: u32,
-    /// Frames a patch spans; a still picture is repeated that often.
+    /// Frames a patch spans. A still picture is the same in all of them, so here it stands once.
     pub temporal: u32,
     /// Patches along each side of what becomes one token.
     pub merge: u32,
@@ -237,9 +237,9 @@ impl Processor {
         })
     }
 
-    /// Numbers in one patch: channels × frames × rows × columns.
+    /// Numbers in one patch: channels × rows × columns.
     pub fn patch_len(&self) -> usize {
-        CHANNELS * self.temporal as usize * (self.patch as usize).pow(2)
+        CHANNELS * (self.patch as usize).pow(2)
     }
 
     /// The grid of a picture shown at `size`, which is a multiple of the budget's factor.
@@ -256,21 +256,29 @@ impl Processor {
 /// The vision tower's input for one picture.
 pub struct Patches {
     pub grid: Grid,
-    /// [P, channels × temporal × patch × patch], the `pixel_values` of transformers.
+    /// [P, channels × patch × patch]: the `pixel_values` of transformers without the repetition for each frame.
     pub data: Vec<f32>,
 }
 
 /// Cuts a shown picture into normalised patches.
 ///
 /// The four patches (merge 2) of one token are neighbours: rows run over (token row, token column, row in token, column in token).
-/// Within a row: channel, frame, y, x. Values are (x/255 - mean)/std with the roundings of transformers' Pillow backend.
+/// Within a row: channel, y, x. Values are (x/255 - mean)/std with the roundings of transformers' Pillow backend.
 ///
 /// # Shapes
-/// rgb: [h·patch, w·patch, 3] -> [P = h·w, 3·temporal·patch·patch]
+/// rgb: [h·patch, w·patch, 3] -> [P = h·w, 3·patch·patch]
 ///
 /// # Errors
 /// Sides that are not multiples of patch × merge: the picture did not go through [`super::show`].
 pub fn patches(rgb: &RgbImage, processor: &Processor) -> Result<Patches> {
+    let grid = processor.grid(Size::new(rgb.width(), rgb.height()));
+    let mut data = vec![0.0; grid.patches() * processor.patch_len()];
+    cut(&mut data, rgb, processor)?;
+    Ok(Patches { grid, data })
+}
+
+/// [`patches`] into a place that has room for just these.
+pub fn cut(data: &mut [f32], rgb: &RgbImage, processor: &Processor) -> Result<()> {
     let (patch, merge) = (processor.patch as usize, processor.merge as usize);
     let (width, height) = (rgb.width() as usize, rgb.height() as usize);
     let unit = patch * merge;
@@ -282,10 +290,9 @@ pub fn patches(rgb: &RgbImage, processor: &Processor) -> Result<Patches> {
     let values = normalised(processor);
     let source = rgb.as_raw();
     let (stride, square) = (width * CHANNELS, patch * patch);
-    let frames = processor.temporal as usize * square;
     let row_len = processor.patch_len();
     let band_len = grid.w as usize * merge * row_len;
-    let mut data = vec![0.0; grid.patches() * row_len];
+    ensure!(data.len() == grid.patches() * row_len, "cutting patches: there is room for {} numbers", data.len());
     data.par_chunks_exact_mut(band_len).enumerate().for_each(|(band, out)| {
         for (i, out) in out.chunks_exact_mut(row_len).enumerate() {
             let (token, inside) = (i / (merge * merge), i % (merge * merge));
@@ -294,20 +301,15 @@ pub fn patches(rgb: &RgbImage, processor: &Processor) -> Result<Patches> {
             for y in 0..patch {
                 let pixels = &source[(top + y) * stride + left * CHANNELS..][..patch * CHANNELS];
                 for (c, values) in values.iter().enumerate() {
-                    let line = &mut out[c * frames + y * patch..][..patch];
+                    let line = &mut out[c * square + y * patch..][..patch];
                     for (v, pixel) in line.iter_mut().zip(pixels.chunks_exact(CHANNELS)) {
                         *v = values[usize::from(pixel[c])];
                     }
                 }
             }
-            // A still picture is the same in every frame.
-            for channel in out.chunks_exact_mut(frames) {
-                let (first, later) = channel.split_at_mut(square);
-                later.chunks_exact_mut(square).for_each(|frame| frame.copy_from_slice(first));
-            }
         }
     });
-    Ok(Patches { grid, data })
+    Ok(())
 }
 
 /// Per channel, the number that each of the 256 grey levels becomes.
@@ -325,7 +327,7 @@ fn normalised(processor: &Processor) -> [[f32; 256]; CHANNELS] {
 mod tests {
     use super::*;
 
-    /// Small enough to write out: patches of 2x2 pixels, merged 2x2, two frames, values as they are (mean 0, std 1/255 undone below).
+    /// Small enough to write out: patches of 2x2 pixels, merged 2x2, values as they are (mean 0, std 1/255 undone below).
     fn small() -> Processor {
         Processor { budget: Budget::new(1, 1 << 20, 4), patch: 2, temporal: 2, merge: 2, mean: [0.0; 3], std: [1.0; 3] }
     }
@@ -336,7 +338,7 @@ mod tests {
         let rgb = RgbImage::from_fn(8, 4, |x, y| ::image::Rgb([(y * 8 + x) as u8, 100, 200]));
         let rows = patches(&rgb, &small()).unwrap();
         assert_eq!(rows.grid, Grid { t: 1, h: 2, w: 4 });
-        let row_len = 3 * 2 * 4;
+        let row_len = 3 * 4;
         let red: Vec<Vec<f32>> =
             rows.data.chunks(row_len).map(|row| row[..4].iter().map(|v| (v * 255.0).round()).collect()).collect();
         assert_eq!(
@@ -353,9 +355,8 @@ mod tests {
             ]
         );
         for row in rows.data.chunks(row_len) {
-            let (red, rest) = row.split_at(8);
-            assert_eq!(red[..4], red[4..], "the second frame repeats the first");
-            assert!(rest[..8].iter().all(|&v| v == 100.0 / 255.0) && rest[8..].iter().all(|&v| v == 200.0 / 255.0));
+            let (green, blue) = (&row[4..8], &row[8..]);
+            assert!(green.iter().all(|&v| v == 100.0 / 255.0) && blue.iter().all(|&v| v == 200.0 / 255.0));
         }
     }
 

@@ -45,9 +45,15 @@ impl VisionConfig {
         self.hidden / self.heads
     }
 
-    /// Values in one patch row: channels × frames × side × side.
+    /// Values in one patch row: channels × side × side. A still picture is the same in every frame of a patch, so each value
+    /// stands once.
     pub fn patch_values(&self) -> usize {
-        self.in_channels * self.temporal_patch * self.patch * self.patch
+        self.in_channels * self.patch * self.patch
+    }
+
+    /// Values in a row of the weights and of transformers' `pixel_values`: channels × frames × side × side.
+    pub fn framed_values(&self) -> usize {
+        self.patch_values() * self.temporal_patch
     }
 }
 

@@ -181,7 +181,7 @@ impl Layout {
         let patch = Affine {
             w: b.tensor("visual.patch_embed.proj.weight".into(), &patch_shape, g),
             b: None,
-            inputs: vision.patch_values(),
+            inputs: vision.framed_values(),
             outputs: c,
         };
         let blocks = (0..vision.depth)

@@ -14,7 +14,7 @@ use super::block::Keep;
 use super::generate::{Cache, Extension};
 use super::layout::Trainable;
 use super::weights::in_place;
-use super::{Head, Packed, Vlm, positions};
+use super::{Head, Packed, Vlm, positions, vision};
 use crate::geometry::Grid;
 
 /// Named tensors of one pass, in the order they were computed.
@@ -23,7 +23,7 @@ pub struct Trace {
     pub input_ids: Vec<u32>,
     /// Time, height, width, each `[T]`.
     pub position_ids: [Vec<i32>; 3],
-    /// `[P, patch_values]`
+    /// `[P, framed_values]`
     pub pixel_values: Vec<f32>,
     pub image_grid_thw: Vec<Grid>,
     /// `[tokens, D]`
@@ -34,7 +34,7 @@ pub struct Trace {
     pub logprobs: Vec<f32>,
     /// New tokens of greedy decoding.
     pub greedy_ids: Option<Vec<u32>>,
-    patch_values: usize,
+    framed_values: usize,
     hidden: usize,
     vocab: usize,
 }
@@ -50,17 +50,11 @@ pub struct Greedy<'a> {
 /// Runs the model over one conversation.
 ///
 /// # Shapes
-/// ids `[T]`, pixel_values `[P, patch_values]`
-pub fn trace(
-    model: &Vlm,
-    ids: &[u32],
-    grids: &[Grid],
-    pixel_values: Vec<f32>,
-    greedy: Option<Greedy>,
-) -> Result<Trace> {
+/// ids `[T]`, patches `[P, patch_values]`
+pub fn trace(model: &Vlm, ids: &[u32], grids: &[Grid], patches: Vec<f32>, greedy: Option<Greedy>) -> Result<Trace> {
     let config = &model.config;
     let placed = positions(ids, grids, config)?;
-    let packed = Packed::single(ids, grids, pixel_values, config)?.every_next_token();
+    let packed = Packed::single(ids, grids, patches, config)?.every_next_token();
     let hidden = model.hidden(&packed)?;
     let logits = model.logits(&hidden);
     let scored = model.evaluate(&packed, Head::PLAIN, Keep::Nothing, Trainable::ALL)?;
@@ -69,13 +63,13 @@ pub fn trace(
     Ok(Trace {
         input_ids: ids.to_vec(),
         position_ids: placed.axes,
-        pixel_values: packed.patches,
+        pixel_values: vision::framed(&config.vision, &packed.patches),
         image_grid_thw: grids.to_vec(),
         image_features,
         logits,
         logprobs: if ids.is_empty() { Vec::new() } else { [&[0.0], &scored.logprobs[..]].concat() },
         greedy_ids,
-        patch_values: config.vision.patch_values(),
+        framed_values: config.vision.framed_values(),
         hidden: config.text.hidden,
         vocab: config.text.vocab,
     })
@@ -152,7 +146,7 @@ impl Trace {
         let mut tensors = vec![
             ("input_ids", whole(&[t], self.input_ids.iter().map(|x| *x as i64).collect())),
             ("position_ids", whole(&[3, t], self.position_ids.iter().flatten().map(|x| *x as i64).collect())),
-            ("pixel_values", real(self.patch_values, &self.pixel_values)),
+            ("pixel_values", real(self.framed_values, &self.pixel_values)),
             (
                 "image_grid_thw",
                 whole(

@@ -9,8 +9,8 @@
 //! `get_vision_window_index`.
 
 use foveate_kernels::attention::Span;
-use foveate_kernels::mlp;
 use foveate_kernels::rope::{self, Table};
+use foveate_kernels::{linear, mlp};
 
 use super::block::{self, Dims, Keep, Kept, Rows};
 use super::config::VisionConfig;
@@ -131,11 +131,13 @@ pub fn forward(
     keep: Keep,
 ) -> (Vec<f32>, Option<VisionTape>) {
     let dims = config.dims();
-    let unit = config.merge * config.merge;
+    let (unit, rows) = (config.merge * config.merge, patches.len() / config.patch_values());
     let windows = windows(grids, config);
     let table = rope::vision2d(&coordinates(grids, &windows.order, config.merge), dims.k, VisionConfig::THETA);
 
-    let embedded = index.patch.forward(weights, patches);
+    let mut embedded = vec![0.0; rows * dims.hidden];
+    let folded = folded(config, &weights[index.patch.w.clone()]);
+    linear::forward(&mut embedded, patches, &folded, None, false, rows, config.patch_values(), dims.hidden);
     let mut x = sorted(&embedded, &windows.order, unit * dims.hidden);
     drop(embedded);
     let mut blocks = Vec::new();
@@ -207,7 +209,36 @@ pub fn backward(
         dx = block::backward(b, &dims, weights, dx, kept, rows, Some(grads));
     }
     let dembedded = unsorted(&dx, &windows.order, unit * dims.hidden);
-    index.patch.backward_weight(grads, &dembedded, patches);
+    let (values, rows) = (config.patch_values(), patches.len() / config.patch_values());
+    let mut dfolded = vec![0.0; config.hidden * values];
+    linear::backward_weight(&mut dfolded, None, &dembedded, patches, rows, values, config.hidden);
+    let square = config.patch * config.patch;
+    let framed = grads[index.patch.w.clone()].chunks_exact_mut(config.temporal_patch * square);
+    for (frames, dfolded) in framed.zip(dfolded.chunks_exact(square)) {
+        frames.chunks_exact_mut(square).for_each(|dw| dw.iter_mut().zip(dfolded).for_each(|(dw, d)| *dw += d));
+    }
+}
+
+/// The weights of the patch embedding for pictures that are the same in every frame: summed over the frames.
+///
+/// # Shapes
+/// w `[D, channels, frames, side, side]` -> `[D, patch_values]`
+fn folded(config: &VisionConfig, w: &[f32]) -> Vec<f32> {
+    let square = config.patch * config.patch;
+    let mut sum = vec![0.0; config.hidden * config.patch_values()];
+    for (sum, frames) in sum.chunks_exact_mut(square).zip(w.chunks_exact(config.temporal_patch * square)) {
+        frames.chunks_exact(square).for_each(|w| sum.iter_mut().zip(w).for_each(|(sum, w)| *sum += w));
+    }
+    sum
+}
+
+/// Patches as transformers has them, every frame written out.
+///
+/// # Shapes
+/// `[P, patch_values]` -> `[P, framed_values]`
+pub fn framed(config: &VisionConfig, patches: &[f32]) -> Vec<f32> {
+    let channels = patches.chunks_exact(config.patch * config.patch);
+    channels.flat_map(|channel| std::iter::repeat_n(channel, config.temporal_patch)).flatten().copied().collect()
 }
 
 #[cfg(test)]

@@ -233,17 +233,20 @@ impl Tower {
 
     /// Patches of some views, cut from the original pictures.
     fn patches(&self, views: &[Placed]) -> Result<(Vec<f32>, Vec<Grid>)> {
-        let each: Vec<image::Patches> = views
-            .par_iter()
-            .map(|placed| {
-                let picture = self.pictures.get(&placed.path)?;
-                image::patches(&image::show(&picture, &placed.view)?, &self.processor)
-            })
-            .collect::<Result<_>>()?;
-        let grids = each.iter().map(|p| p.grid).collect();
-        let mut each = each.into_iter();
-        let mut all = each.next().map(|p| p.data).unwrap_or_default();
-        each.for_each(|p| all.extend_from_slice(&p.data));
+        let grids: Vec<Grid> = views.iter().map(|v| self.processor.grid(v.view.size)).collect();
+        let values = |grid: &Grid| grid.patches() * self.processor.patch_len();
+        let mut all = vec![0.0; grids.iter().map(values).sum()];
+        let mut rest = &mut all[..];
+        let places = grids.iter().map(|grid| {
+            let (mine, others) = std::mem::take(&mut rest).split_at_mut(values(grid));
+            rest = others;
+            mine
+        });
+        let work: Vec<(&Placed, &mut [f32])> = views.iter().zip(places).collect();
+        work.into_par_iter().try_for_each(|(placed, place)| {
+            let picture = self.pictures.get(&placed.path)?;
+            image::cut(place, &image::show(&picture, &placed.view)?, &self.processor)
+        })?;
         Ok((all, grids))
     }
 }
