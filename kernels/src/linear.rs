@@ -14,7 +14,7 @@ const BLOCK: usize = 192;
 /// Below this many rows the work is spread by outputs.
 pub const FEW_ROWS: usize = 64;
 /// Rows that one task takes.
-pub const ROWS: usize = 64;
+pub const ROWS: usize = 128;
 /// Outputs (or inputs, in the backward) whose weights are laid out at a time where they are used once: not a second copy of a head.
 const SLAB: usize = 2048;
 /// Most rows of a weight's gradient that one task takes, and the tokens it sums in one run.

@@ -6,13 +6,15 @@
 //! 16 interleaved sums per 1024 logits, the blocks added in f64). So a token's log-prob has the same bits when it is
 //! drawn and when it is trained.
 
-use crate::linear;
+use crate::linear::{self, Packed};
 use crate::vector::{self, LANES, dispatch, exp};
 use rayon::prelude::*;
 
 /// Logits held at once: 16 MiB.
 const LOGITS: usize = 1 << 22;
-const MOST_ROWS: usize = 256;
+const MOST_ROWS: usize = 1024;
+/// Numbers of an output embedding up to which it is laid out once for all blocks of rows: 32 MiB.
+const LAID_OUT: usize = 1 << 23;
 /// Logits whose exponentials are summed in f32 before f64 takes over.
 const BLOCK: usize = 1024;
 
@@ -45,9 +47,17 @@ impl Stats {
 /// # Shapes
 /// `[N, V]` = h `[N, D]` · w `[V, D]`ᵀ.
 pub fn logits(h: &[f32], w: &[f32], banned: &[u32], d: usize, v: usize) -> Vec<f32> {
-    let n = rows(h, w, d, v);
+    rows(h, w, d, v);
+    logits_over(h, w, None, banned, d, v)
+}
+
+fn logits_over(h: &[f32], w: &[f32], laid: Option<&Packed>, banned: &[u32], d: usize, v: usize) -> Vec<f32> {
+    let n = h.len() / d;
     let mut z = vec![0.0; n * v];
-    linear::forward(&mut z, h, w, None, false, n, d, v);
+    match laid {
+        Some(laid) => laid.forward(&mut z, h, None, false, n),
+        None => linear::forward(&mut z, h, w, None, false, n, d, v),
+    }
     ban(&mut z, banned, v);
     z
 }
@@ -73,8 +83,9 @@ pub fn forward(h: &[f32], w: &[f32], targets: &[u32], temperature: f32, banned: 
     let n = check(h, w, targets, temperature, d, v);
     let mut out = Out { logprob: Vec::with_capacity(n), entropy: Vec::with_capacity(n), stats: Vec::with_capacity(n) };
     let at_once = block_rows(v);
+    let laid = (n > at_once && w.len() <= LAID_OUT).then(|| Packed::new(w, d, v));
     for (h, targets) in h.chunks(at_once * d).zip(targets.chunks(at_once)) {
-        let mut z = logits(h, w, banned, d, v);
+        let mut z = logits_over(h, w, laid.as_ref(), banned, d, v);
         let scored: Vec<(f32, Stats)> = z
             .par_chunks_exact_mut(v)
             .zip(targets)
@@ -129,11 +140,12 @@ pub fn backward(
         entropy_weights.map(<[f32]>::len)
     );
     let at_once = block_rows(v);
+    let laid = (n > at_once && w.len() <= LAID_OUT).then(|| (Packed::new(w, d, v), Packed::turned(w, d, v)));
     for start in (0..n).step_by(at_once) {
         let end = n.min(start + at_once);
         let t = end - start;
         let h = &h[start * d..end * d];
-        let mut z = logits(h, w, banned, d, v);
+        let mut z = logits_over(h, w, laid.as_ref().map(|(laid, _)| laid), banned, d, v);
         z.par_chunks_exact_mut(v).enumerate().for_each(|(i, z)| {
             let i = start + i;
             let Stats { max, log_sum, .. } = out.stats[i];
@@ -147,7 +159,11 @@ pub fn backward(
                 z[target] += weights[i] * inverse;
             }
         });
-        linear::backward_input(&mut dh[start * d..end * d], &z, w, t, d, v, false);
+        let dh = &mut dh[start * d..end * d];
+        match &laid {
+            Some((_, turned)) => turned.forward(dh, &z, None, false, t),
+            None => linear::backward_input(dh, &z, w, t, d, v, false),
+        }
         linear::backward_weight(dw, None, &z, h, t, d, v);
     }
 }
