@@ -47,19 +47,18 @@ impl Stats {
 /// # Shapes
 /// `[N, V]` = h `[N, D]` · w `[V, D]`ᵀ.
 pub fn logits(h: &[f32], w: &[f32], banned: &[u32], d: usize, v: usize) -> Vec<f32> {
-    rows(h, w, d, v);
-    logits_over(h, w, None, banned, d, v)
+    let mut z = vec![0.0; rows(h, w, d, v) * v];
+    write_logits(&mut z, h, w, None, banned, d, v);
+    z
 }
 
-fn logits_over(h: &[f32], w: &[f32], laid: Option<&Packed>, banned: &[u32], d: usize, v: usize) -> Vec<f32> {
+fn write_logits(z: &mut [f32], h: &[f32], w: &[f32], laid: Option<&Packed>, banned: &[u32], d: usize, v: usize) {
     let n = h.len() / d;
-    let mut z = vec![0.0; n * v];
     match laid {
-        Some(laid) => laid.forward(&mut z, h, None, false, n),
-        None => linear::forward(&mut z, h, w, None, false, n, d, v),
+        Some(laid) => laid.forward(z, h, None, false, n),
+        None => linear::forward(z, h, w, None, false, n, d, v),
     }
-    ban(&mut z, banned, v);
-    z
+    ban(z, banned, v);
 }
 
 /// Bans ids in rows of logits computed otherwise (with `linear::Packed`, say): they become -inf.
@@ -84,8 +83,10 @@ pub fn forward(h: &[f32], w: &[f32], targets: &[u32], temperature: f32, banned: 
     let mut out = Out { logprob: Vec::with_capacity(n), entropy: Vec::with_capacity(n), stats: Vec::with_capacity(n) };
     let at_once = block_rows(v);
     let laid = (n > at_once && w.len() <= LAID_OUT).then(|| Packed::new(w, d, v));
+    let mut logits = vec![0.0; at_once.min(n) * v];
     for (h, targets) in h.chunks(at_once * d).zip(targets.chunks(at_once)) {
-        let mut z = logits_over(h, w, laid.as_ref(), banned, d, v);
+        let z = &mut logits[..targets.len() * v];
+        write_logits(z, h, w, laid.as_ref(), banned, d, v);
         let scored: Vec<(f32, Stats)> = z
             .par_chunks_exact_mut(v)
             .zip(targets)
@@ -141,11 +142,13 @@ pub fn backward(
     );
     let at_once = block_rows(v);
     let laid = (n > at_once && w.len() <= LAID_OUT).then(|| (Packed::new(w, d, v), Packed::turned(w, d, v)));
+    let mut logits = vec![0.0; at_once.min(n) * v];
     for start in (0..n).step_by(at_once) {
         let end = n.min(start + at_once);
         let t = end - start;
         let h = &h[start * d..end * d];
-        let mut z = logits_over(h, w, laid.as_ref().map(|(laid, _)| laid), banned, d, v);
+        let z = &mut logits[..t * v];
+        write_logits(z, h, w, laid.as_ref().map(|(laid, _)| laid), banned, d, v);
         z.par_chunks_exact_mut(v).enumerate().for_each(|(i, z)| {
             let i = start + i;
             let Stats { max, log_sum, .. } = out.stats[i];
@@ -161,10 +164,10 @@ pub fn backward(
         });
         let dh = &mut dh[start * d..end * d];
         match &laid {
-            Some((_, turned)) => turned.forward(dh, &z, None, false, t),
-            None => linear::backward_input(dh, &z, w, t, d, v, false),
+            Some((_, turned)) => turned.forward(dh, z, None, false, t),
+            None => linear::backward_input(dh, z, w, t, d, v, false),
         }
-        linear::backward_weight(dw, None, &z, h, t, d, v);
+        linear::backward_weight(dw, None, z, h, t, d, v);
     }
 }
 
