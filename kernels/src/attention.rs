@@ -313,9 +313,11 @@ impl State<'_> {
             for (piece, from, to) in parts {
                 let weights = &self.scores[MARGIN + from - block..];
                 let values = &piece.values[(from - piece.first) * piece.stride..];
-                for (i, c) in (0..kd).step_by(WIDTH).enumerate() {
+                // Where the numbers of a key lie side by side, all of them at once.
+                let at_once = if piece.next == WIDTH { kd } else { WIDTH };
+                for (i, c) in (0..kd).step_by(at_once).enumerate() {
                     let (left, values) = (Left::rows(weights, SCORES), &values[i * piece.next..]);
-                    let cols = WIDTH.min(kd - c);
+                    let cols = at_once.min(kd - c);
                     panel::multiply(&mut o[c..], kd, left, values, piece.stride, strip, to - from, cols, Onto::Start);
                 }
             }

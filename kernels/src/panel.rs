@@ -86,9 +86,52 @@ fn multiply_panels_body<const LEVEL: u8>(
     rows: usize,
     k: usize,
 ) {
+    let mut panels = panels;
+    let mut out = out;
+    // A run of multiply-adds waits for itself: few rows take several panels at once.
+    while LEVEL == WIDE && rows < 4 && panels.len() > 3 * step {
+        let mut r = 0;
+        while rows - r >= 2 {
+            side_by_side::<LEVEL, 2, 2>(&mut out[r * out_stride..], out_stride, a.from(r), panels, step, k);
+            let (out, panels) = (&mut out[r * out_stride + 2 * WIDTH..], &panels[2 * step..]);
+            side_by_side::<LEVEL, 2, 2>(out, out_stride, a.from(r), panels, step, k);
+            r += 2;
+        }
+        if r < rows {
+            side_by_side::<LEVEL, 1, 4>(&mut out[r * out_stride..], out_stride, a.from(r), panels, step, k);
+        }
+        (out, panels) = (&mut out[4 * WIDTH..], panels.get(4 * step..).unwrap_or_default());
+    }
     for (p, panel) in panels.chunks(step).enumerate() {
         let out = &mut out[p * WIDTH..];
         multiply_body::<LEVEL>(out, out_stride, a, panel, WIDTH, rows, k, WIDTH, Onto::Nothing);
+    }
+}
+
+/// R rows times P panels, from zero.
+#[inline(always)]
+fn side_by_side<const LEVEL: u8, const R: usize, const P: usize>(
+    out: &mut [f32],
+    out_stride: usize,
+    a: Left,
+    panels: &[f32],
+    step: usize,
+    k: usize,
+) {
+    let mut acc = [[[0.0f32; WIDTH]; P]; R];
+    let panels: [&[[f32; WIDTH]]; P] = std::array::from_fn(|p| &panels[p * step..][..k * WIDTH].as_chunks().0[..k]);
+    for kk in 0..k {
+        for (r, acc) in acc.iter_mut().enumerate() {
+            let x = a.data[r * a.row + kk * a.step];
+            for (acc, panel) in acc.iter_mut().zip(panels) {
+                for (acc, b) in acc.iter_mut().zip(&panel[kk]) {
+                    *acc = mul_add::<LEVEL>(x, *b, *acc);
+                }
+            }
+        }
+    }
+    for (r, acc) in acc.iter().enumerate() {
+        out[r * out_stride..][..P * WIDTH].copy_from_slice(acc.as_flattened());
     }
 }
 
@@ -107,6 +150,11 @@ fn multiply_body<const LEVEL: u8>(
 ) {
     let mut c = 0;
     // Wide registers take a block of 32 columns as two vectors; narrow ones 16 at a time, or the tile would spill.
+    // Few rows more, because a run of multiply-adds waits for itself.
+    while LEVEL == WIDE && rows < 4 && c + 64 <= cols {
+        columns::<LEVEL, 64>(&mut out[c..], out_stride, a, &panel[c..], panel_stride, rows, k, onto);
+        c += 64;
+    }
     while LEVEL == WIDE && c + 32 <= cols {
         columns::<LEVEL, 32>(&mut out[c..], out_stride, a, &panel[c..], panel_stride, rows, k, onto);
         c += 32;
@@ -295,15 +343,19 @@ mod tests {
 
     #[test]
     fn panels_side_by_side_are_columns_side_by_side() {
-        let (rows, k, panels) = (11, 9, 3);
-        let (a, b) = (numbers(1, rows * k), numbers(2, panels * k * WIDTH));
-        let mut all = vec![0.0; rows * panels * WIDTH];
-        multiply_panels(&mut all, panels * WIDTH, Left::rows(&a, k), &b, k * WIDTH, rows, k);
-        for (p, panel) in b.chunks_exact(k * WIDTH).enumerate() {
-            let mut one = vec![0.0; rows * WIDTH];
-            multiply(&mut one, WIDTH, Left::rows(&a, k), panel, WIDTH, rows, k, WIDTH, Onto::Nothing);
-            for (row, all) in one.chunks_exact(WIDTH).zip(all.chunks_exact(panels * WIDTH)) {
-                assert_same_bits("panel", row, &all[p * WIDTH..(p + 1) * WIDTH]);
+        let k = 9;
+        // Apart from each other, as the heads of a cache are.
+        let step = 3 * k * WIDTH;
+        for (rows, panels) in [(11, 3), (1, 1), (1, 4), (1, 7), (2, 4), (2, 9), (3, 5), (4, 5)] {
+            let (a, b) = (numbers(1, rows * k), numbers(2, (panels - 1) * step + k * WIDTH));
+            let mut all = vec![0.0; rows * panels * WIDTH];
+            multiply_panels(&mut all, panels * WIDTH, Left::rows(&a, k), &b, step, rows, k);
+            for (p, panel) in b.chunks(step).enumerate() {
+                let mut one = vec![0.0; rows * WIDTH];
+                multiply(&mut one, WIDTH, Left::rows(&a, k), panel, WIDTH, rows, k, WIDTH, Onto::Nothing);
+                for (row, all) in one.chunks_exact(WIDTH).zip(all.chunks_exact(panels * WIDTH)) {
+                    assert_same_bits("panel", row, &all[p * WIDTH..(p + 1) * WIDTH]);
+                }
             }
         }
     }
