@@ -88,25 +88,25 @@ unsafe impl GlobalAlloc for OnLines {
 
 /// An array whose chunks are cleared one by one, each by the task that fills it and while that task's core holds it. Clearing all of
 /// a large array first, on one thread, costs a pass over the memory that the others wait for.
-pub struct Rows {
-    data: Vec<f32>,
+pub struct Rows<T> {
+    data: Vec<T>,
     len: usize,
     cleared: AtomicUsize,
 }
 
 /// A chunk that has not been cleared yet.
-pub struct Chunk<'a> {
-    data: &'a mut [MaybeUninit<f32>],
+pub struct Chunk<'a, T> {
+    data: &'a mut [MaybeUninit<T>],
     cleared: &'a AtomicUsize,
 }
 
-impl Rows {
-    pub fn new(len: usize) -> Rows {
+impl<T: Copy + Default + Send> Rows<T> {
+    pub fn new(len: usize) -> Rows<T> {
         Rows { data: Vec::with_capacity(len), len, cleared: AtomicUsize::new(0) }
     }
 
     /// All of it in chunks of `size`, the last one shorter.
-    pub fn chunks(&mut self, size: usize) -> impl IndexedParallelIterator<Item = Chunk<'_>> {
+    pub fn chunks(&mut self, size: usize) -> impl IndexedParallelIterator<Item = Chunk<'_, T>> {
         *self.cleared.get_mut() = 0;
         let cleared = &self.cleared;
         self.data.spare_capacity_mut()[..self.len].par_chunks_mut(size).map(move |data| Chunk { data, cleared })
@@ -114,7 +114,7 @@ impl Rows {
 
     /// # Panics
     /// Where a chunk was not cleared.
-    pub fn done(mut self) -> Vec<f32> {
+    pub fn done(mut self) -> Vec<T> {
         assert_eq!(*self.cleared.get_mut(), self.len, "memory: numbers cleared, of all");
         // SAFETY: `chunks` hands out each number once and counts anew each time, and a chunk is used up by clearing it: so when the
         // counts agree every number has been written.
@@ -123,13 +123,13 @@ impl Rows {
     }
 }
 
-impl<'a> Chunk<'a> {
+impl<'a, T: Copy + Default> Chunk<'a, T> {
     /// The chunk, all zeros.
-    pub fn clear(self) -> &'a mut [f32] {
-        self.data.iter_mut().for_each(|x| _ = x.write(0.0));
+    pub fn clear(self) -> &'a mut [T] {
+        self.data.iter_mut().for_each(|x| _ = x.write(T::default()));
         self.cleared.fetch_add(self.data.len(), Ordering::Relaxed);
-        // SAFETY: just written, and `MaybeUninit<f32>` has the layout of `f32`.
-        unsafe { &mut *(std::ptr::from_mut(self.data) as *mut [f32]) }
+        // SAFETY: just written, and `MaybeUninit<T>` has the layout of `T`.
+        unsafe { &mut *(std::ptr::from_mut(self.data) as *mut [T]) }
     }
 }
 

@@ -11,8 +11,11 @@
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 
 use crate::geometry::Size;
+use foveate_kernels::memory::Rows;
 use rayon::prelude::*;
 
 /// Bits after the point of a weight: 32, less 8 of the pixel, less 2 for weights over 1 and the sign.
@@ -187,17 +190,20 @@ pub(super) fn resize(region: Region<'_>, size: Size, order: PassOrder) -> Vec<u8
 fn resize_columns(region: Region<'_>, height: usize) -> Vec<u8> {
     let windows = Windows::new(region.height, height);
     let stride = region.width * CHANNELS;
-    let mut out = vec![0; height * stride];
-    out.par_chunks_exact_mut(stride).with_min_len(4).enumerate().for_each(|(y, target)| {
+    let mut out = Rows::new(height * stride);
+    out.chunks(stride).with_min_len(4).enumerate().for_each(|(y, target)| {
+        let target = target.clear();
         let (start, weights) = windows.of(y);
         let source = &region.data[(region.top + start) * region.stride + region.left * CHANNELS..];
         #[cfg(target_arch = "x86_64")]
-        if avx2::available() {
+        if avx512::available() {
+            return avx512::column_pass(target, source, region.stride, weights);
+        } else if avx2::available() {
             return avx2::column_pass(target, source, region.stride, weights);
         }
         column_pass(target, source, region.stride, weights);
     });
-    out
+    out.done()
 }
 
 /// The pass along rows: the region at its own height and a new width.
@@ -205,7 +211,7 @@ fn resize_rows(region: Region<'_>, width: usize) -> Vec<u8> {
     let windows = Windows::new(region.width, width);
     #[cfg(target_arch = "x86_64")]
     if avx2::available() {
-        return avx2::resize_rows(region, width, &windows);
+        return avx2::resize_rows(region, width, &windows, avx512::available());
     }
     let stride = width * CHANNELS;
     let mut out = vec![0; region.height * stride];
@@ -248,30 +254,38 @@ mod tests {
 
     #[cfg(target_arch = "x86_64")]
     #[test]
-    fn avx2_gives_the_bytes_of_the_plain_passes() {
+    fn vectors_give_the_bytes_of_the_plain_passes() {
         if !avx2::available() {
             return;
         }
+        let levels: &[bool] = if avx512::available() { &[false, true] } else { &[false] };
         // A cheap fixed scramble: every level occurs, neighbours differ.
         let data: Vec<u8> = (0..97u32 * 61 * 3).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
         for (left, top, width, height) in [(0, 0, 97, 61), (3, 5, 90, 50), (96, 0, 1, 61), (90, 57, 7, 4)] {
             let region = Region { data: &data, stride: 97 * 3, left, top, width, height };
             for target in [1, 2, 5, 28, 89, 200] {
                 let windows = Windows::new(width, target);
-                let fast = avx2::resize_rows(region, target, &windows);
                 let mut plain = vec![0; height * target * 3];
                 for (y, out) in plain.chunks_exact_mut(target * 3).enumerate() {
                     row_pass(out, region.row(y), &windows);
                 }
-                assert!(fast == plain, "rows, {width} to {target}");
+                for &wide in levels {
+                    let fast = avx2::resize_rows(region, target, &windows, wide);
+                    assert!(fast == plain, "rows, {width} to {target}, wide {wide}");
+                }
                 let windows = Windows::new(height, target);
                 for y in 0..target {
                     let (start, weights) = windows.of(y);
                     let source = &data[(top + start) * region.stride + left * 3..];
                     let (mut fast, mut plain) = (vec![0; width * 3], vec![0; width * 3]);
-                    avx2::column_pass(&mut fast, source, region.stride, weights);
                     column_pass(&mut plain, source, region.stride, weights);
-                    assert!(fast == plain, "columns, {height} to {target}");
+                    for &wide in levels {
+                        match wide {
+                            true => avx512::column_pass(&mut fast, source, region.stride, weights),
+                            false => avx2::column_pass(&mut fast, source, region.stride, weights),
+                        }
+                        assert!(fast == plain, "columns, {height} to {target}, wide {wide}");
+                    }
                 }
             }
         }

@@ -4,18 +4,19 @@
 //! them in pairs in one instruction. What must stay true: no read past a slice (each `SAFETY` says why), and every entry asks
 //! [`available`] first.
 
-use super::{CHANNELS, HALF, PRECISION, Region, Windows};
+use super::{CHANNELS, HALF, PRECISION, Region, Windows, avx512};
+use foveate_kernels::memory::Rows;
 use rayon::prelude::*;
 use std::arch::x86_64::*;
 
 /// Bits of the low part of a split weight.
-const LOW: i32 = 12;
+pub(super) const LOW: i32 = 12;
 /// Pixels a row's inner loop takes at a time.
-const STEP: usize = 4;
+pub(super) const STEP: usize = 4;
 /// It reads 16 bytes for those 4 pixels: this many pixels more must follow the row in memory (what they are does not matter).
-const SPARE: usize = 2;
+pub(super) const SPARE: usize = 2;
 /// Rows handled together, so that a window's weights are loaded once for all of them.
-const TOGETHER: usize = 4;
+const TOGETHER: usize = avx512::TOGETHER;
 /// Bytes a column's inner loop takes at a time.
 const BLOCK: usize = 16;
 
@@ -29,11 +30,13 @@ fn split(weight: i32) -> (i16, i16) {
 }
 
 /// Windows for the row pass: each `length` pixels long and inside a row.
-struct Packed {
-    starts: Vec<usize>,
-    length: usize,
+pub(super) struct Packed {
+    pub(super) starts: Vec<usize>,
+    /// The largest of them.
+    pub(super) furthest: usize,
+    pub(super) length: usize,
     /// Per window and step of 4 pixels: the 4 high parts, then the 4 low parts.
-    weights: Vec<i16>,
+    pub(super) weights: Vec<i16>,
 }
 
 impl Packed {
@@ -54,7 +57,8 @@ impl Packed {
                 out[at / STEP * 2 * STEP + STEP + at % STEP] = low;
             }
         }
-        Packed { starts, length, weights }
+        let furthest = starts.iter().copied().max().unwrap_or(0);
+        Packed { starts, furthest, length, weights }
     }
 
     fn length(windows: &Windows) -> usize {
@@ -63,7 +67,10 @@ impl Packed {
 }
 
 /// The pass along rows: the region at its own height and a new width.
-pub(super) fn resize_rows(region: Region<'_>, width: usize, windows: &Windows) -> Vec<u8> {
+///
+/// `wide`: with [`avx512`].
+pub(super) fn resize_rows(region: Region<'_>, width: usize, windows: &Windows, wide: bool) -> Vec<u8> {
+    assert!(!wide || avx512::available(), "called on a processor without AVX-512");
     assert!(available(), "called on a processor without AVX2");
     let padded_width = region.width.max(Packed::length(windows));
     let row_len = (padded_width + SPARE) * CHANNELS;
@@ -82,13 +89,14 @@ pub(super) fn resize_rows(region: Region<'_>, width: usize, windows: &Windows) -
     };
     let packed = Packed::new(windows, padded_width);
     let stride = width * CHANNELS;
-    let mut out = vec![0; region.height * stride];
-    out.par_chunks_mut(TOGETHER * stride).with_min_len(4).enumerate().for_each(|(group, target)| {
-        let y = group * TOGETHER;
-        // SAFETY: AVX2 is there, asserted above.
+    let mut out = Rows::new(region.height * stride);
+    out.chunks(TOGETHER * stride).with_min_len(4).enumerate().for_each(|(group, target)| {
+        let (y, target) = (group * TOGETHER, target.clear());
+        // SAFETY: AVX2 is there, and AVX-512 where it is asked for, both asserted above.
         unsafe {
             if target.len() == TOGETHER * stride {
-                row_pass(target, [source(y), source(y + 1), source(y + 2), source(y + 3)], &packed);
+                let rows = [source(y), source(y + 1), source(y + 2), source(y + 3)];
+                if wide { avx512::row_pass(target, rows, &packed) } else { row_pass(target, rows, &packed) }
             } else {
                 for (i, target) in target.chunks_exact_mut(stride).enumerate() {
                     row_pass(target, [source(y + i)], &packed);
@@ -96,7 +104,17 @@ pub(super) fn resize_rows(region: Region<'_>, width: usize, windows: &Windows) -
             }
         }
     });
-    out
+    out.done()
+}
+
+/// The shuffle that leaves in each 128-bit half two pixels, each channel's two values side by side and widened to 16 bits:
+/// r0 r1 g0 g1 b0 b1 - -.
+#[target_feature(enable = "avx2")]
+pub(super) fn spread() -> __m256i {
+    _mm256_setr_epi8(
+        0, -1, 3, -1, 1, -1, 4, -1, 2, -1, 5, -1, -1, -1, -1, -1, //
+        6, -1, 9, -1, 7, -1, 10, -1, 8, -1, 11, -1, -1, -1, -1, -1,
+    )
 }
 
 /// # Shapes
@@ -105,11 +123,7 @@ pub(super) fn resize_rows(region: Region<'_>, width: usize, windows: &Windows) -
 fn row_pass<const N: usize>(target: &mut [u8], source: [&[u8]; N], packed: &Packed) {
     let length = packed.length;
     let stride = packed.starts.len() * CHANNELS;
-    // Per 128-bit half two pixels, each channel's two values side by side and widened to 16 bits: r0 r1 g0 g1 b0 b1 - -.
-    let spread = _mm256_setr_epi8(
-        0, -1, 3, -1, 1, -1, 4, -1, 2, -1, 5, -1, -1, -1, -1, -1, //
-        6, -1, 9, -1, 7, -1, 10, -1, 8, -1, 11, -1, -1, -1, -1, -1,
-    );
+    let spread = spread();
     let (highs, lows) = (_mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1), _mm256_setr_epi32(2, 2, 2, 2, 3, 3, 3, 3));
     for (x, (&start, weights)) in packed.starts.iter().zip(packed.weights.chunks_exact(length * 2)).enumerate() {
         let windows = source.map(|row| &row[start * CHANNELS..][..(length + SPARE) * CHANNELS]);
