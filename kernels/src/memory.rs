@@ -164,7 +164,7 @@ mod tests {
     #[test]
     fn rows_are_cleared_by_chunks() {
         for (len, size) in [(0, 4), (3, 4), (8, 4), (9, 4)] {
-            let mut rows = Rows::new(len);
+            let mut rows = Rows::<f32>::new(len);
             rows.chunks(size).enumerate().for_each(|(i, chunk)| chunk.clear().iter_mut().for_each(|x| *x += i as f32));
             let expected: Vec<f32> = (0..len).map(|i| (i / size) as f32).collect();
             assert_eq!(rows.done(), expected);
@@ -174,7 +174,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "numbers cleared")]
     fn rows_that_were_not_cleared_are_not_handed_out() {
-        let mut rows = Rows::new(10);
+        let mut rows = Rows::<f32>::new(10);
         rows.chunks(4).enumerate().filter(|(i, _)| *i != 1).for_each(|(_, chunk)| _ = chunk.clear());
         rows.done();
     }
