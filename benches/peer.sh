@@ -14,7 +14,8 @@ shift
 if [[ $# -gt 0 && $1 != -- ]]; then rounds=$1; shift; fi
 [[ ${1:-} == -- ]] && shift
 threads=${THREADS:-2}
-micro=${PEER_MICRO_BATCH:-8}
+# Two sequences at a time were the fastest of 2 and 8 (LOG.md).
+micro=${PEER_MICRO_BATCH:-2}
 out=runs/bench
 mkdir -p "$out"
 

@@ -2,7 +2,7 @@
 //!
 //! One kernel serves vision windows, causal text, decoding against a cache and members of a group that share a
 //! prompt. Hides the tiling. The order fixed for one query and head, with its visible keys numbered 0.. over `shared` then
-//! `own`: keys are taken in blocks of 256 by number, with the running largest score and sums of Milakov & Gimelshein 2018
+//! `own`: keys are taken in blocks of 384 by number, with the running largest score and sums of Milakov & Gimelshein 2018
 //! (arXiv:1805.02867); each score is a run of multiply-adds over K; the exponentials are summed in 16 interleaved sums by key
 //! number; P·V is a run of multiply-adds over the keys in order. Keys after the last visible one add exact zeros. So the bits
 //! depend neither on the other queries, nor on where the keys lie, nor on the threads. Short spans with the same shared keys
@@ -58,7 +58,7 @@ impl Dims {
     }
 }
 
-/// Rows and keys whose scores exist at once in the forward: 16 KiB, next to the keys and values of the block in the cache.
+/// Rows and keys whose scores exist at once in the forward: 24 KiB, next to the keys and values of the block in the cache.
 const STRIP: usize = 16;
 const BLOCK: usize = 384;
 /// Room before and behind the scores of a block, because keys come in whole panels.
@@ -87,6 +87,7 @@ pub enum Keys<'a> {
 /// panels `[Tk / PANEL, Hkv, K, PANEL]`, k `[n, Hkv, K]`
 pub fn store_keys(panels: &mut [f32], first: usize, k: &[f32], dims: Dims) {
     let width = dims.kv_heads * dims.k;
+    assert!(k.len().is_multiple_of(width), "attention: {} numbers of keys, not rows of {width}", k.len());
     for (row, k) in (first..).zip(k.chunks_exact(width)) {
         let panel = &mut panels[row / PANEL * PANEL * width..][..PANEL * width];
         for (column, k) in panel.chunks_exact_mut(PANEL).zip(k) {
@@ -103,6 +104,11 @@ pub fn store_keys(panels: &mut [f32], first: usize, k: &[f32], dims: Dims) {
 pub fn forward(o: &mut [f32], lse: &mut [f32], q: &[f32], k: Keys, v: &[f32], spans: &[Span], dims: Dims) {
     let (Keys::Rows(all) | Keys::Panels(all)) = k;
     check(q, all, v, spans, dims);
+    assert!(
+        matches!(k, Keys::Rows(_)) || all.len().is_multiple_of(PANEL * dims.kv_heads * dims.k),
+        "attention: {} numbers of cached keys, not whole panels",
+        all.len()
+    );
     let aligned = |s: &Span| s.shared.start.is_multiple_of(PANEL) && s.own.start.is_multiple_of(PANEL);
     assert!(
         matches!(k, Keys::Rows(_)) || spans.iter().all(aligned),
@@ -313,7 +319,7 @@ impl State<'_> {
             for (piece, from, to) in parts {
                 let weights = &self.scores[MARGIN + from - block..];
                 let values = &piece.values[(from - piece.first) * piece.stride..];
-                // Where the numbers of a key lie side by side, all of them at once.
+                // Where the numbers of a key lie side by side, all of them at once (a single key in panels does, too).
                 let at_once = if piece.next == WIDTH { kd } else { WIDTH };
                 for (i, c) in (0..kd).step_by(at_once).enumerate() {
                     let (left, values) = (Left::rows(weights, SCORES), &values[i * piece.next..]);

@@ -13,7 +13,7 @@ use rayon::prelude::*;
 const BLOCK: usize = 192;
 /// Below this many rows the work is spread by outputs.
 pub const FEW_ROWS: usize = 64;
-/// Rows that one task takes.
+/// Most rows that one task takes.
 pub const ROWS: usize = 128;
 /// Outputs (or inputs, in the backward) whose weights are laid out at a time where they are used once: not a second copy of a head.
 const SLAB: usize = 2048;
@@ -28,6 +28,11 @@ const TILE: usize = 8;
 const COLUMNS: usize = 64;
 /// Multiply-adds below which waking other threads costs more than it saves.
 const WORTH_THREADS: usize = 1 << 18;
+
+/// Rows of one task where each row is computed the same in any company: every thread gets some.
+pub fn rows_at_once(t: usize) -> usize {
+    t.div_ceil(rayon::current_num_threads()).next_multiple_of(TILE).clamp(TILE, ROWS)
+}
 
 fn block_len(m: usize) -> usize {
     m.div_ceil(m.div_ceil(BLOCK).max(1)).max(1)
@@ -46,9 +51,9 @@ pub fn forward(y: &mut [f32], x: &[f32], w: &[f32], b: Option<&[f32]>, onto: boo
     for first in (0..n).step_by(SLAB) {
         let outputs = first..n.min(first + SLAB);
         let slab = Packed::new(&w[outputs.start * m..outputs.end * m], m, outputs.len());
-        let b = b.map(|b| &b[outputs]);
-        y.par_chunks_mut(ROWS * n)
-            .zip(x.par_chunks(ROWS * m))
+        let (b, rows) = (b.map(|b| &b[outputs]), rows_at_once(t));
+        y.par_chunks_mut(rows * n)
+            .zip(x.par_chunks(rows * m))
             .for_each(|(y, x)| slab.rows(&mut y[first..], n, x, m, b, onto));
     }
 }
@@ -78,6 +83,8 @@ pub struct Packed {
     panels: Vec<f32>,
     m: usize,
     n: usize,
+    /// Inputs of one run of multiply-adds.
+    block: usize,
 }
 
 impl Packed {
@@ -92,7 +99,7 @@ impl Packed {
                 panel::transpose_into(panel, &w[first * m..], m, m, WIDTH.min(n - first));
             });
         }
-        Self { panels, m, n }
+        Self { panels, m, n, block: block_len(m) }
     }
 
     /// For [`backward_input`]: the inputs are what was the outputs.
@@ -110,10 +117,10 @@ impl Packed {
                 }
             });
         }
-        Self { panels, m: n, n: m }
+        Self { panels, m: n, n: m, block: block_len(n) }
     }
 
-    /// Writes y, or adds to it when `onto`. From [`FEW_ROWS`] to [`ROWS`] rows stay on the calling thread.
+    /// Writes y, or adds to it when `onto`.
     ///
     /// # Shapes
     /// y `[T, N]` = x `[T, M]` · w `[N, M]`ᵀ + b `[N]`.
@@ -122,10 +129,20 @@ impl Packed {
         check(y.len(), x.len(), n * m, b.map(<[f32]>::len), t, m, n);
         if t < FEW_ROWS || m == 0 || n == 0 {
             few_rows(y, x, Weights::Panels(&self.panels), b, onto, t, m, n);
-        } else if t <= ROWS {
-            self.rows(y, n, x, m, b, onto);
         } else {
-            y.par_chunks_mut(ROWS * n).zip(x.par_chunks(ROWS * m)).for_each(|(y, x)| self.rows(y, n, x, m, b, onto));
+            let rows = rows_at_once(t);
+            y.par_chunks_mut(rows * n).zip(x.par_chunks(rows * m)).for_each(|(y, x)| self.rows(y, n, x, m, b, onto));
+        }
+    }
+
+    /// The same on the calling thread, for callers that cut the rows themselves.
+    pub fn forward_here(&self, y: &mut [f32], x: &[f32], b: Option<&[f32]>, onto: bool, t: usize) {
+        let (m, n) = (self.m, self.n);
+        check(y.len(), x.len(), n * m, b.map(<[f32]>::len), t, m, n);
+        if m == 0 || n == 0 || t == 0 {
+            few_rows(y, x, Weights::Panels(&self.panels), b, onto, t, m, n);
+        } else {
+            self.rows(y, n, x, m, b, onto);
         }
     }
 
@@ -135,7 +152,7 @@ impl Packed {
         if let Some(b) = b {
             start(y, y_stride, b, onto);
         }
-        let (t, block) = (x.len().div_ceil(x_stride), block_len(m));
+        let (t, block) = (x.len().div_ceil(x_stride), self.block);
         for (p, panel) in self.panels.chunks_exact(WIDTH * m).enumerate() {
             let first = p * WIDTH;
             let cols = WIDTH.min(n - first);
@@ -223,12 +240,14 @@ pub fn backward_input(dx: &mut [f32], dy: &[f32], w: &[f32], t: usize, m: usize,
     if t < FEW_ROWS || m == 0 || n == 0 {
         return few_rows(dx, dy, Weights::Turned(w), None, accumulate, t, n, m);
     }
-    for first in (0..n).step_by(SLAB) {
-        let outputs = first..n.min(first + SLAB);
-        let slab = Packed::turned(&w[outputs.start * m..outputs.end * m], m, outputs.len());
+    // Slabs of whole runs, so that these are the ones of few rows.
+    let (block, rows) = (block_len(n), rows_at_once(t));
+    for first in (0..n).step_by((SLAB / block).max(1) * block) {
+        let outputs = first..n.min(first + (SLAB / block).max(1) * block);
+        let slab = Packed { block, ..Packed::turned(&w[outputs.start * m..outputs.end * m], m, outputs.len()) };
         let onto = accumulate || first > 0;
-        dx.par_chunks_mut(ROWS * m)
-            .zip(dy.par_chunks(ROWS * n))
+        dx.par_chunks_mut(rows * m)
+            .zip(dy.par_chunks(rows * n))
             .for_each(|(dx, dy)| slab.rows(dx, m, &dy[first..], n, None, onto));
     }
 }
@@ -469,6 +488,23 @@ mod tests {
             for (row, all) in y.chunks_exact(some).zip(all.chunks_exact(n)) {
                 assert_same_bits(&format!("N={some}"), row, &all[..some]);
             }
+        }
+    }
+
+    #[test]
+    fn a_gradient_has_the_same_bits_however_many_rows_there_are() {
+        // More outputs than a slab has.
+        let (t, m, n) = (65, 40, 4100);
+        let (w, dy) = (numbers(1, n * m), numbers(2, t * n));
+        let mut all = vec![0.0; t * m];
+        backward_input(&mut all, &dy, &w, t, m, n, false);
+        let mut packed = vec![0.0; t * m];
+        Packed::turned(&w, m, n).forward(&mut packed, &dy, None, false, t);
+        assert_same_bits("turned", &packed, &all);
+        for some in [1, 63] {
+            let mut few = vec![0.0; some * m];
+            backward_input(&mut few, &dy[..some * n], &w, some, m, n, false);
+            assert_same_bits("few", &few, &all[..some * m]);
         }
     }
 

@@ -89,22 +89,30 @@ struct Rest {
     up: Vec<f32>,
 }
 
-/// The arena of parameters, and some of its matrices laid out for few rows.
+/// The arena of parameters, and some of its matrices laid out for our own product.
 #[derive(Clone, Copy)]
 pub struct Params<'a> {
     pub data: &'a [f32],
     pub laid: Option<&'a Laid>,
+    /// The caller has spread the rows over the threads: a product stays where it is.
+    spread: bool,
+}
+
+impl<'a> Params<'a> {
+    pub fn new(data: &'a [f32], laid: Option<&'a Laid>) -> Params<'a> {
+        Params { data, laid, spread: false }
+    }
 }
 
 impl<'a> From<&'a [f32]> for Params<'a> {
     fn from(data: &'a [f32]) -> Params<'a> {
-        Params { data, laid: None }
+        Params::new(data, None)
     }
 }
 
 impl<'a> From<&'a Vec<f32>> for Params<'a> {
     fn from(data: &'a Vec<f32>) -> Params<'a> {
-        Params { data, laid: None }
+        Params::new(data, None)
     }
 }
 
@@ -156,6 +164,7 @@ impl Affine {
         let t = x.len() / self.inputs;
         let bias = self.b.clone().map(|b| &params.data[b]);
         match params.laid.and_then(|laid| laid.get(&self.w)) {
+            Some(packed) if params.spread => packed.forward_here(y, x, bias, onto, t),
             Some(packed) => packed.forward(y, x, bias, onto, t),
             None => linear::forward(y, x, &params.data[self.w.clone()], bias, onto, t, self.inputs, self.outputs),
         }
@@ -171,7 +180,7 @@ impl Affine {
     fn run_back(&self, dx: &mut [f32], dy: &[f32], turned: &Laid, accumulate: bool) {
         let t = dy.len() / self.outputs;
         match turned.get(&self.w) {
-            Some(packed) => packed.forward(dx, dy, None, accumulate, t),
+            Some(packed) => packed.forward_here(dx, dy, None, accumulate, t),
             None => unreachable!("a block's maps are all laid out"),
         }
     }
@@ -241,12 +250,17 @@ pub fn normed_backward(
     norm::backward(dx, dw, dy, x, &weights[place.clone()], rstd, d, accumulate);
 }
 
-/// Rows that one task takes through a block's row-wise parts: few enough that all it makes of them stays in its core's cache.
+/// Rows that one task takes through the row-wise parts of a block's backward pass: few enough that all it makes of them stays in its core's cache.
 const CHUNK: usize = linear::ROWS;
 
-/// A block's maps laid out, unless they are already or the rows are too few to be worth it.
-fn laid_out(block: &Block, params: Params, rows: usize) -> Option<Laid> {
-    (params.laid.is_none() && rows >= linear::FEW_ROWS).then(|| Laid::new(block.maps().into_iter(), params.data))
+/// Some maps laid out, unless they are already or the rows are too few to be worth it.
+fn laid_out<const N: usize>(maps: [&Affine; N], params: Params, rows: usize) -> Option<Laid> {
+    (params.laid.is_none() && rows >= linear::FEW_ROWS).then(|| Laid::new(maps.into_iter(), params.data))
+}
+
+/// Rows of one task, and whether there are several tasks: few rows stay together, and each of their products is spread instead.
+fn spread(rows: usize) -> (usize, bool) {
+    if rows < linear::FEW_ROWS { (rows.max(1), false) } else { (linear::rows_at_once(rows), true) }
 }
 
 /// First half up to attention: norm, projections, rotation.
@@ -255,15 +269,16 @@ fn laid_out(block: &Block, params: Params, rows: usize) -> Option<Laid> {
 /// x `[T, D]`, table `[T, K]`
 pub fn project(block: &Block, dims: &Dims, params: Params, x: &[f32], table: &Table) -> Qkv {
     let t = x.len() / dims.hidden;
-    let own = laid_out(block, params, t);
-    let params = Params { laid: own.as_ref().or(params.laid), ..params };
+    let own = laid_out([&block.q, &block.k, &block.v], params, t);
+    let (chunk, spread) = spread(t);
+    let params = Params { laid: own.as_ref().or(params.laid), spread, ..params };
     let (wide, narrow) = (dims.heads * dims.k, dims.kv_heads * dims.k);
     let (mut q, mut k, mut v) =
         (memory::Rows::new(t * wide), memory::Rows::new(t * narrow), memory::Rows::new(t * narrow));
-    q.chunks(CHUNK * wide)
-        .zip(k.chunks(CHUNK * narrow))
-        .zip(v.chunks(CHUNK * narrow))
-        .zip(x.par_chunks(CHUNK * dims.hidden))
+    q.chunks(chunk * wide)
+        .zip(k.chunks(chunk * narrow))
+        .zip(v.chunks(chunk * narrow))
+        .zip(x.par_chunks(chunk * dims.hidden))
         .enumerate()
         .for_each(|(i, (((q, k), v), x))| {
             let (q, k, v) = (q.clear(), k.clear(), v.clear());
@@ -271,7 +286,7 @@ pub fn project(block: &Block, dims: &Dims, params: Params, x: &[f32], table: &Ta
             block.q.run(q, params, &n1, false);
             block.k.run(k, params, &n1, false);
             block.v.run(v, params, &n1, false);
-            let angles = table.rows(i * CHUNK..i * CHUNK + rstd.len());
+            let angles = table.rows(i * chunk..i * chunk + rstd.len());
             rope::apply(q, angles, dims.heads);
             rope::apply(k, angles, dims.kv_heads);
         });
@@ -284,14 +299,15 @@ pub fn project(block: &Block, dims: &Dims, params: Params, x: &[f32], table: &Ta
 /// x `[T, D]`, o `[T, H, K]`
 fn finish_keeping(block: &Block, dims: &Dims, params: Params, x: &[f32], o: &[f32]) -> Rest {
     let t = x.len() / dims.hidden;
-    let own = laid_out(block, params, t);
-    let params = Params { laid: own.as_ref().or(params.laid), ..params };
+    let own = laid_out([&block.o, &block.gate, &block.up, &block.down], params, t);
+    let (chunk, spread) = spread(t);
+    let params = Params { laid: own.as_ref().or(params.laid), spread, ..params };
     let Dims { hidden: d, mlp: wide, .. } = *dims;
     let [mut y, mut mid, mut gate, mut up] = [d, d, wide, wide].map(|width| memory::Rows::new(t * width));
-    y.chunks(CHUNK * d)
-        .zip(mid.chunks(CHUNK * d))
-        .zip(gate.chunks(CHUNK * wide).zip(up.chunks(CHUNK * wide)))
-        .zip(x.par_chunks(CHUNK * d).zip(o.par_chunks(CHUNK * dims.heads * dims.k)))
+    y.chunks(chunk * d)
+        .zip(mid.chunks(chunk * d))
+        .zip(gate.chunks(chunk * wide).zip(up.chunks(chunk * wide)))
+        .zip(x.par_chunks(chunk * d).zip(o.par_chunks(chunk * dims.heads * dims.k)))
         .for_each(|(((y, mid), (gate, up)), (x, o))| {
             let (y, mid) = (y.clear(), mid.clear());
             finish_rows(block, dims, params, [x, o], y, Some(mid), [gate.clear(), up.clear()]);
@@ -305,11 +321,12 @@ fn finish_keeping(block: &Block, dims: &Dims, params: Params, x: &[f32], o: &[f3
 /// x `[T, D]`, o `[T, H, K]` -> `[T, D]`
 pub fn finish(block: &Block, dims: &Dims, params: Params, x: &[f32], o: &[f32]) -> Vec<f32> {
     let t = x.len() / dims.hidden;
-    let own = laid_out(block, params, t);
-    let params = Params { laid: own.as_ref().or(params.laid), ..params };
+    let own = laid_out([&block.o, &block.gate, &block.up, &block.down], params, t);
+    let (chunk, spread) = spread(t);
+    let params = Params { laid: own.as_ref().or(params.laid), spread, ..params };
     let mut y = memory::Rows::new(x.len());
-    y.chunks(CHUNK * dims.hidden)
-        .zip(x.par_chunks(CHUNK * dims.hidden).zip(o.par_chunks(CHUNK * dims.heads * dims.k)))
+    y.chunks(chunk * dims.hidden)
+        .zip(x.par_chunks(chunk * dims.hidden).zip(o.par_chunks(chunk * dims.heads * dims.k)))
         .for_each(|(y, (x, o))| {
             let wide = x.len() / dims.hidden * dims.mlp;
             let (mut gate, mut up) = (vec![0.0; wide], vec![0.0; wide]);

@@ -1,6 +1,6 @@
 //! Sampling with a key/value cache: many sequences advance together, a prompt's rows are stored once and shared.
 //!
-//! A [`Cache`] is one array of rows per layer, which grows as sequences come and go on. A sequence owns a run of rows and may see,
+//! A [`Cache`] is an array of keys and one of values per layer, which grow as sequences come and go on. A sequence owns a run of rows and may see,
 //! before its own, the rows of one other sequence: the prompt of its group. Members may stop at different times and be continued later
 //! with any number of tokens, images included (the closer view of a second turn). It hides where rows lie, and that weights are laid
 //! out a second time where few rows meet them many times. What must stay true: the hidden state of a token is bit for bit that of a
@@ -184,10 +184,11 @@ impl Vlm {
         }
 
         let laid = match cache.laid.take() {
-            None if ids.len() < linear::FEW_ROWS => self.lay_out(),
+            // Few rows now, or one token after the other from here on.
+            None if ids.len() < linear::FEW_ROWS || extensions.iter().all(|e| e.ids.len() == 1) => self.lay_out(),
             laid => laid,
         };
-        let params = Params { data: weights, laid: laid.as_ref() };
+        let params = Params::new(weights, laid.as_ref());
         let table = config.rotation(axes.each_ref().map(Vec::as_slice));
         let mut x = text::inputs(index, weights, &ids, &features, &runs, d);
         for (l, layer) in index.layers.iter().enumerate() {

@@ -301,7 +301,7 @@ fn fill(place: &mut [f32], unit: &Unit, tasks: &[Task], inputs: &Inputs, scratch
         let rows = task.rows(dims);
         let (mine, others) = std::mem::take(&mut dq).split_at_mut(rows * dims.k);
         dq = others;
-        let at_once = (TILE / dims.k).next_multiple_of(8);
+        let at_once = (TILE / dims.k).max(1).next_multiple_of(8);
         for first in (0..rows).step_by(at_once) {
             add_rows(mine, dk, dv, scratch, first..rows.min(first + at_once), unit, number, inputs);
         }
@@ -394,6 +394,7 @@ fn probabilities_body<const LEVEL: u8>(
     let tile = p.as_chunks_mut::<WIDTH>().0.iter_mut().zip(ds.as_chunks_mut::<WIDTH>().0);
     for ((p, ds), ((lse, delta), visible)) in tile.zip(lse.iter().zip(delta).zip(visible)) {
         for (p, ds) in p.iter_mut().zip(ds.iter_mut()) {
+            // Above 0, where the exponential is none, stand only keys that the row does not see.
             *p = exp2::<LEVEL>(mul_add::<LEVEL>(*p, in_log2, -lse));
             *ds = *p * (*ds - delta) * scale;
         }

@@ -132,7 +132,7 @@ pub(super) fn tasks(spans: &[Span], dims: Dims) -> Vec<Task<'_>> {
 }
 
 /// Keys and values that several tasks read, laid out for them once: shared runs, and own runs that are long enough to be read by
-/// more than one block of queries. Keys that are panels already stay where they are.
+/// more than one block of queries. Keys that are panels already stay where they are, and values are copied where many rows read them.
 pub(super) struct Prepared {
     /// Ascending.
     runs: Vec<Range<usize>>,
