@@ -104,16 +104,12 @@ pub fn store_keys(panels: &mut [f32], first: usize, k: &[f32], dims: Dims) {
 pub fn forward(o: &mut [f32], lse: &mut [f32], q: &[f32], k: Keys, v: &[f32], spans: &[Span], dims: Dims) {
     let (Keys::Rows(all) | Keys::Panels(all)) = k;
     check(q, all, v, spans, dims);
-    assert!(
-        matches!(k, Keys::Rows(_)) || all.len().is_multiple_of(PANEL * dims.kv_heads * dims.k),
-        "attention: {} numbers of cached keys, not whole panels",
-        all.len()
-    );
-    let aligned = |s: &Span| s.shared.start.is_multiple_of(PANEL) && s.own.start.is_multiple_of(PANEL);
-    assert!(
-        matches!(k, Keys::Rows(_)) || spans.iter().all(aligned),
-        "attention: a run of cached keys does not start with a panel"
-    );
+    if let Keys::Panels(panels) = k {
+        let whole = panels.len().is_multiple_of(PANEL * dims.kv_heads * dims.k);
+        assert!(whole, "attention: {} numbers of cached keys, not whole panels", panels.len());
+        let aligned = |s: &Span| s.shared.start.is_multiple_of(PANEL) && s.own.start.is_multiple_of(PANEL);
+        assert!(spans.iter().all(aligned), "attention: a run of cached keys does not start with a panel");
+    }
     assert_eq!(o.len(), q.len(), "attention: o has {} numbers, q has {}", o.len(), q.len());
     assert_eq!(lse.len() * dims.k, q.len(), "attention: lse has {} numbers for q's {}", lse.len(), q.len());
     let prepared = Prepared::new(k, v, spans, dims);

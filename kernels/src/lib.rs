@@ -27,4 +27,5 @@ pub mod sample;
 #[cfg(test)]
 mod oracle;
 mod panel;
+mod threads;
 mod vector;

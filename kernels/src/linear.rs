@@ -6,6 +6,7 @@
 //! kept, then the bias, and the blocks are added to these in order.
 
 use crate::panel::{self, Left, Onto, WIDTH};
+use crate::threads::each;
 use crate::vector::dispatch;
 use rayon::prelude::*;
 
@@ -51,10 +52,7 @@ pub fn forward(y: &mut [f32], x: &[f32], w: &[f32], b: Option<&[f32]>, onto: boo
     for first in (0..n).step_by(SLAB) {
         let outputs = first..n.min(first + SLAB);
         let slab = Packed::new(&w[outputs.start * m..outputs.end * m], m, outputs.len());
-        let (b, rows) = (b.map(|b| &b[outputs]), rows_at_once(t));
-        y.par_chunks_mut(rows * n)
-            .zip(x.par_chunks(rows * m))
-            .for_each(|(y, x)| slab.rows(&mut y[first..], n, x, m, b, onto));
+        slab.many_rows(y, (n, first), x, (m, 0), b.map(|b| &b[outputs]), onto, t);
     }
 }
 
@@ -130,9 +128,26 @@ impl Packed {
         if t < FEW_ROWS || m == 0 || n == 0 {
             few_rows(y, x, Weights::Panels(&self.panels), b, onto, t, m, n);
         } else {
-            let rows = rows_at_once(t);
-            y.par_chunks_mut(rows * n).zip(x.par_chunks(rows * m)).for_each(|(y, x)| self.rows(y, n, x, m, b, onto));
+            self.many_rows(y, (n, 0), x, (m, 0), b, onto, t);
         }
+    }
+
+    /// Spread over the threads by rows; y and x are some columns of wider rows, given as (numbers of a row, first column).
+    #[allow(clippy::too_many_arguments)]
+    fn many_rows(
+        &self,
+        y: &mut [f32],
+        (y_stride, y_first): (usize, usize),
+        x: &[f32],
+        (x_stride, x_first): (usize, usize),
+        b: Option<&[f32]>,
+        onto: bool,
+        t: usize,
+    ) {
+        let rows = rows_at_once(t);
+        y.par_chunks_mut(rows * y_stride)
+            .zip(x.par_chunks(rows * x_stride))
+            .for_each(|(y, x)| self.rows(&mut y[y_first..], y_stride, &x[x_first..], x_stride, b, onto));
     }
 
     /// The same on the calling thread, for callers that cut the rows themselves.
@@ -241,14 +256,12 @@ pub fn backward_input(dx: &mut [f32], dy: &[f32], w: &[f32], t: usize, m: usize,
         return few_rows(dx, dy, Weights::Turned(w), None, accumulate, t, n, m);
     }
     // Slabs of whole runs, so that these are the ones of few rows.
-    let (block, rows) = (block_len(n), rows_at_once(t));
-    for first in (0..n).step_by((SLAB / block).max(1) * block) {
-        let outputs = first..n.min(first + (SLAB / block).max(1) * block);
-        let slab = Packed { block, ..Packed::turned(&w[outputs.start * m..outputs.end * m], m, outputs.len()) };
-        let onto = accumulate || first > 0;
-        dx.par_chunks_mut(rows * m)
-            .zip(dy.par_chunks(rows * n))
-            .for_each(|(dx, dy)| slab.rows(dx, m, &dy[first..], n, None, onto));
+    let block = block_len(n);
+    let slab = SLAB / block * block;
+    for first in (0..n).step_by(slab) {
+        let outputs = first..n.min(first + slab);
+        let laid = Packed { block, ..Packed::turned(&w[outputs.start * m..outputs.end * m], m, outputs.len()) };
+        laid.many_rows(dx, (m, 0), dy, (n, first), None, accumulate || first > 0, t);
     }
 }
 
@@ -285,34 +298,24 @@ pub fn backward_weights(maps: Vec<Outer>, x: &[f32], t: usize, m: usize) {
     // Each thread makes some rows of the gradients, from all tokens in order: which rows changes no bit.
     let share = if threads { outputs.div_ceil(rayon::current_num_threads()).next_multiple_of(TILE) } else { outputs };
     let mut shares: Vec<Vec<Stripe>> = Vec::new();
-    let mut room = 0;
+    let mut given = 0;
     for Outer { dw, db, dy } in maps {
         let n = dy.len() / t;
         if let Some(db) = db {
             // Each thread sums some columns over all rows, in order.
             let sum = |(c, db): (usize, &mut [f32])| add_columns(db, dy, c * COLUMNS, n);
-            if threads {
-                db.par_chunks_mut(COLUMNS).enumerate().for_each(sum);
-            } else {
-                db.chunks_mut(COLUMNS).enumerate().for_each(sum);
-            }
+            each(threads, db.chunks_mut(COLUMNS).enumerate(), || (), |(), part| sum(part));
         }
         let (mut rest, mut first) = (dw, 0);
         while !rest.is_empty() {
-            let begun = if room > 0 { shares.pop() } else { None };
-            let (mut mine, left) = begun.map_or((Vec::new(), share), |mine| (mine, room));
-            let rows = STRIPE.min(left).min(n - first);
+            let rows = STRIPE.min(share - given % share).min(n - first);
             let (dw, others) = rest.split_at_mut(rows * m);
-            mine.push(Stripe { dw, dy: &dy[first..], n });
-            shares.push(mine);
-            (rest, first, room) = (others, first + rows, left - rows);
+            shares.resize_with(given / share + 1, Vec::new);
+            shares[given / share].push(Stripe { dw, dy: &dy[first..], n });
+            (rest, first, given) = (others, first + rows, given + rows);
         }
     }
-    if threads {
-        shares.into_par_iter().for_each(|share| add_outer(share, x, t, m));
-    } else {
-        shares.into_iter().for_each(|share| add_outer(share, x, t, m));
-    }
+    each(threads, shares.into_iter(), || (), |(), share| add_outer(share, x, t, m));
 }
 
 /// Some rows of a gradient, and the columns of dy `[T, N]` that make them.
@@ -323,13 +326,12 @@ struct Stripe<'a> {
 }
 
 /// dw `[rows, M]` += the first columns of dy `[T, N]`ᵀ · x `[T, M]` for each stripe, on the calling thread.
-fn add_outer(stripes: Vec<Stripe>, x: &[f32], t: usize, m: usize) {
+fn add_outer(mut stripes: Vec<Stripe>, x: &[f32], t: usize, m: usize) {
     // What a run reads of x, as panels [RUN, WIDTH], and of dy, [RUN, TILE] for each tile: read where they are, strides of powers of
     // two would push each other out of the first cache. The same goes for panels that lie a power of two apart.
     const APART: usize = RUN * WIDTH + 16;
     let mut panels = vec![0.0; INPUTS.min(m).div_ceil(WIDTH) * APART];
     let mut left = vec![0.0; STRIPE * RUN];
-    let mut stripes = stripes;
     for t0 in (0..t).step_by(RUN) {
         let run = RUN.min(t - t0);
         for c0 in (0..m).step_by(INPUTS) {

@@ -42,13 +42,13 @@ impl Stats {
     }
 }
 
-/// Logits of every row, banned ids at -inf; not divided by a temperature.
+/// Logits of every row, banned ids at -inf; not divided by a temperature. `laid`: w laid out, where it is.
 ///
 /// # Shapes
 /// `[N, V]` = h `[N, D]` · w `[V, D]`ᵀ.
-pub fn logits(h: &[f32], w: &[f32], banned: &[u32], d: usize, v: usize) -> Vec<f32> {
+pub fn logits(h: &[f32], w: &[f32], laid: Option<&Packed>, banned: &[u32], d: usize, v: usize) -> Vec<f32> {
     let mut z = vec![0.0; rows(h, w, d, v) * v];
-    write_logits(&mut z, h, w, None, banned, d, v);
+    write_logits(&mut z, h, w, laid, banned, d, v);
     z
 }
 
@@ -58,15 +58,7 @@ fn write_logits(z: &mut [f32], h: &[f32], w: &[f32], laid: Option<&Packed>, bann
         Some(laid) => laid.forward(z, h, None, false, n),
         None => linear::forward(z, h, w, None, false, n, d, v),
     }
-    ban(z, banned, v);
-}
-
-/// Bans ids in rows of logits computed otherwise (with `linear::Packed`, say): they become -inf.
-///
-/// # Shapes
-/// logits `[N, V]`.
-pub fn ban(logits: &mut [f32], banned: &[u32], v: usize) {
-    for row in logits.chunks_exact_mut(v) {
+    for row in z.chunks_exact_mut(v) {
         for &id in banned {
             assert!((id as usize) < v, "logprob: banned id {id} is outside the vocabulary of {v}");
             row[id as usize] = f32::NEG_INFINITY;
@@ -338,7 +330,7 @@ mod tests {
             let drawn: Vec<(u32, f32)> = (0..n)
                 .map(|i| {
                     // One row at a time, as decoding does.
-                    let mut z = logits(&h[i * d..(i + 1) * d], &w, &banned, d, v);
+                    let mut z = logits(&h[i * d..(i + 1) * d], &w, None, &banned, d, v);
                     sample::categorical(&mut z, temperature, (i as f64 + 0.5) / n as f64)
                 })
                 .collect();

@@ -81,14 +81,6 @@ pub struct Qkv {
     pub v: Vec<f32>,
 }
 
-/// The second half of a block.
-struct Rest {
-    y: Vec<f32>,
-    mid: Vec<f32>,
-    gate: Vec<f32>,
-    up: Vec<f32>,
-}
-
 /// The arena of parameters, and some of its matrices laid out for our own product.
 #[derive(Clone, Copy)]
 pub struct Params<'a> {
@@ -101,18 +93,6 @@ pub struct Params<'a> {
 impl<'a> Params<'a> {
     pub fn new(data: &'a [f32], laid: Option<&'a Laid>) -> Params<'a> {
         Params { data, laid, spread: false }
-    }
-}
-
-impl<'a> From<&'a [f32]> for Params<'a> {
-    fn from(data: &'a [f32]) -> Params<'a> {
-        Params::new(data, None)
-    }
-}
-
-impl<'a> From<&'a Vec<f32>> for Params<'a> {
-    fn from(data: &'a Vec<f32>) -> Params<'a> {
-        Params::new(data, None)
     }
 }
 
@@ -150,9 +130,9 @@ impl Block {
 impl Affine {
     /// # Shapes
     /// x `[T, inputs]` -> `[T, outputs]`
-    pub fn forward<'a>(&self, params: impl Into<Params<'a>>, x: &[f32]) -> Vec<f32> {
+    pub fn forward(&self, weights: &[f32], x: &[f32]) -> Vec<f32> {
         let mut y = vec![0.0; x.len() / self.inputs * self.outputs];
-        self.run(&mut y, params.into(), x, false);
+        self.run(&mut y, Params::new(weights, None), x, false);
         y
     }
 
@@ -250,7 +230,8 @@ pub fn normed_backward(
     norm::backward(dx, dw, dy, x, &weights[place.clone()], rstd, d, accumulate);
 }
 
-/// Rows that one task takes through the row-wise parts of a block's backward pass: few enough that all it makes of them stays in its core's cache.
+/// Rows that one task takes through the row-wise parts of a block's backward pass: few enough that all it makes of them stays in
+/// its core's cache.
 const CHUNK: usize = linear::ROWS;
 
 /// Some maps laid out, unless they are already or the rows are too few to be worth it.
@@ -258,9 +239,13 @@ fn laid_out<const N: usize>(maps: [&Affine; N], params: Params, rows: usize) -> 
     (params.laid.is_none() && rows >= linear::FEW_ROWS).then(|| Laid::new(maps.into_iter(), params.data))
 }
 
-/// Rows of one task, and whether there are several tasks: few rows stay together, and each of their products is spread instead.
-fn spread(rows: usize) -> (usize, bool) {
-    if rows < linear::FEW_ROWS { (rows.max(1), false) } else { (linear::rows_at_once(rows), true) }
+/// Parameters as the tasks of some rows use them, and the rows of one task: few rows stay together, and each of their products is
+/// spread over the threads instead.
+fn cut<'a>(params: Params<'a>, own: &'a Option<Laid>, rows: usize) -> (Params<'a>, usize) {
+    let laid = own.as_ref().or(params.laid);
+    let spread = rows >= linear::FEW_ROWS;
+    let chunk = if spread { linear::rows_at_once(rows) } else { rows.max(1) };
+    (Params { laid, spread, ..params }, chunk)
 }
 
 /// First half up to attention: norm, projections, rotation.
@@ -270,11 +255,9 @@ fn spread(rows: usize) -> (usize, bool) {
 pub fn project(block: &Block, dims: &Dims, params: Params, x: &[f32], table: &Table) -> Qkv {
     let t = x.len() / dims.hidden;
     let own = laid_out([&block.q, &block.k, &block.v], params, t);
-    let (chunk, spread) = spread(t);
-    let params = Params { laid: own.as_ref().or(params.laid), spread, ..params };
+    let (params, chunk) = cut(params, &own, t);
     let (wide, narrow) = (dims.heads * dims.k, dims.kv_heads * dims.k);
-    let (mut q, mut k, mut v) =
-        (memory::Rows::new(t * wide), memory::Rows::new(t * narrow), memory::Rows::new(t * narrow));
+    let [mut q, mut k, mut v] = [wide, narrow, narrow].map(|width| memory::Rows::new(t * width));
     q.chunks(chunk * wide)
         .zip(k.chunks(chunk * narrow))
         .zip(v.chunks(chunk * narrow))
@@ -293,15 +276,14 @@ pub fn project(block: &Block, dims: &Dims, params: Params, x: &[f32], table: &Ta
     Qkv { q: q.done(), k: k.done(), v: v.done() }
 }
 
-/// From the attention's result to the block's: output projection, both residuals, MLP.
+/// From the attention's result to the block's: output projection, both residuals, MLP. Gives y, mid, gate and up.
 ///
 /// # Shapes
 /// x `[T, D]`, o `[T, H, K]`
-fn finish_keeping(block: &Block, dims: &Dims, params: Params, x: &[f32], o: &[f32]) -> Rest {
+fn finish_keeping(block: &Block, dims: &Dims, params: Params, x: &[f32], o: &[f32]) -> [Vec<f32>; 4] {
     let t = x.len() / dims.hidden;
     let own = laid_out([&block.o, &block.gate, &block.up, &block.down], params, t);
-    let (chunk, spread) = spread(t);
-    let params = Params { laid: own.as_ref().or(params.laid), spread, ..params };
+    let (params, chunk) = cut(params, &own, t);
     let Dims { hidden: d, mlp: wide, .. } = *dims;
     let [mut y, mut mid, mut gate, mut up] = [d, d, wide, wide].map(|width| memory::Rows::new(t * width));
     y.chunks(chunk * d)
@@ -312,7 +294,7 @@ fn finish_keeping(block: &Block, dims: &Dims, params: Params, x: &[f32], o: &[f3
             let (y, mid) = (y.clear(), mid.clear());
             finish_rows(block, dims, params, [x, o], y, Some(mid), [gate.clear(), up.clear()]);
         });
-    Rest { y: y.done(), mid: mid.done(), gate: gate.done(), up: up.done() }
+    [y, mid, gate, up].map(memory::Rows::done)
 }
 
 /// The same where no backward pass will follow.
@@ -322,8 +304,7 @@ fn finish_keeping(block: &Block, dims: &Dims, params: Params, x: &[f32], o: &[f3
 pub fn finish(block: &Block, dims: &Dims, params: Params, x: &[f32], o: &[f32]) -> Vec<f32> {
     let t = x.len() / dims.hidden;
     let own = laid_out([&block.o, &block.gate, &block.up, &block.down], params, t);
-    let (chunk, spread) = spread(t);
-    let params = Params { laid: own.as_ref().or(params.laid), spread, ..params };
+    let (params, chunk) = cut(params, &own, t);
     let mut y = memory::Rows::new(x.len());
     y.chunks(chunk * dims.hidden)
         .zip(x.par_chunks(chunk * dims.hidden).zip(o.par_chunks(chunk * dims.heads * dims.k)))
@@ -386,7 +367,7 @@ struct Attended {
 }
 
 fn attend(block: &Block, dims: &Dims, weights: &[f32], x: &[f32], rows: Rows) -> Attended {
-    let qkv = project(block, dims, weights.into(), x, rows.table);
+    let qkv = project(block, dims, Params::new(weights, None), x, rows.table);
     let mut o = vec![0.0; qkv.q.len()];
     let mut lse = vec![0.0; x.len() / dims.hidden * dims.heads];
     attention::forward(&mut o, &mut lse, &qkv.q, Keys::Rows(&qkv.k), &qkv.v, rows.spans, dims.attention());
@@ -397,7 +378,7 @@ fn attend(block: &Block, dims: &Dims, weights: &[f32], x: &[f32], rows: Rows) ->
 fn forward_all(block: &Block, dims: &Dims, weights: &[f32], x: Vec<f32>, rows: Rows) -> (Vec<f32>, Tape) {
     let Attended { qkv: Qkv { q, k, v }, o, lse, picked } = attend(block, dims, weights, &x, rows);
     let [of_x, of_o] = picked.as_ref().map_or([&x, &o], |[x, o]| [x, o]);
-    let Rest { y, mid, gate, up } = finish_keeping(block, dims, weights.into(), of_x, of_o);
+    let [y, mid, gate, up] = finish_keeping(block, dims, Params::new(weights, None), of_x, of_o);
     (y, Tape { x, q, k, v, o, lse, mid, gate, up })
 }
 
@@ -420,7 +401,7 @@ pub fn forward(
     let Attended { qkv, o, picked, .. } = attend(block, dims, weights, &x, rows);
     drop(qkv);
     let [of_x, of_o] = picked.as_ref().map_or([&x, &o], |[x, o]| [x, o]);
-    let y = finish(block, dims, weights.into(), of_x, of_o);
+    let y = finish(block, dims, Params::new(weights, None), of_x, of_o);
     (y, (keep == Keep::Inputs).then_some(Kept::Input(x)))
 }
 
@@ -438,12 +419,10 @@ pub fn backward(
     rows: Rows,
     mut grads: Option<&mut [f32]>,
 ) -> Vec<f32> {
-    let tape = match kept {
+    let Tape { x, q, k, v, o, lse, mid, mut gate, mut up } = match kept {
         Kept::All(tape) => *tape,
         Kept::Input(x) => forward_all(block, dims, weights, x, rows).1,
     };
-
-    let Tape { x, q, k, v, o, lse, mid, mut gate, mut up } = tape;
     let Dims { hidden: d, mlp: wide, .. } = *dims;
     let turned = Laid::turned(block, weights);
 

@@ -1,7 +1,7 @@
 //! Sampling with a key/value cache: many sequences advance together, a prompt's rows are stored once and shared.
 //!
-//! A [`Cache`] is an array of keys and one of values per layer, which grow as sequences come and go on. A sequence owns a run of rows and may see,
-//! before its own, the rows of one other sequence: the prompt of its group. Members may stop at different times and be continued later
+//! A [`Cache`] is an array of keys and one of values per layer, which grow as sequences come and go on. A sequence owns a run of
+//! rows and may see, before its own, the rows of one other sequence: the prompt of its group. Members may stop at different times and be continued later
 //! with any number of tokens, images included (the closer view of a second turn). It hides where rows lie, and that weights are laid
 //! out a second time where few rows meet them many times. What must stay true: the hidden state of a token is bit for bit that of a
 //! packed pass over the same tokens with the same `shared`/`own` spans, because the kernels give each row the same bits however many
@@ -227,17 +227,8 @@ impl Vlm {
     /// hidden `[N, D]` -> `[N, V]`
     pub fn next_logits(&self, cache: &Cache, hidden: &[f32], banned: &[u32]) -> Vec<f32> {
         let (d, v) = (self.config.text.hidden, self.config.text.vocab);
-        let head = &self.weights.layout.text.head;
-        match cache.laid.as_ref().and_then(|laid| laid.get(head)) {
-            Some(packed) => {
-                let n = hidden.len() / d;
-                let mut logits = vec![0.0; n * v];
-                packed.forward(&mut logits, hidden, None, false, n);
-                logprob::ban(&mut logits, banned, v);
-                logits
-            }
-            None => logprob::logits(hidden, self.head(), banned, d, v),
-        }
+        let laid = cache.laid.as_ref().and_then(|laid| laid.get(&self.weights.layout.text.head));
+        logprob::logits(hidden, self.head(), laid, banned, d, v)
     }
 
     /// The language model's weights as few rows like them, if they are not too many.

@@ -358,10 +358,7 @@ impl Vlm {
     /// hidden `[N, D]` -> `[N, V]`
     pub fn logits(&self, hidden: &[f32]) -> Vec<f32> {
         let (d, v) = (self.config.text.hidden, self.config.text.vocab);
-        let n = hidden.len() / d;
-        let mut logits = vec![0.0; n * v];
-        foveate_kernels::linear::forward(&mut logits, hidden, self.head(), None, false, n, d, v);
-        logits
+        logprob::logits(hidden, self.head(), None, &[], d, v)
     }
 
     /// The matrix of the head `[V, D]` (the embedding where tied).

@@ -9,8 +9,8 @@
 use super::task::{Task, tasks, transposed};
 use super::{Dims, Span, WORTH_THREADS, check};
 use crate::panel::{self, Left, Onto, WIDTH};
+use crate::threads::each;
 use crate::vector::{self, dispatch, exp2, mul_add};
-use rayon::prelude::*;
 use std::ops::Range;
 
 /// Keys of a unit: enough of them to make up for gathering the queries again, few enough to spread over threads.
@@ -156,21 +156,6 @@ pub fn backward(
 
 /// Rows of [`products`] that one task takes.
 const CHUNK: usize = 4096;
-
-/// Runs `work` for every part, in parallel or not.
-fn each<P: Send, S>(
-    threads: bool,
-    parts: impl Iterator<Item = P>,
-    start: impl Fn() -> S + Sync + Send,
-    work: impl Fn(&mut S, P) + Sync + Send,
-) {
-    if threads {
-        parts.collect::<Vec<P>>().into_par_iter().for_each_init(start, work);
-    } else {
-        let mut state = start();
-        parts.for_each(|part| work(&mut state, part));
-    }
-}
 
 /// The stretches in order, each for every head. Runs may overlap, so they are cut wherever one begins or ends: no two units write to
 /// the same keys.
