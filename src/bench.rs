@@ -26,6 +26,7 @@ use crate::image::bench_image;
 use crate::model::block::Keep;
 use crate::model::generate::{Cache, Extension, SequenceId};
 use crate::model::{Gradients, Head, Slopes, Trainable, Vlm, presets};
+use crate::need::{Need, PROGRAM};
 use crate::objective::{Advantage, Objective, Sequence};
 use crate::optim::{AdamW, Optim, Trained};
 use crate::run::peak_rss;
@@ -450,12 +451,16 @@ impl Rig {
         let objective = Objective { kl_coef: step.kl, ..Objective::default() };
         let mut times: Vec<[f64; 4]> = Vec::new();
         let mut length = 0.0;
+        let mut predicted = 0;
         for k in 0..step.warmup + step.steps {
             let chosen = self.chosen(step, k);
             let (streams, [turn1, turn2]) = self.play(&chosen, step.group, k as u64)?;
             let groups: Vec<Group> = streams.iter().map(|g| g.iter().collect()).collect();
             let n = step.prompts * step.group;
             length = streams.iter().flatten().map(|s| s.len() as f64).sum::<f64>() / n as f64;
+            let held = self.engine.held(&groups, self.lengths[0]);
+            predicted =
+                Need { held, pictures: self.engine.pictures.stats().bytes, program: PROGRAM }.total().max(predicted);
             let started = Instant::now();
             let reference = match objective.needs_reference() {
                 true => Some(self.engine.logprobs(&groups, Who::Reference)?),
@@ -495,7 +500,7 @@ impl Rig {
             "mean_sequence_tokens": length as u64, "params": self.engine.model.weights.data.len(),
             "seconds": {"turn1": part(0), "turn2": part(1), "ref": part(2), "update": part(3), "total": total},
             "samples_per_second": round((step.prompts * step.group) as f64 / total),
-            "peak_rss_mib": peak_rss() >> 20,
+            "peak_rss_mib": peak_rss() >> 20, "predicted_mib": predicted >> 20,
         }))
     }
 

@@ -12,6 +12,7 @@ use crate::data;
 use crate::geometry::{Size, View};
 use crate::image::{self, Processor, decode};
 use crate::model::config::TokenIds;
+use crate::model::memory::memory;
 use crate::model::trace::{Greedy, trace};
 use crate::model::{Config, Dtype, Layout, Trainable, Vlm, presets};
 use crate::progress::Progress;
@@ -196,7 +197,7 @@ impl Model {
             }
             Model::Info { dir, json } => {
                 let config = Config::load(&dir)?;
-                let memory = presets::memory(&config, Trainable::ALL);
+                let memory = memory(&config, Trainable::ALL);
                 if json {
                     println!("{}", json!({"config": config.to_json("float32"), "memory": memory}));
                     return Ok(());

@@ -3,29 +3,33 @@
 use std::path::Path;
 
 use anyhow::Result;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::commands::gib;
 use crate::config;
-use crate::engine::embedded;
+use crate::data::{self, Sample};
 use crate::eval;
-use crate::model::{Config, Trainable, presets};
+use crate::image::Processor;
+use crate::need::{self, Need};
+use crate::progress;
 use crate::rl;
-use crate::rollout;
 use crate::run::Environment;
-use crate::sft;
-use crate::tasks::crop;
+use crate::tasks::Task;
+use crate::tasks::crop::Crop;
 
-pub fn main(path: Option<&Path>, as_json: bool) -> Result<()> {
+pub fn main(path: Option<&Path>, overrides: &[String], as_json: bool) -> Result<()> {
     let machine = Environment::now();
     let backends = json!({"embedded": true});
     let simd = instruction_sets();
     let need = match path {
-        Some(path) => Some(needs(path)?),
+        Some(path) => Some(needs(path, overrides)?),
         None => None,
     };
     if as_json {
-        println!("{}", json!({"machine": machine, "instruction_sets": simd, "engines": backends, "needs": need}));
+        println!(
+            "{}",
+            json!({"machine": machine, "instruction_sets": simd, "engines": backends, "needs": need.as_ref().map(Need::to_json)})
+        );
         return Ok(());
     }
     println!("processor         {}", machine.cpu);
@@ -35,82 +39,45 @@ pub fn main(path: Option<&Path>, as_json: bool) -> Result<()> {
     println!("engines           embedded (CPU)");
     if let Some(need) = need {
         println!("\n{}", path.map(|p| p.display().to_string()).unwrap_or_default());
-        for key in ["weights", "training_state", "reference", "activations", "cache", "pictures", "total"] {
-            if let Some(bytes) = need[key].as_u64() {
-                println!("{key:17} {}", gib(bytes));
-            }
+        for (name, bytes) in need.parts().into_iter().filter(|(_, bytes)| *bytes > 0) {
+            println!("{:17} {}", name.replace('_', " "), gib(bytes));
         }
-        let room = machine.memory.unwrap_or(u64::MAX) as f64;
-        if need["total"].as_f64().unwrap_or(0.0) > 0.9 * room {
-            println!(
-                "\nThis will not fit. Set model.recompute = true, lower model.micro_batch_tokens or the pixel budget, or freeze parts of the model."
-            );
+        let left = Environment::memory_left().unwrap_or(u64::MAX);
+        println!("can be had        {}", gib(left));
+        if need.total() > left {
+            println!("\nThis will not fit. {}.", need::ADVICE);
         }
     }
     Ok(())
 }
 
-/// Rough sizes in bytes of what a config holds at its peak. Which kind of run it is, its sections say.
-fn needs(path: &Path) -> Result<Value> {
-    let sections: toml::Table = config::load(path, &[])?;
+/// What a config holds at its peak. Which kind of run it is, its sections say.
+fn needs(path: &Path, overrides: &[String]) -> Result<Need> {
+    let sections: toml::Table = config::load(path, overrides)?;
     if sections.contains_key("tasks") {
-        let plan: eval::Plan = config::load(path, &[])?;
-        let memory = presets::memory(&Config::load(&plan.model.path)?, Trainable::ALL);
-        let episode = plan.tasks.values().map(|task| episode_rows(task, &plan.rollout)).max().unwrap_or(0);
-        let cache = memory.cache_bytes_per_row * episode * (plan.eval.batch * plan.eval.samples) as u64;
-        return Ok(sum(&[
-            ("weights", memory.weights_bytes),
-            ("cache", cache),
-            ("pictures", plan.model.picture_cache_mib << 20),
-        ]));
+        let plan: eval::Plan = config::load(path, overrides)?;
+        let factor = Processor::load(&plan.model.path)?.budget.factor;
+        let tasks: Vec<Crop> = plan.tasks.values().map(|t| Crop::new(t.clone(), factor)).collect::<Result<_>>()?;
+        let tasks: Vec<&dyn Task> = tasks.iter().map(|t| t as &dyn Task).collect();
+        let mut rows = rows_of(&plan.data.test)?;
+        rows.truncate(plan.data.limit.unwrap_or(usize::MAX));
+        return need::of_eval(&plan, &tasks, &rows);
     }
     if !sections.contains_key("task") {
-        let plan: sft::Plan = config::load(path, &[])?;
-        let memory = presets::memory(&Config::load(&plan.model.path)?, plan.model.trainable()?);
-        return Ok(sum(&[
-            ("weights", memory.weights_bytes),
-            ("training_state", memory.training_bytes),
-            ("activations", activations(&plan.model, &memory)?),
-        ]));
+        return need::of_sft(&config::load(path, overrides)?);
     }
-    let plan: rl::Plan = config::load::<rl::Plan>(path, &[])?.resolve()?;
-    let model = Config::load(&plan.model.path)?;
-    let memory = presets::memory(&model, plan.model.trainable()?);
-    let objective = plan.objective()?;
-    let reference = if objective.needs_reference() { 4 * memory.trained as u64 } else { 0 };
-    let episodes = (plan.train.prompts * plan.train.group) as u64;
-    let cache = memory.cache_bytes_per_row * episode_rows(&plan.task, &plan.rollout) * episodes;
-    Ok(sum(&[
-        ("weights", memory.weights_bytes),
-        ("training_state", memory.training_bytes),
-        ("reference", reference),
-        ("activations", activations(&plan.model, &memory)?),
-        ("cache", cache),
-        ("pictures", plan.model.picture_cache_mib << 20),
-    ]))
+    let plan = config::load::<rl::Plan>(path, overrides)?.resolve()?;
+    let task = Crop::new(plan.task.clone(), Processor::load(&plan.model.path)?.budget.factor)?;
+    need::of_rl(&plan, &task, &rows_of(&plan.data.train)?, true)
 }
 
-/// Tokens of the longest conversation.
-fn episode_rows(task: &crop::Options, rollout: &rollout::Options) -> u64 {
-    ((task.max_pixels / 784) + rollout.max_new_tokens as u64) * task.turns as u64
-}
-
-/// Bytes that one forward pass keeps for its backward pass.
-fn activations(options: &embedded::Options, memory: &presets::Memory) -> Result<u64> {
-    let rows = options.micro_batch_tokens as u64;
-    let per_row = if options.recompute { memory.recompute_bytes_per_row } else { memory.tape_bytes_per_row };
-    // An image token is four patches; at most every row is one.
-    let patches = if options.trainable()?.tower() { 4 * rows * memory.tape_bytes_per_patch } else { 0 };
-    Ok(rows * per_row + patches)
-}
-
-/// The parts and their total. Sampling and learning alternate: the cache is gone when activations are kept.
-fn sum(parts: &[(&str, u64)]) -> Value {
-    let part = |name: &str| parts.iter().find(|(n, _)| *n == name).map_or(0, |(_, bytes)| *bytes);
-    let total: u64 = parts.iter().map(|(_, bytes)| bytes).sum::<u64>() - part("cache").min(part("activations"));
-    let mut out: serde_json::Map<String, Value> = parts.iter().map(|(k, b)| ((*k).to_owned(), json!(b))).collect();
-    out.insert("total".into(), json!(total));
-    Value::Object(out)
+/// The rows, or none where they are not there yet: the question is what a run would need.
+fn rows_of(path: &Path) -> Result<Vec<Sample>> {
+    if path.exists() {
+        return data::read(path);
+    }
+    progress::say(&format!("no data yet, so every picture is taken to be large: {}", path.display()));
+    Ok(Vec::new())
 }
 
 /// What the kernels will choose from on this processor.

@@ -14,6 +14,7 @@ use crate::engine::Sampler;
 use crate::engine::embedded::{self, Embedded};
 use crate::episode::{BoxOutcome, Episode, Stop};
 use crate::image::{PictureCache, Processor};
+use crate::need;
 use crate::progress::Progress;
 use crate::rollout::{self, Stage};
 use crate::run::{Interrupt, Interrupted, Invocation, RunFolder, Start};
@@ -276,6 +277,8 @@ pub fn main(invocation: &Invocation) -> Result<()> {
         eprintln!("{} questions, {} tasks, {} answers each", samples.len(), tasks.len(), plan.eval.samples);
         return Ok(());
     }
+    let all: Vec<&dyn Task> = tasks.iter().map(|(_, task)| task as &dyn Task).collect();
+    need::of_eval(&plan, &all, &samples)?.ensure_fits(&plan.model)?;
     let interrupt = Interrupt::install()?;
     let mut engine = Embedded::open(&plan.model, None)?;
     let (chat, pictures, processor) = (engine.chat.clone(), engine.pictures.clone(), engine.processor.clone());

@@ -22,6 +22,7 @@ pub mod eval;
 pub mod geometry;
 pub mod image;
 pub mod model;
+pub mod need;
 pub mod objective;
 pub mod optim;
 pub mod progress;

@@ -83,6 +83,9 @@ enum Command {
     /// What this machine has, and what a config will need
     Doctor {
         config: Option<PathBuf>,
+        /// Overrides, for instance model.recompute=true
+        overrides: Vec<String>,
+        /// One JSON object on stdout
         #[arg(long)]
         json: bool,
     },
@@ -179,7 +182,7 @@ fn run_command(command: Command) -> anyhow::Result<()> {
         Command::Score { json: _ } => commands::score(),
         Command::Trace(command) => command.run(),
         Command::Bench(workload) => workload.run(),
-        Command::Doctor { config, json } => doctor::main(config.as_deref(), json),
+        Command::Doctor { config, overrides, json } => doctor::main(config.as_deref(), &overrides, json),
     }
 }
 

@@ -22,6 +22,7 @@ use crate::engine::{Group, Scores, Trainer, Weights, Who};
 use crate::episode::{BoxOutcome, Episode, Stop};
 use crate::eval;
 use crate::image::{PictureCache, Processor};
+use crate::need;
 use crate::objective::{Correction, Objective, Outcome, Sequence, Tally};
 use crate::optim::Optim;
 use crate::progress::{self, Progress};
@@ -242,6 +243,7 @@ pub fn train(
     watch: &mut dyn FnMut(u64, &Metrics),
 ) -> Result<Metrics> {
     let Ready { rows, held_out, task, objective } = Ready::of(plan)?;
+    need::of_rl(plan, &task, &rows, true)?.ensure_fits(&plan.model)?;
     let settings = embedded::Training {
         optim: plan.optim.clone(),
         steps: plan.train.steps * plan.train.updates as u64,
@@ -585,6 +587,7 @@ pub fn rollout_main(invocation: &Invocation) -> Result<()> {
         eprintln!("{} rows; {} episodes a step", rows.len(), plan.train.prompts * plan.train.group);
         return Ok(());
     }
+    need::of_rl(&plan, &task, &rows, false)?.ensure_fits(&plan.model)?;
     let interrupt = Interrupt::install()?;
     let mut engine = Embedded::open(&plan.model, None)?;
     let (chat, pictures, processor) = (engine.chat.clone(), engine.pictures.clone(), engine.processor.clone());

@@ -20,6 +20,7 @@ use crate::episode::Stream;
 use crate::geometry::{BBox, Budget, Grid, Size, View};
 use crate::image::{self, Patches, PictureCache, Processor};
 use crate::model::dense::{self, DenseHead, Fit};
+use crate::need;
 use crate::optim::Optim;
 use crate::progress::{self, Progress};
 use crate::run::{Interrupt, Interrupted, Invocation, Metrics, RunFolder, Start, Stopwatch, peak_rss};
@@ -291,6 +292,7 @@ impl Plan {
 
 pub fn train(plan: &Plan, start: Start, interrupt: &Interrupt) -> Result<Metrics> {
     plan.check()?;
+    need::of_sft(plan)?.ensure_fits(&plan.model)?;
     let training =
         embedded::Training { optim: plan.optim.clone(), steps: plan.train.steps, temperature: 1.0, reference: false };
     let mut engine = Embedded::open(&plan.model, Some(&training))?;
@@ -412,6 +414,19 @@ fn words(chat: &Chat, world: &Pretrain) -> Result<dense::Words> {
     let numbers = (0..1000 / snap).map(|k| single(&(k * snap).to_string())).collect::<Result<_>>()?;
     let nothing = chat.special.vision_pad.context("[dense] needs a <|vision_pad|> token")?;
     Ok(dense::Words { names, digits, number: single(" number")?, numbers, snap: f64::from(snap), nothing })
+}
+
+/// The dialogues of the first step, to reckon with.
+pub fn first_examples(plan: &Plan, chat: &Chat, processor: &Processor) -> Result<Vec<Example>> {
+    let source = Source::open(&plan.data, processor, plan.train.seed)?;
+    let count = match &source {
+        Source::World { .. } => plan.train.batch,
+        Source::File { rows, .. } => plan.train.batch.min(rows.len()),
+    };
+    let examples = (0..count as u64).into_par_iter().map(|i| source.example(chat, processor, i, 1));
+    let mut examples: Vec<Example> = examples.collect::<Result<_>>()?;
+    examples.retain(|e| e.stream.len() <= plan.data.max_tokens);
+    Ok(examples)
 }
 
 /// One optimiser step on some dialogues.

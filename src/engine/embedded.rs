@@ -15,6 +15,7 @@ use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
+pub mod memory;
 mod tower;
 
 use self::tower::{OnFeatures, Tower};
@@ -28,7 +29,7 @@ use crate::image::{PictureCache, Processor};
 use crate::model;
 use crate::model::block::Keep;
 use crate::model::generate::{Cache, Extension, SequenceId};
-use crate::model::presets;
+use crate::model::memory::memory;
 use crate::model::{Dtype, Gradients, Head, Slopes, Target, Trainable, Vlm};
 use crate::optim::{AdamW, Optim, Trained};
 use crate::sft::Example;
@@ -48,6 +49,8 @@ pub struct Options {
     pub picture_cache_mib: u64,
     /// Memory for what sampling has computed of pictures and the update can use again, in MiB.
     pub vision_tape_mib: u64,
+    /// Refuse to start where the run would take more memory than there is, as `foveate doctor` reckons.
+    pub check_memory: bool,
 }
 
 impl Default for Options {
@@ -59,6 +62,7 @@ impl Default for Options {
             micro_batch_tokens: 8192,
             picture_cache_mib: 512,
             vision_tape_mib: 1024,
+            check_memory: true,
         }
     }
 }
@@ -186,7 +190,7 @@ impl Embedded {
             true => options.keep(),
             false => Keep::Nothing,
         };
-        let memory = presets::memory(&model.config, trainable);
+        let memory = memory(&model.config, trainable);
         let tower = Tower::new(pictures.clone(), processor.clone(), memory, options.vision_tape_mib << 20, keep);
         Ok(Embedded {
             model,
@@ -207,6 +211,13 @@ impl Embedded {
 
     pub fn max_positions(&self) -> usize {
         self.model.config.text.max_positions
+    }
+
+    /// What a step on these conversations takes, by count; see [`memory`].
+    pub fn held(&self, groups: &[Group], max_new_tokens: usize) -> memory::Held {
+        let reference = |t: &Learning| memory::Learns { reference: t.reference.is_some(), steps: 1 };
+        let learns = self.training.as_ref().map(reference);
+        memory::of_step(&self.model.config, &self.options, self.trainable, learns, groups, max_new_tokens)
     }
 
     /// The learning rate of the coming update.

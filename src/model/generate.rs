@@ -44,7 +44,7 @@ pub struct Cache {
 }
 
 /// Values of the language model up to which its weights are laid out once more for decoding: 128 Mi f32 are 512 MiB.
-const LAID_OUT: usize = 128 << 20;
+pub const LAID_OUT: usize = 128 << 20;
 
 /// New tokens of one sequence.
 #[derive(Clone, Copy, Debug)]

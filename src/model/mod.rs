@@ -11,6 +11,7 @@ pub mod config;
 pub mod dense;
 pub mod generate;
 pub mod layout;
+pub mod memory;
 pub mod positions;
 pub mod presets;
 pub mod text;

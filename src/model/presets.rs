@@ -1,4 +1,4 @@
-//! Sizes to start from, random parameters for them, and what they cost in memory.
+//! Sizes to start from, and random parameters for them.
 //!
 //! `nano` and `mini` are made for training on a laptop from nothing; the others have the sizes of the published
 //! checkpoints. Initialisation is one seeded stream over the entries in layout order, so a preset, a seed and a
@@ -10,7 +10,7 @@ use rand_chacha::ChaCha8Rng;
 
 use super::Vlm;
 use super::config::{Config, TextConfig, TokenIds, VisionConfig};
-use super::layout::{Group, Layout, Trainable, Weights};
+use super::layout::{Group, Layout, Weights};
 
 /// Names that [`preset`] takes.
 pub const NAMES: [&str; 4] = ["nano", "mini", "qwen2.5-vl-3b", "qwen2.5-vl-7b"];
@@ -225,51 +225,6 @@ fn normal_pair(rng: &mut ChaCha8Rng) -> (f64, f64) {
     let angle = std::f64::consts::TAU * rng.random::<f64>();
     let r = (-2.0 * u.ln()).sqrt();
     (r * angle.cos(), r * angle.sin())
-}
-
-/// What a model holds in memory, in bytes, all in f32.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
-pub struct Memory {
-    pub parameters: usize,
-    pub trained: usize,
-    /// Weights alone: sampling.
-    pub weights_bytes: u64,
-    /// Gradients and the two moments of AdamW for a whole arena.
-    pub training_bytes: u64,
-    /// Kept per packed row of a training pass, everything kept.
-    pub tape_bytes_per_row: u64,
-    /// Kept per packed row when each layer is computed again.
-    pub recompute_bytes_per_row: u64,
-    /// Kept per patch of an image when the tower is trained, the patch itself included.
-    pub tape_bytes_per_patch: u64,
-    /// The same when each block is computed again.
-    pub recompute_bytes_per_patch: u64,
-    /// Key and value cache per token while sampling.
-    pub cache_bytes_per_row: u64,
-}
-
-/// Memory of a configuration.
-pub fn memory(config: &Config, train: Trainable) -> Memory {
-    let layout = Layout::new(config);
-    let groups = [Group::Vision, Group::Merger, Group::Embeddings, Group::Text];
-    let trained = groups.into_iter().filter(|g| train.has(*g)).map(|g| layout.count(g)).sum();
-    let per_row =
-        |hidden: usize, kv: usize, heads: usize, mlp: usize| 4 * (4 * hidden + 2 * kv + heads + 2 * mlp) as u64;
-    let (t, v) = (&config.text, &config.vision);
-    let kv = t.kv_heads * t.head_dim();
-    // The patch, its angles, and the merger's two inputs.
-    let beside = 4 * (v.patch_values() + 2 * v.head_dim() + 2 * v.hidden) as u64;
-    Memory {
-        parameters: layout.len,
-        trained,
-        weights_bytes: 4 * layout.len as u64,
-        training_bytes: 12 * layout.len as u64,
-        tape_bytes_per_row: t.layers as u64 * per_row(t.hidden, kv, t.heads, t.mlp),
-        recompute_bytes_per_row: 4 * (t.layers * t.hidden) as u64 + per_row(t.hidden, kv, t.heads, t.mlp),
-        tape_bytes_per_patch: beside + v.depth as u64 * per_row(v.hidden, v.hidden, v.heads, v.mlp),
-        recompute_bytes_per_patch: beside + 4 * (v.depth * v.hidden) as u64,
-        cache_bytes_per_row: 8 * (t.layers * kv) as u64,
-    }
 }
 
 #[cfg(test)]

@@ -53,7 +53,7 @@ impl Default for WorldOptions {
             objects: 4,
             digits: 1,
             object_size: [0.15, 0.21],
-            digit_height: 0.018,
+            digit_height: 0.022,
             plate_ratio: 1.35,
             gap: 0.008,
             apart: 0.02,

@@ -12,6 +12,7 @@ use safetensors::tensor::{Dtype, TensorView};
 use serde_json::Value;
 
 use crate::tiny;
+use foveate::model::{Config, presets};
 
 fn foveate(dir: &Path, args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_foveate"))
@@ -193,14 +194,15 @@ fn bad_data_is_named_by_file_row_and_key() {
     }
     refused(dir, &["data", "check", "nowhere.jsonl"], 1, &["nowhere.jsonl"]);
 
-    // A picture whose header is whole is opened only when it is played: the row and the file are named, nothing is torn.
+    // A picture whose header is whole is opened before the run begins if it is among the first, else when it is played: the row and
+    // the file are named either way.
     std::fs::write(dir.join("train.jsonl"), row("cut.png", "")).unwrap();
     let out = foveate(dir, &["rl", "rl.toml"]);
     let said = text(&out.stderr);
     assert_eq!(out.status.code(), Some(1), "{said}");
     assert!(said.contains("row a") && said.contains("cut.png") && said.contains("damaged"), "{said}");
     assert!(files(dir).iter().all(|f| !f.to_string_lossy().ends_with(".tmp")));
-    assert_eq!(std::fs::read_to_string(dir.join("run/metrics.jsonl")).unwrap(), "");
+    assert!(!dir.join("run").exists());
     // The smallest picture is one.
     std::fs::write(dir.join("train.jsonl"), row("dot.png", "")).unwrap();
     let last = json(&good(dir, &["rl", "rl.toml", "train.out=dot", "--json"]));
@@ -498,4 +500,49 @@ fn doctor_and_data_speak_json() {
     assert_eq!((&checked["rows"], &checked["problems"]), (&3.into(), &json("[]")));
     refused(dir, &["data", "make", "plates", "--out", "plates"], 1, &["plates", "--overwrite"]);
     refused(dir, &["data", "make", "teapots", "--out", "x"], 2, &["teapots", "plates"]);
+}
+
+/// What `doctor` reckons is what is taken. Two turns with crops as large as the first view, everything trained, with a reference.
+#[test]
+fn the_peak_of_a_step_is_predicted() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/nano");
+    tiny::picture(&dir.path().join("large.png"), 1600, 1200);
+    let row = r#"{"image": "large.png", "question": "What?", "boxes": [[0, 0, 900, 700], [400, 300, 1500, 1100]]}"#;
+    std::fs::write(dir.path().join("rows.jsonl"), row).unwrap();
+    for more in [&[][..], &["--recompute"]] {
+        let mut args = vec!["bench", "step", "--model", model, "--rows", "rows.jsonl", "--max-pixels", "301056"];
+        args.extend(["--prompts", "1", "--group", "4", "--steps", "1", "--warmup", "0", "--new-tokens", "8,4"]);
+        args.extend(more);
+        let out = json(&good(dir.path(), &args));
+        let (taken, predicted) = (out["peak_rss_mib"].as_f64().unwrap(), out["predicted_mib"].as_f64().unwrap());
+        assert!((predicted / taken - 1.0).abs() < 0.15, "{more:?}: {predicted} MiB predicted, {taken} taken");
+    }
+}
+
+#[test]
+fn a_run_without_room_is_refused_with_the_number() {
+    let world = world();
+    let dir = world.path();
+    let needs = &json(&good(dir, &["doctor", "rl.toml", "--json"]))["needs"];
+    let parts = ["weights", "training_state", "sampling", "learning"].map(|part| needs[part].as_u64().unwrap());
+    assert!(parts.iter().all(|bytes| *bytes > 0) && needs["total"].as_u64().unwrap() > parts[0] + parts[1], "{needs}");
+    // A model of 7 billion numbers, of which there is a config alone: nothing is read that need not be.
+    let large = dir.join("model/config.json");
+    let config = Config { ids: Config::load(&dir.join("model")).unwrap().ids, ..presets::qwen25_vl_7b() };
+    std::fs::write(&large, config.to_json("bfloat16").to_string()).unwrap();
+    std::fs::remove_file(dir.join("model/model.safetensors")).unwrap();
+    let refusal = ["would take about", "GiB", "weights 30.", "model.recompute = true", "model.check_memory"];
+    for command in ["rl", "rollout"] {
+        // A shell gives the program 8 GiB, whatever the machine has.
+        let limited =
+            format!("ulimit -v 8388608; exec {} {command} rl.toml --threads 2", env!("CARGO_BIN_EXE_foveate"));
+        let out = Command::new("sh").args(["-c", &limited]).current_dir(dir).output().unwrap();
+        let said = text(&out.stderr);
+        assert_eq!(out.status.code(), Some(1), "{said}");
+        assert!(refusal.iter().all(|word| said.contains(word)), "{said}");
+    }
+    assert!(!dir.join("run").exists());
+    // Before there is any data.
+    assert!(good(dir, &["doctor", "rl.toml", "data.train=not_there.jsonl"]).contains("total"));
 }

@@ -17,7 +17,7 @@ use crate::episode::Placed;
 use crate::geometry::Grid;
 use crate::image::{self, PictureCache, Processor};
 use crate::model::block::Keep;
-use crate::model::presets::Memory;
+use crate::model::memory::Memory;
 use crate::model::{Gradients, Trainable, VisionTape, Vlm};
 
 /// A picture's view, as a key: the same file, region and size give the same features while the tower is unchanged.
@@ -73,10 +73,10 @@ pub struct Tower {
 }
 
 /// Values of cached features kept at most: 64 Mi f32 are 256 MiB.
-const FEATURE_VALUES: usize = 64 << 20;
+pub(super) const FEATURE_VALUES: usize = 64 << 20;
 
 /// Patches of one pass; a larger picture is alone in its pass.
-const PATCHES_AT_ONCE: usize = 4096;
+pub(super) const PATCHES_AT_ONCE: usize = 4096;
 
 impl Tower {
     /// `budget` is in bytes; no backward pass may follow where `keep` is [`Keep::Nothing`].

@@ -1,0 +1,259 @@
+//! What a run will hold in memory at its peak, before anything is loaded: `foveate doctor CONFIG` shows it, and a run for which
+//! there is no room refuses to start.
+//!
+//! It hides how that is known: the first step is rehearsed. The turn loop plays real rows with a policy that says as much as it may
+//! and always looks closer, so that prompts, crops, groups and micro-batches have the lengths of a real step at its longest;
+//! then the engine counts what it keeps of each token and patch (`engine/embedded/memory.rs`). No weight is read.
+
+use std::collections::HashSet;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use rayon::prelude::*;
+use serde_json::{Value, json};
+
+use crate::chat::{Chat, Convention};
+use crate::commands::gib;
+use crate::data::Sample;
+use crate::engine::embedded::memory::{self, Held, Learns};
+use crate::engine::embedded::{self};
+use crate::engine::{Completion, Finish, Group, Prompt, Sampler, Sampling};
+use crate::episode::Episode;
+use crate::geometry::{BBox, Size};
+use crate::image::{PictureCache, Processor, RgbImage};
+use crate::model::{Config, Trainable};
+use crate::rollout::{self, Stage};
+use crate::run::Environment;
+use crate::tasks::Task;
+use crate::{eval, rl, sft};
+
+/// Bytes at the peak of a run.
+#[derive(Clone, Debug)]
+pub struct Need {
+    pub held: Held,
+    /// Decoded pictures: those kept, and those being decoded.
+    pub pictures: u64,
+    /// The program itself and its tokenizer.
+    pub program: u64,
+}
+
+/// Rows that are rehearsed; the others of a step are taken to be like them.
+const REHEARSED: usize = 8;
+/// The program, its threads and its libraries.
+pub const PROGRAM: u64 = 24 << 20;
+
+impl Need {
+    pub fn total(&self) -> u64 {
+        self.held.total() + self.pictures + self.program
+    }
+
+    /// Part by part, as a person reads them, and the total.
+    pub fn parts(&self) -> [(&'static str, u64); 8] {
+        let h = &self.held;
+        [
+            ("weights", h.weights),
+            ("training_state", h.training_state),
+            ("reference", h.reference),
+            ("views", h.views),
+            ("sampling", h.sampling),
+            ("learning", h.learning),
+            ("pictures", self.pictures + self.program),
+            ("total", self.total()),
+        ]
+    }
+
+    pub fn to_json(&self) -> Value {
+        Value::Object(self.parts().into_iter().map(|(name, bytes)| (name.to_owned(), json!(bytes))).collect())
+    }
+
+    /// # Errors
+    /// There is not so much memory, with the number and what to do.
+    pub fn ensure_fits(&self, options: &embedded::Options) -> Result<()> {
+        let left = Environment::memory_left().unwrap_or(u64::MAX);
+        ensure!(
+            self.total() <= left || !options.check_memory,
+            "this run would take about {} of memory at its peak, and {} can be had ({}). {ADVICE}; \
+             model.check_memory = false starts it all the same",
+            gib(self.total()),
+            gib(left),
+            self.parts()[..7]
+                .iter()
+                .filter(|(_, bytes)| *bytes > 0)
+                .map(|(name, bytes)| format!("{} {}", name.replace('_', " "), gib(*bytes)))
+                .collect::<Vec<_>>()
+                .join(", ")
+        );
+        Ok(())
+    }
+}
+
+/// What makes a run smaller.
+pub const ADVICE: &str = "Set model.recompute = true, lower model.micro_batch_tokens, model.vision_tape_mib or the pixel budget, \
+                          or freeze parts of the model";
+
+/// Of `foveate rl`, or of `foveate rollout`, which does not learn. Without rows, as if every picture were large.
+pub fn of_rl(plan: &rl::Plan, task: &dyn Task, rows: &[Sample], learns: bool) -> Result<Need> {
+    let group = plan.train.group;
+    let asked = plan.train.prompts * plan.train.steps as usize;
+    let learning = Learns { reference: plan.objective()?.needs_reference(), steps: plan.train.steps };
+    let model = Model::open(&plan.model.path)?;
+    let rehearsal = model.rehearse(task, &plan.rollout, rows, plan.train.prompts, group, plan.task.max_pixels)?;
+    let train = plan.model.trainable()?;
+    let count = |groups: &[Group], learns| {
+        memory::of_step(&model.config, &plan.model, train, learns, groups, plan.rollout.max_new_tokens)
+    };
+    let groups = rehearsal.groups(plan.train.prompts, group);
+    let mut held = count(&groups, learns.then_some(learning));
+    if learns && plan.eval.every > 0 {
+        let alone = rehearsal.groups(eval::EvalOptions::default().batch, 1);
+        held.sampling = held.sampling.max(count(&alone, None).sampling);
+    }
+    Ok(model.need(held, rehearsal.pictures(plan.model.picture_cache_mib, rows, asked)))
+}
+
+/// Of `foveate eval`: the largest of its tasks.
+pub fn of_eval(plan: &eval::Plan, tasks: &[&dyn Task], rows: &[Sample]) -> Result<Need> {
+    let model = Model::open(&plan.model.path)?;
+    let mut most: Option<Need> = None;
+    let largest = plan.tasks.values().map(|t| t.max_pixels).max().unwrap_or(0);
+    for task in tasks {
+        let rehearsal = model.rehearse(*task, &plan.rollout, rows, plan.eval.batch, plan.eval.samples, largest)?;
+        let groups = rehearsal.groups(plan.eval.batch.min(rows.len().max(1)), plan.eval.samples);
+        let new = plan.rollout.max_new_tokens;
+        let held = memory::of_step(&model.config, &plan.model, Trainable::ALL, None, &groups, new);
+        let need = model.need(held, rehearsal.pictures(plan.model.picture_cache_mib, rows, rows.len()));
+        if most.as_ref().is_none_or(|m| need.total() > m.total()) {
+            most = Some(need);
+        }
+    }
+    most.context("the config has no task")
+}
+
+/// Of `foveate sft`, from the dialogues of its first step.
+pub fn of_sft(plan: &sft::Plan) -> Result<Need> {
+    let model = Model::open(&plan.model.path)?;
+    let examples = sft::first_examples(plan, &model.chat, &model.processor)?;
+    let held = memory::of_dialogues(&model.config, &plan.model, plan.model.trainable()?, &examples);
+    Ok(model.need(held, 0))
+}
+
+/// What is known of a model without its weights.
+struct Model {
+    config: Config,
+    chat: Chat,
+    processor: Processor,
+    tokenizer: u64,
+}
+
+impl Model {
+    fn open(path: &Path) -> Result<Model> {
+        let config = Config::load(path)?;
+        let tokenizer = std::fs::metadata(path.join("tokenizer.json")).map_or(0, |m| m.len());
+        Ok(Model { config, chat: Chat::load(path)?, processor: Processor::load(path)?, tokenizer })
+    }
+
+    fn need(&self, held: Held, pictures: u64) -> Need {
+        // Words, their numbers and the merges, in maps.
+        Need { held, pictures, program: PROGRAM + 8 * self.tokenizer }
+    }
+
+    /// Plays some rows of a step.
+    fn rehearse(
+        &self,
+        task: &dyn Task,
+        options: &rollout::Options,
+        rows: &[Sample],
+        prompts: usize,
+        group: usize,
+        max_pixels: u64,
+    ) -> Result<Rehearsal> {
+        let drawn;
+        let (rows, _folder) = if rows.is_empty() {
+            let folder = tempfile::tempdir().context("drawing a picture to reckon with")?;
+            let side = (2.0 * max_pixels as f64).sqrt().ceil() as u32;
+            let path = folder.path().join("picture.png");
+            crate::image::save(&RgbImage::new(side, side), &path)?;
+            let question =
+                "What is written on the small sign to the left of the door, and who might have put it there? "
+                    .repeat(3);
+            drawn = [Sample::question(&[path], &question, vec![])];
+            (&drawn[..], Some(folder))
+        } else {
+            (rows, None)
+        };
+        let convention = Convention::of("qwen2_5_vl")?;
+        let played = rows.len().min(prompts).clamp(1, REHEARSED);
+        // Spread over the file: neighbours are often alike.
+        let some: Vec<(u64, &Sample)> = (0..played).map(|i| (i as u64, &rows[i * rows.len() / played])).collect();
+        let stage = Stage {
+            task,
+            chat: &self.chat,
+            pictures: &PictureCache::new(0),
+            processor: &self.processor,
+            convention,
+            options,
+        };
+        let mut policy = Longest { chat: &self.chat, convention };
+        let episodes = rollout::play(&stage, &mut policy, &some, group, 0, 0)?;
+        let bytes = |e: &Episode| {
+            e.stream.images.iter().map(|i| i.view.region).fold(0.0, |most: f64, r| most.max(r.area())) * 3.0
+        };
+        let decoded = episodes.iter().map(bytes).fold(0.0, f64::max) as u64;
+        Ok(Rehearsal { episodes, group, decoded })
+    }
+}
+
+struct Rehearsal {
+    episodes: Vec<Episode>,
+    group: usize,
+    /// Bytes of a picture.
+    decoded: u64,
+}
+
+impl Rehearsal {
+    /// As many groups as a step has.
+    fn groups(&self, prompts: usize, group: usize) -> Vec<Group<'_>> {
+        let played: Vec<Group> =
+            self.episodes.chunks(self.group).map(|g| g.iter().take(group).map(|e| &e.stream).collect()).collect();
+        played.iter().cycle().take(prompts).cloned().collect()
+    }
+
+    /// Of a run that asks so many of the rows.
+    fn pictures(&self, limit_mib: u64, rows: &[Sample], asked: usize) -> u64 {
+        // A JPEG stands in memory twice while it is decoded, as what was read and as what comes of it.
+        let at_once = 2 * rayon::current_num_threads() as u64 * self.decoded;
+        let different: HashSet<&Path> = rows.iter().flat_map(|row| &row.images).map(|path| path.as_path()).collect();
+        let seen = different.len().min(asked).max(1) as u64;
+        at_once + (seen * self.decoded).min(limit_mib << 20)
+    }
+}
+
+/// A policy that never stops early and always asks for nearly everything it sees, enlarged.
+struct Longest<'a> {
+    chat: &'a Chat,
+    convention: Convention,
+}
+
+impl Sampler for Longest<'_> {
+    fn sample(&mut self, prompts: &[Prompt], sampling: &Sampling) -> Result<Vec<Vec<Completion>>> {
+        let speak = |p: &Prompt| -> Result<Vec<Completion>> {
+            let view = p.stream.images.last().map_or(Size::new(28, 28), |i| i.view.size);
+            let mut out = Vec::with_capacity(p.seeds.len());
+            for member in 0..p.seeds.len() as u64 {
+                // A margin of its own for each conversation, so that no two of them share a view.
+                let margin = (1 + (p.session + member) % 16) as f64;
+                let b = BBox::new(margin, margin, f64::from(view.width) - margin, f64::from(view.height) - margin);
+                let mut ids = self.chat.plain_ids(&self.convention.write(&[("it", b)], view))?;
+                let blank = self.chat.plain_ids("\n")?;
+                ids.extend(blank.iter().cycle().take(sampling.max_new_tokens));
+                ids.truncate(sampling.max_new_tokens - 1);
+                ids.push(self.chat.special.end_of_turn);
+                out.push(Completion { logprobs: vec![0.0; ids.len()], ids, finish: Finish::EndOfTurn });
+            }
+            Ok(out)
+        };
+        prompts.par_iter().map(speak).collect()
+    }
+
+    fn end_step(&mut self) {}
+}
