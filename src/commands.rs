@@ -18,7 +18,8 @@ use crate::model::{Config, Dtype, Layout, Trainable, Vlm, presets};
 use crate::progress::Progress;
 use crate::run::Environment;
 use crate::synth::make::{MakeOptions, Set, make};
-use crate::{report, score};
+use crate::synth::trajectories;
+use crate::{eval, report, score};
 
 /// More threads than this only cost: tens of thousands take minutes to start.
 const MOST_THREADS: usize = 1024;
@@ -59,7 +60,7 @@ pub fn score() -> Result<()> {
 pub enum Data {
     /// Draw a bundled data set from a seed
     Make {
-        /// plates
+        /// plates (read a number that only a closer look shows) or pairs (questions over several pictures)
         set: String,
         /// Folder to write
         #[arg(long)]
@@ -70,14 +71,32 @@ pub enum Data {
         /// Held-out questions (other photographs, other pictures of the objects, other digits)
         #[arg(long, default_value_t = 300)]
         test: usize,
-        /// WIDTHxHEIGHT of the pictures
-        #[arg(long, default_value = "2016x1512")]
-        size: String,
+        /// WIDTHxHEIGHT of the pictures [default: 2016x1512, pairs 672x504]
+        #[arg(long)]
+        size: Option<String>,
         #[arg(long, default_value_t = 1)]
         seed: u64,
         /// Replace the folder if it is there
         #[arg(long)]
         overwrite: bool,
+        #[arg(long)]
+        json: bool,
+    },
+    /// Reasoning traces for annotated rows of several pictures: DIR/sft.jsonl to fine-tune on, DIR/rl.jsonl with the other rows
+    Trajectories {
+        /// JSONL rows with `objects` and `relations`, such as those of `data make pairs`
+        rows: PathBuf,
+        /// Folder to write
+        #[arg(long)]
+        out: PathBuf,
+        /// At most so many traces a task
+        #[arg(long)]
+        per_task: Option<usize>,
+        /// Share of the rows that traces are made for
+        #[arg(long, default_value_t = 0.5)]
+        share: f64,
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
         #[arg(long)]
         json: bool,
     },
@@ -93,9 +112,10 @@ impl Data {
     pub fn run(self) -> Result<()> {
         match self {
             Data::Make { set, out, train, test, size, seed, overwrite, json } => {
-                let size = parse_size(&size)?;
                 let set = Set::named(&set).map_err(|e| BadConfig(e.to_string()))?;
-                let options = MakeOptions { set, out, train, test, size, seed, world: Default::default(), overwrite };
+                let size = size.as_deref().map(parse_size).transpose()?.unwrap_or(set.size());
+                let (world, pairs) = Default::default();
+                let options = MakeOptions { set, out, train, test, size, seed, world, pairs, overwrite };
                 let bar = Progress::start("drawing", "picture", 0, 0);
                 let made = make(&options, &|done, all| bar.at(done as u64, all as u64))?;
                 bar.finish();
@@ -104,6 +124,20 @@ impl Data {
                 } else {
                     println!("{}\n{}", made.train.display(), made.test.display());
                     eprintln!("{} and {} questions on {} pictures", made.train_rows, made.test_rows, made.pictures);
+                }
+                Ok(())
+            }
+            Data::Trajectories { rows, out, per_task, share, seed, json } => {
+                let report =
+                    trajectories::build(&trajectories::Options { rows, out: out.clone(), per_task, share, seed })?;
+                if json {
+                    println!("{}", json!({"out": out, "report": report}));
+                } else {
+                    println!("{}", out.display());
+                    eprintln!("{} rows: {} with a trace, {} kept for RL", report.rows, report.kept, report.for_rl);
+                    for (reason, n) in &report.rejected {
+                        eprintln!("  {n} without: {}", eval::name_of(reason).replace('_', " "));
+                    }
                 }
                 Ok(())
             }

@@ -7,7 +7,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use crate::config;
@@ -24,6 +24,7 @@ use crate::run::{Interrupt, Interrupted, RunFolder, Start, holds_run, peak_rss};
 use crate::stats;
 use crate::synth::assets_dir;
 use crate::synth::make::{MakeOptions, Set, make};
+use crate::tasks::Options as TaskOptions;
 use crate::tasks::crop::{Crop, Options as CropOptions, Show};
 
 /// Written last: its presence says that a demo is finished.
@@ -92,12 +93,13 @@ pub fn main(out: &Path, quick: bool, seed: u64, overwrite: bool, as_json: bool) 
     evals.begin(&resolved, None)?;
     let after_grpo = rl::newest_checkpoint(&grpo.train.out)?;
     let after_mgpo = rl::newest_checkpoint(&mgpo.train.out)?;
-    let showing = |show: Show| CropOptions { show, ..mgpo.task.clone() };
+    let (one_turn, two_turns) = (looking(&grpo)?, looking(&mgpo)?);
+    let showing = |show: Show| CropOptions { show, ..two_turns.clone() };
     let entries: Vec<(&str, &Path, CropOptions)> = vec![
-        ("base, one turn", &base, grpo.task.clone()),
-        ("base, two turns", &base, mgpo.task.clone()),
-        ("GRPO, one turn", &after_grpo, grpo.task.clone()),
-        ("MGPO, two turns", &after_mgpo, mgpo.task.clone()),
+        ("base, one turn", &base, one_turn.clone()),
+        ("base, two turns", &base, two_turns.clone()),
+        ("GRPO, one turn", &after_grpo, one_turn.clone()),
+        ("MGPO, two turns", &after_mgpo, two_turns.clone()),
         ("MGPO, its box elsewhere", &after_mgpo, showing(Show::Random)),
         ("MGPO, its box on the plate", &after_mgpo, showing(Show::Target)),
         ("MGPO, no crop shown", &after_mgpo, showing(Show::Nothing)),
@@ -157,6 +159,7 @@ fn draw(out: &Path, scale: &Scale, seed: u64) -> Result<PathBuf> {
         size: scale.size,
         seed,
         world: crate::synth::WorldOptions::default(),
+        pairs: crate::synth::pairs::PairOptions::default(),
         overwrite: true,
     };
     let bar = Progress::start("drawing", "picture", 0, 0);
@@ -173,6 +176,14 @@ fn plan(name: &str, text: &str, out: &Path, run: &str, data: &Path, scale: &Scal
     plan.train.out = out.join(run);
     plan.train.seed = seed;
     plan.resolve()
+}
+
+/// What a plan of this demo asks.
+fn looking(plan: &Plan) -> Result<CropOptions> {
+    match &plan.task {
+        TaskOptions::Crop(options) => Ok(options.clone()),
+        TaskOptions::MultiImage(_) => bail!("the plates are asked about one picture, and the plan is for several"),
+    }
 }
 
 fn judge(

@@ -15,7 +15,6 @@ use crate::progress;
 use crate::rl;
 use crate::run::Environment;
 use crate::tasks::Task;
-use crate::tasks::crop::Crop;
 
 pub fn main(path: Option<&Path>, overrides: &[String], as_json: bool) -> Result<()> {
     let machine = Environment::now();
@@ -57,18 +56,21 @@ fn needs(path: &Path, overrides: &[String]) -> Result<Need> {
     if sections.contains_key("tasks") {
         let plan: eval::Plan = config::load(path, overrides)?;
         let factor = Processor::load(&plan.model.path)?.budget.factor;
-        let tasks: Vec<Crop> = plan.tasks.values().map(|t| Crop::new(t.clone(), factor)).collect::<Result<_>>()?;
-        let tasks: Vec<&dyn Task> = tasks.iter().map(|t| t as &dyn Task).collect();
+        let tasks: Vec<Box<dyn Task>> = plan.tasks.values().map(|t| t.task(factor)).collect::<Result<_>>()?;
+        let tasks: Vec<&dyn Task> = tasks.iter().map(|t| &**t).collect();
         let mut rows = rows_of(&plan.data.test)?;
         rows.truncate(plan.data.limit.unwrap_or(usize::MAX));
         return need::of_eval(&plan, &tasks, &rows);
     }
-    if !sections.contains_key("task") {
+    // A config of sft may have a task too; it counts dialogues, not questions.
+    let has = |section: &str, key: &str| sections.get(section).and_then(|s| s.get(key)).is_some();
+    let of_sft = has("train", "batch") || has("data", "pretrain") || has("data", "reason") || has("data", "snap");
+    if of_sft || !sections.contains_key("task") {
         return need::of_sft(&config::load(path, overrides)?);
     }
     let plan = config::load::<rl::Plan>(path, overrides)?.resolve()?;
-    let task = Crop::new(plan.task.clone(), Processor::load(&plan.model.path)?.budget.factor)?;
-    need::of_rl(&plan, &task, &rows_of(&plan.data.train)?, true)
+    let task = plan.task.task(Processor::load(&plan.model.path)?.budget.factor)?;
+    need::of_rl(&plan, &*task, &rows_of(&plan.data.train)?, true)
 }
 
 /// The rows, or none where they are not there yet: the question is what a run would need.

@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::Target;
 use crate::geometry::{BBox, Grid, View};
-use crate::reward::Parts;
+use crate::reward::{Named, Parts};
 
 /// An image inside a stream: which picture, which part of it, and the rows its tokens take.
 #[derive(Clone, Debug)]
@@ -166,6 +166,10 @@ pub struct Turn {
     /// The box that the policy named, in pixels of the original picture.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bbox: Option<BBox>,
+    /// In a task of several pictures: the boxes that the policy answered with, in pixels of the original pictures they name. `None`
+    /// where the answer cannot be read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub boxes: Option<Vec<Named>>,
 }
 
 /// One conversation with everything that is known about it.
@@ -191,9 +195,10 @@ pub struct Episode {
 }
 
 impl Episode {
-    /// Whether the answer was right: the part of the judgement that says so, or, for a task without one, more than half of the reward.
+    /// Whether the answer was right: the part of the judgement that says so (`accuracy`; for boxes on several pictures `joint`), or, for
+    /// a task without one, more than half of the reward.
     pub fn right(&self) -> bool {
-        self.parts.iter().find(|(name, _)| *name == "accuracy").map_or(self.reward, |(_, value)| value) > 0.5
+        self.parts.get("accuracy").or(self.parts.get("joint")).unwrap_or(self.reward) > 0.5
     }
 }
 

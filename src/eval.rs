@@ -19,8 +19,7 @@ use crate::progress::Progress;
 use crate::rollout::{self, Stage};
 use crate::run::{Interrupt, Interrupted, Invocation, RunFolder, Start};
 use crate::stats;
-use crate::tasks::crop::{Crop, Options as CropOptions};
-use crate::tasks::{Task, check_rows};
+use crate::tasks::{Options as TaskOptions, Task, check_rows};
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -30,7 +29,7 @@ pub struct Plan {
     #[serde(default)]
     pub rollout: rollout::Options,
     /// Each is one row of the table.
-    pub tasks: BTreeMap<String, CropOptions>,
+    pub tasks: BTreeMap<String, TaskOptions>,
     #[serde(default)]
     pub eval: EvalOptions,
 }
@@ -263,12 +262,12 @@ pub fn main(invocation: &Invocation) -> Result<()> {
     let mut samples = data::read(&plan.data.test)?;
     samples.truncate(plan.data.limit.unwrap_or(usize::MAX));
     let factor = Processor::load(&plan.model.path)?.budget.factor;
-    let tasks: Vec<(&String, Crop)> = plan
+    let tasks: Vec<(&String, Box<dyn Task>)> = plan
         .tasks
         .iter()
         .map(|(name, options)| {
-            let task = Crop::new(options.clone(), factor).with_context(|| format!("[tasks.{name}]"))?;
-            check_rows(&task, &samples, &plan.data.test).with_context(|| format!("[tasks.{name}]"))?;
+            let task = options.task(factor).with_context(|| format!("[tasks.{name}]"))?;
+            check_rows(&*task, &samples, &plan.data.test).with_context(|| format!("[tasks.{name}]"))?;
             Ok((name, task))
         })
         .collect::<Result<_>>()?;
@@ -277,7 +276,7 @@ pub fn main(invocation: &Invocation) -> Result<()> {
         eprintln!("{} questions, {} tasks, {} answers each", samples.len(), tasks.len(), plan.eval.samples);
         return Ok(());
     }
-    let all: Vec<&dyn Task> = tasks.iter().map(|(_, task)| task as &dyn Task).collect();
+    let all: Vec<&dyn Task> = tasks.iter().map(|(_, task)| &**task).collect();
     need::of_eval(&plan, &all, &samples)?.ensure_fits(&plan.model)?;
     let interrupt = Interrupt::install()?;
     let mut engine = Embedded::open(&plan.model, None)?;
@@ -296,7 +295,7 @@ pub fn main(invocation: &Invocation) -> Result<()> {
     folder.begin(&config::to_toml(&plan)?, None)?;
     let mut rows = Vec::new();
     for (k, (name, task)) in tasks.iter().enumerate() {
-        let episodes = play_all(&bench, name, task, &mut engine, &samples)?;
+        let episodes = play_all(&bench, name, &**task, &mut engine, &samples)?;
         let records: Vec<_> = episodes.iter().map(Episode::record).collect();
         folder.write_episodes(k as u64, &records)?;
         rows.push(((*name).clone(), summarise(&episodes)));

@@ -97,7 +97,7 @@ pub fn of_rl(plan: &rl::Plan, task: &dyn Task, rows: &[Sample], learns: bool) ->
     let asked = plan.train.prompts * plan.train.steps as usize;
     let learning = Learns { reference: plan.objective()?.needs_reference(), steps: plan.train.steps };
     let model = Model::open(&plan.model.path)?;
-    let rehearsal = model.rehearse(task, &plan.rollout, rows, plan.train.prompts, group, plan.task.max_pixels)?;
+    let rehearsal = model.rehearse(task, &plan.rollout, rows, plan.train.prompts, group, plan.task.max_pixels())?;
     let train = plan.model.trainable()?;
     let count = |groups: &[Group], learns| {
         memory::of_step(&model.config, &plan.model, train, learns, groups, plan.rollout.max_new_tokens)
@@ -115,7 +115,7 @@ pub fn of_rl(plan: &rl::Plan, task: &dyn Task, rows: &[Sample], learns: bool) ->
 pub fn of_eval(plan: &eval::Plan, tasks: &[&dyn Task], rows: &[Sample]) -> Result<Need> {
     let model = Model::open(&plan.model.path)?;
     let mut most: Option<Need> = None;
-    let largest = plan.tasks.values().map(|t| t.max_pixels).max().unwrap_or(0);
+    let largest = plan.tasks.values().map(|t| t.max_pixels()).max().unwrap_or(0);
     for task in tasks {
         let rehearsal = model.rehearse(*task, &plan.rollout, rows, plan.eval.batch, plan.eval.samples, largest)?;
         let groups = rehearsal.groups(plan.eval.batch.min(rows.len().max(1)), plan.eval.samples);

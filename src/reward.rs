@@ -11,7 +11,7 @@ mod shaping;
 mod text;
 
 pub use boxes::{
-    Gate, MultiImage, Named, PerTarget, Shape, multi_image, parse_boxes, parse_named, single_box, tag_format,
+    Gate, MultiImage, Named, PerTarget, Shape, found, multi_image, parse_boxes, parse_named, single_box, tag_format,
 };
 pub(crate) use boxes::{truth, truth_box};
 pub use choice::{Official, letter, mme_realworld_letter, vstar_letter};

@@ -28,15 +28,14 @@ use crate::optim::Optim;
 use crate::progress::{self, Progress};
 use crate::rollout::{self, Stage};
 use crate::run::{Interrupt, Interrupted, Invocation, Metrics, RunFolder, Start, Stopwatch, peak_rss};
-use crate::tasks::crop::{Crop, Options as CropOptions};
-use crate::tasks::{Task, check_rows};
+use crate::tasks::{Options as TaskOptions, Task, check_rows};
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Plan {
     pub model: embedded::Options,
     pub data: DataOptions,
-    pub task: CropOptions,
+    pub task: TaskOptions,
     #[serde(default)]
     pub rollout: rollout::Options,
     /// `preset` and any setting of `objective::Objective` over it.
@@ -133,7 +132,7 @@ impl Plan {
     pub fn resolve(mut self) -> Result<Plan> {
         let mut objective = self.objective()?;
         // Dr. GRPO's constant is the longest response that could have been written.
-        objective.norm_length.get_or_insert((self.rollout.max_new_tokens * self.task.turns) as f64);
+        objective.norm_length.get_or_insert((self.rollout.max_new_tokens * self.task.turns()) as f64);
         self.objective = toml::Table::try_from(&objective).context("writing out the objective")?;
         let t = &self.train;
         let bad = |text: String| Err(BadConfig(text).into());
@@ -205,20 +204,20 @@ pub fn main(invocation: &Invocation) -> Result<()> {
 struct Ready {
     rows: Vec<Sample>,
     held_out: Vec<Sample>,
-    task: Crop,
+    task: Box<dyn Task>,
     objective: Objective,
 }
 
 impl Ready {
     fn of(plan: &Plan) -> Result<Ready> {
-        let task = Crop::new(plan.task.clone(), Processor::load(&plan.model.path)?.budget.factor)?;
+        let task = plan.task.task(Processor::load(&plan.model.path)?.budget.factor)?;
         let rows = data::read(&plan.data.train)?;
-        check_rows(&task, &rows, &plan.data.train)?;
+        check_rows(&*task, &rows, &plan.data.train)?;
         let mut held_out = Vec::new();
         if let Some(path) = &plan.eval.rows {
             held_out = data::read(path)?;
             held_out.truncate(plan.eval.limit.unwrap_or(usize::MAX));
-            check_rows(&task, &held_out, path)?;
+            check_rows(&*task, &held_out, path)?;
         }
         Ok(Ready { rows, held_out, task, objective: plan.objective()? })
     }
@@ -243,7 +242,7 @@ pub fn train(
     watch: &mut dyn FnMut(u64, &Metrics),
 ) -> Result<Metrics> {
     let Ready { rows, held_out, task, objective } = Ready::of(plan)?;
-    need::of_rl(plan, &task, &rows, true)?.ensure_fits(&plan.model)?;
+    need::of_rl(plan, &*task, &rows, true)?.ensure_fits(&plan.model)?;
     let settings = embedded::Training {
         optim: plan.optim.clone(),
         steps: plan.train.steps * plan.train.updates as u64,
@@ -269,7 +268,7 @@ pub fn train(
     let context = Loop {
         plan,
         objective: &objective,
-        task: &task,
+        task: &*task,
         chat: &chat,
         pictures: &pictures,
         processor: &processor,
@@ -587,14 +586,14 @@ pub fn rollout_main(invocation: &Invocation) -> Result<()> {
         eprintln!("{} rows; {} episodes a step", rows.len(), plan.train.prompts * plan.train.group);
         return Ok(());
     }
-    need::of_rl(&plan, &task, &rows, false)?.ensure_fits(&plan.model)?;
+    need::of_rl(&plan, &*task, &rows, false)?.ensure_fits(&plan.model)?;
     let interrupt = Interrupt::install()?;
     let mut engine = Embedded::open(&plan.model, None)?;
     let (chat, pictures, processor) = (engine.chat.clone(), engine.pictures.clone(), engine.processor.clone());
     let context = Loop {
         plan: &plan,
         objective: &objective,
-        task: &task,
+        task: &*task,
         chat: &chat,
         pictures: &pictures,
         processor: &processor,
@@ -644,7 +643,8 @@ mod tests {
         let text = include_str!("../configs/mgpo_paper.toml");
         let plan: Plan = config::parse::<Plan>(text, &[]).unwrap().resolve().unwrap();
         assert_eq!(plan.objective().unwrap().kl_coef, Objective::default().kl_coef);
-        let (published, default) = (plan.task.clone(), CropOptions::default());
+        let TaskOptions::Crop(published) = plan.task.clone() else { panic!("another task") };
+        let default = crate::tasks::crop::Options::default();
         assert_eq!((published.max_pixels, published.min_pixels), (default.max_pixels, default.min_pixels));
         let table = toml::Table::try_from(&plan).unwrap();
         let optional = ["top_k", "top_p", "dual_clip", "norm_length", "rows", "limit"];

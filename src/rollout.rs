@@ -202,7 +202,14 @@ fn open<'a>(stage: &Stage, sample: &'a Sample, group: u64) -> Result<Playing<'a>
     let mut messages = Vec::new();
     let mut turns = Vec::new();
     if let Some(system) = opening.system {
-        turns.push(Turn { role: "system".into(), text: system.clone(), tokens: 0, outcome: None, bbox: None });
+        turns.push(Turn {
+            role: "system".into(),
+            text: system.clone(),
+            tokens: 0,
+            outcome: None,
+            bbox: None,
+            boxes: None,
+        });
         messages.push(Message::system(&system));
     }
     let mut playing = Playing { sample, sizes, paths, group, member: 0, stream: Stream::default(), turns, stop: None };
@@ -237,7 +244,7 @@ fn append(stage: &Stage, playing: &mut Playing, ids: &[u32], shown: Shown, grids
         shown.views.iter().zip(&grids).map(|(view, grid)| (playing.paths[view.image].clone(), *view, *grid)).collect();
     playing.stream.push_context(ids, images, stage.chat.special.image_pad, stage.processor.merge)?;
     let text = shown.parts.iter().map(|p| p.readable()).collect::<String>();
-    playing.turns.push(Turn { role: "user".into(), text, tokens: ids.len(), outcome: None, bbox: None });
+    playing.turns.push(Turn { role: "user".into(), text, tokens: ids.len(), outcome: None, bbox: None, boxes: None });
     Ok(())
 }
 
@@ -254,7 +261,6 @@ fn advance(
     // Box tokens are text to a reader of corners; for everybody else special tokens are not words.
     let text = stage.chat.decode(&ids, stage.convention.is_json())?;
     let action = Action::read(&text, &Reader::of(stage.convention));
-    playing.turns.push(Turn { role: "assistant".into(), text, tokens: ids.len(), outcome: None, bbox: None });
     let views: Vec<View> = playing.stream.images.iter().map(|p| p.view).collect();
     let context = Context {
         sample: playing.sample,
@@ -263,21 +269,17 @@ fn advance(
         convention: stage.convention,
         turn,
         seed,
+        said: &text,
     };
     let reply = stage.task.reply(&context, &action)?;
-    let note = |playing: &mut Playing, reading: Reading| {
-        if let Some(said) = playing.turns.last_mut() {
-            said.outcome = reading.outcome;
-            said.bbox = reading.bbox;
-        }
-    };
+    let (Reply::Close(_, reading) | Reply::Show(_, reading)) = &reply;
+    let Reading { outcome, bbox, boxes } = reading.clone();
+    playing.turns.push(Turn { role: "assistant".into(), text, tokens: ids.len(), outcome, bbox, boxes });
     match reply {
-        Reply::Close(stop, reading) => {
-            note(playing, reading);
+        Reply::Close(stop, _) => {
             playing.stop = Some(if finish == Finish::Length { Stop::Truncated } else { stop });
         }
-        Reply::Show(shown, reading) => {
-            note(playing, reading);
+        Reply::Show(shown, _) => {
             if finish == Finish::Length {
                 playing.stop = Some(Stop::Truncated);
                 return Ok(());
@@ -318,6 +320,6 @@ fn finish(stage: &Stage, playing: Playing, step: u64) -> Result<Episode> {
         advantage: None,
     };
     episode.parts = stage.task.judge(sample, &episode);
-    episode.reward = episode.parts.iter().map(|(_, value)| value).sum();
+    episode.reward = stage.task.reward(&episode.parts);
     Ok(episode)
 }

@@ -11,9 +11,9 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::chat::{Chat, Content, Message, Part};
+use crate::chat::{Chat, Content, Convention, Message, Part};
 use crate::config::{self, BadConfig};
-use crate::data::{Dialogue, Order, read_dialogues};
+use crate::data::{self, Dialogue, Order, Sample, read_dialogues};
 use crate::engine::embedded::{self, Embedded};
 use crate::engine::{Trainer, Weights};
 use crate::episode::Stream;
@@ -27,12 +27,17 @@ use crate::run::{Interrupt, Interrupted, Invocation, Metrics, RunFolder, Start, 
 use crate::synth::pretrain::{self, Pretrain};
 use crate::synth::recipe::Recipe;
 use crate::synth::{Split, assets_dir};
+use crate::tasks::multi_image::{MultiImageTask, Writing};
+use crate::tasks::{Options as TaskOptions, Task, check_rows};
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Plan {
     pub model: embedded::Options,
     pub data: DataOptions,
+    /// Ask the rows of `data.train` as this task does, and learn their answers; only tasks of `kind = "multi_image"`.
+    #[serde(default)]
+    pub task: Option<TaskOptions>,
     /// A temporary head on the visual tokens; only with `data.pretrain`, whose pictures know their objects.
     #[serde(default)]
     pub dense: Option<dense::Options>,
@@ -45,7 +50,8 @@ pub struct Plan {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DataOptions {
-    /// JSONL of `{"messages": [{"role", "content": [{"type": "image", "image": PATH} | {"type": "text", "text": …}]}]}`.
+    /// JSONL of `{"messages": [{"role", "content": [{"type": "image", "image": PATH} | {"type": "text", "text": …}]}]}`; with a
+    /// `[task]`, of rows as `foveate data trajectories` writes them.
     #[serde(default)]
     pub train: Option<PathBuf>,
     /// Dialogues drawn on the fly from the bundled world.
@@ -59,6 +65,20 @@ pub struct DataOptions {
     /// Longer dialogues are left out, and counted.
     #[serde(default = "default_max_tokens")]
     pub max_tokens: usize,
+    /// With a `[task]`: write each row's trajectory before its answer. Off: the answer alone.
+    #[serde(default = "yes")]
+    pub reason: bool,
+    /// With a `[task]`: written coordinates are multiples of this.
+    #[serde(default = "one")]
+    pub snap: u32,
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn one() -> u32 {
+    1
 }
 
 fn default_max_tokens() -> usize {
@@ -181,10 +201,28 @@ pub fn stream_of(
 enum Source {
     World { world: Box<Pretrain>, seed: u64 },
     File { rows: Vec<Dialogue>, pictures: PictureCache, budget: Budget },
+    Rows { rows: Vec<Sample>, pictures: PictureCache, task: MultiImageTask, writing: Writing },
 }
 
 impl Source {
-    fn open(data: &DataOptions, processor: &Processor, seed: u64) -> Result<Source> {
+    fn open(plan: &Plan, processor: &Processor) -> Result<Source> {
+        let (data, seed) = (&plan.data, plan.train.seed);
+        if let Some(task) = &plan.task {
+            let (Some(path), TaskOptions::MultiImage(options)) = (&data.train, task) else {
+                return Err(BadConfig(
+                    "[task] in a config of sft asks the rows of data.train, and its kind must be multi_image".into(),
+                )
+                .into());
+            };
+            let task = MultiImageTask::new(options.clone(), processor.budget.factor)?;
+            let writing = Writing { convention: Convention::of("qwen2_5_vl")?, reason: data.reason, snap: data.snap };
+            let rows = data::read(path)?;
+            check_rows(&task, &rows, path)?;
+            for row in &rows {
+                task.written_reason(row, &writing).with_context(|| format!("row {} of {}", row.id, path.display()))?;
+            }
+            return Ok(Source::Rows { rows, pictures: PictureCache::new(512 << 20), task, writing });
+        }
         match (&data.train, &data.pretrain) {
             (None, Some(recipe)) => Ok(Source::World {
                 world: Box::new(Pretrain::load(&assets_dir()?, Split::Train, recipe.clone())?),
@@ -222,6 +260,25 @@ impl Source {
                 let messages: Vec<Message> = dialogue.messages.iter().map(spoken).collect();
                 let stream = stream_of(chat, processor, &messages, &views)?;
                 Ok(Example { stream, patches, objects, task: dialogue.task.to_owned() })
+            }
+            Source::Rows { rows, pictures, task, writing } => {
+                let row = &rows[index as usize];
+                let shown: Vec<_> = row.images.iter().map(|path| pictures.get(path)).collect::<Result<_>>()?;
+                let sizes: Vec<Size> = shown.iter().map(|picture| picture.size()).collect();
+                let opening = task.open(row, &sizes).with_context(|| row.named())?;
+                let mut messages: Vec<Message> = opening.system.iter().map(Message::system).collect();
+                messages.push(Message::user(opening.user.parts));
+                messages.push(Message::assistant(task.written(row, &opening.user.views, writing)?));
+                let mut views = Vec::new();
+                let mut patches = Vec::new();
+                for view in opening.user.views {
+                    patches.push(image::patches(&image::show(&shown[view.image], &view)?, processor)?);
+                    views.push((Arc::from(row.images[view.image].as_path()), view));
+                }
+                let stream = stream_of(chat, processor, &messages, &views).with_context(|| row.named())?;
+                let objects = vec![Vec::new(); views.len()];
+                let task = row.task.clone().unwrap_or_else(|| task.name().to_owned());
+                Ok(Example { stream, patches, objects, task })
             }
             Source::File { rows, pictures, budget } => {
                 let row = &rows[index as usize];
@@ -297,12 +354,13 @@ pub fn train(plan: &Plan, start: Start, interrupt: &Interrupt) -> Result<Metrics
         embedded::Training { optim: plan.optim.clone(), steps: plan.train.steps, temperature: 1.0, reference: false };
     let mut engine = Embedded::open(&plan.model, Some(&training))?;
     let (chat, processor) = (engine.chat.clone(), engine.processor.clone());
-    let source = Source::open(&plan.data, &processor, plan.train.seed)?;
+    let source = Source::open(plan, &processor)?;
     let mut state = State {
         next: 0,
         order: match &source {
             Source::World { .. } => None,
             Source::File { rows, .. } => Some(Order::new(rows.len(), plan.train.seed)?),
+            Source::Rows { rows, .. } => Some(Order::new(rows.len(), plan.train.seed)?),
         },
     };
     let mut head = match (&plan.dense, &source) {
@@ -310,7 +368,7 @@ pub fn train(plan: &Plan, start: Start, interrupt: &Interrupt) -> Result<Metrics
             options.clone(),
             DenseHead::new(words(&chat, world)?, engine.model.config.text.hidden, plan.train.seed),
         )),
-        (Some(_), Source::File { .. }) => {
+        (Some(_), Source::File { .. } | Source::Rows { .. }) => {
             return Err(
                 BadConfig("[dense] needs pictures that know their objects; it goes with data.pretrain".into()).into()
             );
@@ -331,6 +389,7 @@ pub fn train(plan: &Plan, start: Start, interrupt: &Interrupt) -> Result<Metrics
         // The same file must have the same rows, or an index would name another dialogue, or none.
         let order = match (saved.order, &source) {
             (Some(order), Source::File { rows, .. }) => Some(order.resume(rows.len())?),
+            (Some(order), Source::Rows { rows, .. }) => Some(order.resume(rows.len())?),
             (order, _) => order,
         };
         state = State { order, ..saved };
@@ -418,10 +477,11 @@ fn words(chat: &Chat, world: &Pretrain) -> Result<dense::Words> {
 
 /// The dialogues of the first step, to reckon with.
 pub fn first_examples(plan: &Plan, chat: &Chat, processor: &Processor) -> Result<Vec<Example>> {
-    let source = Source::open(&plan.data, processor, plan.train.seed)?;
+    let source = Source::open(plan, processor)?;
     let count = match &source {
         Source::World { .. } => plan.train.batch,
         Source::File { rows, .. } => plan.train.batch.min(rows.len()),
+        Source::Rows { rows, .. } => plan.train.batch.min(rows.len()),
     };
     let examples = (0..count as u64).into_par_iter().map(|i| source.example(chat, processor, i, 1));
     let mut examples: Vec<Example> = examples.collect::<Result<_>>()?;

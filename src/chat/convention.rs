@@ -70,11 +70,17 @@ impl Convention {
 
     /// The model's numbers as a box in pixels of the view. Nothing is judged or repaired: that is `geometry::judge_box`'s.
     pub fn box_in_view(self, numbers: [i64; 4], view: Size) -> BBox {
-        let [x1, y1, x2, y2] = numbers.map(|n| n as f64);
+        self.place_in_view(BBox::from(numbers.map(|n| n as f64)), view)
+    }
+
+    /// The same for numbers that need not be whole.
+    pub fn place_in_view(self, said: BBox, view: Size) -> BBox {
         let (ux, uy) = self.unit(view);
         match self {
-            Convention::Qwen25 => BBox { x1, y1, x2, y2 },
-            Convention::Qwen2 | Convention::Qwen3 => BBox { x1: x1 * ux, y1: y1 * uy, x2: x2 * ux, y2: y2 * uy },
+            Convention::Qwen25 => said,
+            Convention::Qwen2 | Convention::Qwen3 => {
+                BBox { x1: said.x1 * ux, y1: said.y1 * uy, x2: said.x2 * ux, y2: said.y2 * uy }
+            }
         }
     }
 

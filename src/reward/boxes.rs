@@ -12,12 +12,12 @@ use super::{Parts, answer_tag, boxed, last_turn};
 use crate::geometry::{BBox, assign};
 
 /// A box on a numbered image.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Named {
     /// Counted from 1; 0: the text names none.
     pub image: usize,
     pub bbox: BBox,
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub label: Option<String>,
 }
 
@@ -103,6 +103,9 @@ const FARTHEST: f64 = 1e9;
 /// assert_eq!((parts.get("image"), parts.get("object")), (Some(0.0), Some(0.0)));
 /// ```
 pub fn multi_image(predicted: &[Named], truth: &[Named], settings: &MultiImage) -> Parts {
+    if predicted.is_empty() && truth.is_empty() {
+        return Parts::from([("image", 1.0), ("object", 1.0)]);
+    }
     if predicted.is_empty() || truth.is_empty() {
         return Parts::from([("image", 0.0), ("object", 0.0)]);
     }
@@ -116,14 +119,9 @@ pub fn multi_image(predicted: &[Named], truth: &[Named], settings: &MultiImage) 
     }
     let image = 2.0 * right_images as f64 / (predicted.len() + truth.len()) as f64;
 
-    let candidates = predicted.get(..MOST_BOXES).unwrap_or(predicted);
-    let worth = |p: &Named, t: &Named| f64::from(u8::from(p.image == t.image)) + p.bbox.iou(&t.bbox);
-    let weights: Vec<Vec<f64>> = candidates.iter().map(|p| truth.iter().map(|t| worth(p, t)).collect()).collect();
     let mut sum = 0.0;
-    for (p, chosen) in candidates.iter().zip(assign(&weights)) {
-        if let Some(t) = chosen.and_then(|j| truth.get(j))
-            && (settings.gate != Gate::ByImage || p.image == t.image)
-        {
+    for (p, t) in pairs(predicted, truth) {
+        if settings.gate != Gate::ByImage || p.image == t.image {
             sum += settings.shaped(&p.bbox, &t.bbox);
         }
     }
@@ -137,7 +135,43 @@ pub fn multi_image(predicted: &[Named], truth: &[Named], settings: &MultiImage) 
     Parts::from([("image", image), ("object", object)])
 }
 
+/// Boxes assigned to targets one to one, so that the sum of 1\[image equal\] + IoU is largest.
+fn pairs<'a>(predicted: &'a [Named], truth: &'a [Named]) -> Vec<(&'a Named, &'a Named)> {
+    let candidates = predicted.get(..MOST_BOXES).unwrap_or(predicted);
+    let worth = |p: &Named, t: &Named| f64::from(u8::from(p.image == t.image)) + p.bbox.iou(&t.bbox);
+    let weights: Vec<Vec<f64>> = candidates.iter().map(|p| truth.iter().map(|t| worth(p, t)).collect()).collect();
+    candidates.iter().zip(assign(&weights)).filter_map(|(p, chosen)| Some((p, truth.get(chosen?)?))).collect()
+}
+
+/// What tables show of an answer: the mean IoU, 0 on a wrong picture, and whether everything was found (each target by a box on its
+/// picture with an IoU of at least 0.5, and nothing else was named).
+///
+/// ```
+/// use foveate::{geometry::BBox, reward::{Named, found}};
+/// let at = |image| Named { image, bbox: BBox::new(0.0, 0.0, 10.0, 10.0), label: None };
+/// assert_eq!(found(&[at(2)], &[at(2)]), (1.0, 1.0));
+/// assert_eq!(found(&[at(1)], &[at(2)]), (0.0, 0.0));
+/// ```
+pub fn found(predicted: &[Named], truth: &[Named]) -> (f64, f64) {
+    let most = predicted.len().max(truth.len());
+    if most == 0 {
+        return (1.0, 1.0);
+    }
+    let ious: Vec<f64> =
+        pairs(predicted, truth).iter().filter(|(p, t)| p.image == t.image).map(|(p, t)| p.bbox.iou(&t.bbox)).collect();
+    let right = ious.iter().filter(|iou| **iou >= 0.5).count();
+    (ious.iter().sum::<f64>() / most as f64, f64::from(u8::from(right == most)))
+}
+
 impl MultiImage {
+    /// The format part of a response that has readable boxes.
+    pub fn format(&self, text: &str) -> f64 {
+        match self.strict_format {
+            true => f64::from(u8::from(tag_format(text) == 1.0 && strict_entries(text))),
+            false => tag_format(text),
+        }
+    }
+
     fn shaped(&self, a: &BBox, b: &BBox) -> f64 {
         let iou = a.iou(b);
         match self.shape {
@@ -154,11 +188,7 @@ impl MultiImage {
         let Some(predicted) = parse_named(text) else {
             return (Parts::from([("format", 0.0), ("image", 0.0), ("object", 0.0)]), None);
         };
-        let format = match self.strict_format {
-            true => f64::from(u8::from(tag_format(text) == 1.0 && strict_entries(text))),
-            false => tag_format(text),
-        };
-        let mut parts = Parts::from([("format", format)]);
+        let mut parts = Parts::from([("format", self.format(text))]);
         for (name, value) in multi_image(&predicted, truth, self).iter() {
             parts.set(name, value);
         }
@@ -309,6 +339,8 @@ fn corners(value: &Value) -> Option<BBox> {
 pub fn parse_named(text: &str) -> Option<Vec<Named>> {
     let body = declared(text);
     let named = match serde_json::from_str::<Value>(body) {
+        // "Nothing" is an answer, where it is said.
+        Ok(Value::Array(entries)) if entries.is_empty() => return Some(Vec::new()),
         Ok(Value::Array(entries)) if entries.iter().any(Value::is_object) => {
             entries.iter().map(entry).collect::<Option<Vec<_>>>()?
         }

@@ -4,17 +4,19 @@
 //! DIR is either whole or absent. What must stay true: the files depend on the options alone, not on threads or machine,
 //! and every box in them is in whole pixels of the picture it belongs to.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context, Result, bail, ensure};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Value, json};
 
-use super::draw::Frame;
+use super::draw::{Frame, draw_region};
+use super::pairs::{PairOptions, Pairs, Row, Shot};
 use super::world::{Scene, World, WorldOptions};
-use super::{Split, assets_dir};
+use super::{Library, Split, assets_dir};
 use crate::data::{self, Sample, Target};
 use crate::geometry::{BBox, Size};
 
@@ -26,16 +28,19 @@ const JPEG_QUALITY: u8 = 92;
 pub enum Set {
     /// "What number is on the plate under the fox?": the number can be read in a crop only.
     Plates,
+    /// Questions over several pictures, answered in boxes: [`super::pairs`].
+    Pairs,
 }
 
 impl Set {
-    pub const NAMES: [&str; 1] = ["plates"];
+    pub const NAMES: [&str; 2] = ["plates", "pairs"];
 
     /// # Errors
     /// A name that is not in [`Set::NAMES`].
     pub fn named(name: &str) -> Result<Set> {
         match name {
             "plates" => Ok(Set::Plates),
+            "pairs" => Ok(Set::Pairs),
             other => bail!("there is no bundled set {other:?}; the sets are: {}", Set::NAMES.join(", ")),
         }
     }
@@ -43,6 +48,16 @@ impl Set {
     pub fn name(self) -> &'static str {
         match self {
             Set::Plates => "plates",
+            Set::Pairs => "pairs",
+        }
+    }
+
+    /// What pictures have where nobody says otherwise: plates must be too small to be read in a first view, pairs need no more than
+    /// a few views have.
+    pub fn size(self) -> Size {
+        match self {
+            Set::Plates => Size::new(2016, 1512),
+            Set::Pairs => Size::new(672, 504),
         }
     }
 }
@@ -60,6 +75,8 @@ pub struct MakeOptions {
     pub seed: u64,
     #[serde(default)]
     pub world: WorldOptions,
+    #[serde(default)]
+    pub pairs: PairOptions,
     /// Replace `out` if it is there.
     #[serde(default)]
     pub overwrite: bool,
@@ -126,29 +143,38 @@ pub fn make(options: &MakeOptions, progress: &(dyn Fn(usize, usize) + Sync)) -> 
     std::fs::create_dir_all(folder.join("images"))
         .with_context(|| format!("making the folder {}", folder.display()))?;
 
-    let per_scene = options.world.objects.max(1);
+    let per_scene = match options.set {
+        Set::Plates => options.world.objects.max(1),
+        Set::Pairs => 1,
+    };
     let scenes = |rows: usize| rows.div_ceil(per_scene);
     let all = scenes(options.train) + scenes(options.test);
     let done = AtomicUsize::new(0);
+    let mut pictures = 0;
     let assets = assets_dir()?;
     for (split, rows) in [(Split::Train, options.train), (Split::Test, options.test)] {
         let mut samples = Vec::new();
         if rows > 0 {
-            let world = World::load(&assets, split, options.world.clone())?;
+            let source = Source::load(&assets, split, options)?;
             let made: Vec<Vec<Sample>> = (0..scenes(rows))
                 .into_par_iter()
                 .map(|index| {
-                    let samples = one(&world, options, &folder, split, index)?;
+                    let samples = source.one(options, &folder, split, index)?;
                     progress(done.fetch_add(1, Ordering::Relaxed) + 1, all);
                     Ok(samples)
                 })
                 .collect::<Result<_>>()?;
             samples = made.into_iter().flatten().take(rows).collect();
+            pictures += samples.iter().flat_map(|s| &s.images).collect::<HashSet<_>>().len();
         }
         data::write(&folder.join(format!("{split}.jsonl")), &samples)?;
     }
     // The folder that was asked for is not part of what was made.
-    let about = json!({"set": options.set, "train": options.train, "test": options.test, "size": options.size, "seed": options.seed, "world": options.world});
+    let drawn = match options.set {
+        Set::Plates => json!(options.world),
+        Set::Pairs => json!(options.pairs),
+    };
+    let about = json!({"set": options.set, "train": options.train, "test": options.test, "size": options.size, "seed": options.seed, "world": drawn});
     std::fs::write(folder.join("set.json"), format!("{about:#}\n"))
         .with_context(|| format!("writing {}", folder.join("set.json").display()))?;
     if out.is_dir() {
@@ -160,18 +186,92 @@ pub fn make(options: &MakeOptions, progress: &(dyn Fn(usize, usize) + Sync)) -> 
         test: out.join("test.jsonl"),
         train_rows: options.train,
         test_rows: options.test,
-        pictures: all,
+        pictures,
     })
 }
 
-/// Draws scene `index`, writes its picture into `folder` and gives its rows.
-fn one(world: &World, options: &MakeOptions, folder: &Path, split: Split, index: usize) -> Result<Vec<Sample>> {
-    let size = options.size;
-    let scene = world.scene(options.seed, index as u64, f64::from(size.height) / f64::from(size.width))?;
-    let picture = folder.join(format!("images/{split}_{index:05}.jpg"));
-    let jpeg = crate::image::encode_jpeg(&world.draw(&scene, size), JPEG_QUALITY)?;
-    std::fs::write(&picture, jpeg).with_context(|| format!("writing the picture {}", picture.display()))?;
-    Ok(samples(&scene, size, options.set, split, index, &picture))
+/// Where the rows of a split come from.
+enum Source {
+    Plates(World),
+    Pairs(Pairs),
+}
+
+impl Source {
+    fn load(assets: &Path, split: Split, options: &MakeOptions) -> Result<Source> {
+        Ok(match options.set {
+            Set::Plates => Source::Plates(World::load(assets, split, options.world.clone())?),
+            Set::Pairs => {
+                let library = Library::load(assets, split, 1400)?;
+                Source::Pairs(Pairs::new(library, options.pairs.clone(), aspect(options.size))?)
+            }
+        })
+    }
+
+    /// Draws scene or row `index`, writes its pictures into `folder` and gives its rows.
+    fn one(&self, options: &MakeOptions, folder: &Path, split: Split, index: usize) -> Result<Vec<Sample>> {
+        let size = options.size;
+        match self {
+            Source::Plates(world) => {
+                let scene = world.scene(options.seed, index as u64, aspect(size))?;
+                let picture = folder.join(format!("images/{split}_{index:05}.jpg"));
+                save(&world.draw(&scene, size), &picture)?;
+                Ok(samples(&scene, size, options.set, split, index, &picture))
+            }
+            Source::Pairs(pairs) => {
+                let row = pairs.row(options.seed, index as u64)?;
+                let mut pictures = Vec::with_capacity(row.shots.len());
+                for (k, shot) in row.shots.iter().enumerate() {
+                    let picture = folder.join(format!("images/{split}_{index:05}_{}.jpg", k + 1));
+                    save(&draw_region(&pairs.library, &shot.scene, shot.region, size), &picture)?;
+                    pictures.push(picture);
+                }
+                Ok(vec![pair(&row, size, split, index, pictures)])
+            }
+        }
+    }
+}
+
+fn aspect(size: Size) -> f64 {
+    f64::from(size.height) / f64::from(size.width)
+}
+
+fn save(rgb: &::image::RgbImage, path: &Path) -> Result<()> {
+    let jpeg = crate::image::encode_jpeg(rgb, JPEG_QUALITY)?;
+    std::fs::write(path, jpeg).with_context(|| format!("writing the picture {}", path.display()))
+}
+
+/// A row over several pictures, with what is known of each (`objects`) and between them (`relations`).
+fn pair(row: &Row, size: Size, split: Split, index: usize, images: Vec<PathBuf>) -> Sample {
+    let pixels = |image: usize, b: BBox| {
+        let frame = Frame { region: row.shots[image - 1].region, size };
+        frame.pixels(b).round_outward().clamp(&size.bounds())
+    };
+    // Of a region, what is seen of it by half or more.
+    let objects = |(k, shot): (usize, &Shot)| -> Vec<Value> {
+        let seen = shot.scene.objects.iter().filter(|o| shot.region.contains_fraction(&o.bbox) >= 0.5);
+        seen.map(|o| json!({"name": o.name, "bbox": pixels(k + 1, o.bbox).map_whole()})).collect()
+    };
+    let targets: Vec<Target> = row
+        .targets
+        .iter()
+        .map(|t| Target { image: t.image, bbox: pixels(t.image, t.bbox), label: Some(t.label.clone()) })
+        .collect();
+    let answer: Vec<Value> =
+        targets.iter().map(|t| json!({"image": t.image, "bbox": t.bbox.map_whole(), "label": t.label})).collect();
+    let mut extra = serde_json::Map::new();
+    extra.insert("objects".into(), row.shots.iter().enumerate().map(objects).collect());
+    extra.insert("relations".into(), row.relations.clone().into());
+    Sample {
+        id: format!("pairs-{split}-{index:05}"),
+        images,
+        question: row.question.clone(),
+        choices: Vec::new(),
+        answer: Value::from(answer).to_string(),
+        targets,
+        task: Some(row.kind.name().to_owned()),
+        split: Some(split.name().to_owned()),
+        extra,
+    }
 }
 
 fn samples(scene: &Scene, size: Size, set: Set, split: Split, index: usize, picture: &Path) -> Vec<Sample> {
@@ -228,6 +328,7 @@ mod tests {
             size: Size::new(2016, 1512),
             seed: 1,
             world: WorldOptions::default(),
+            pairs: PairOptions::default(),
             overwrite: true,
         };
         make(&options, &|done, all| eprintln!("{done}/{all}")).unwrap();
@@ -245,6 +346,7 @@ mod tests {
             size: Size::new(320, 240),
             seed: 4,
             world: WorldOptions::default(),
+            pairs: PairOptions::default(),
             overwrite: false,
         };
         let made = make(&options, &|_, _| ()).unwrap();
@@ -264,5 +366,23 @@ mod tests {
         make(&options, &|_, _| ()).unwrap();
         assert_eq!(std::fs::read(out.join("images/test_00000.jpg")).unwrap(), before);
         assert_eq!(std::fs::read_dir(temporary.path()).unwrap().count(), 1);
+    }
+
+    /// Every row of the bundled set can be reasoned about, and the traces pass their own filters.
+    #[test]
+    fn a_thousand_traces_by_rules_pass_their_filters() {
+        use crate::synth::trajectories::{Facts, by_rules, judge};
+        let size = Set::Pairs.size();
+        for split in [Split::Train, Split::Test] {
+            let library = super::super::world::tests::SMALL[split as usize].clone();
+            let pairs = Pairs::new(library, PairOptions::default(), aspect(size)).unwrap();
+            for index in 0..500 {
+                let row = pairs.row(3, index).unwrap();
+                let images = (1..=row.shots.len()).map(|k| PathBuf::from(format!("{k}.jpg"))).collect();
+                let sample = pair(&row, size, split, index as usize, images);
+                let trace = by_rules(&sample, &Facts::of(&sample).unwrap().unwrap(), 1);
+                assert_eq!(judge(&trace, &sample), Ok(()), "{}: {trace}", sample.question);
+            }
+        }
     }
 }

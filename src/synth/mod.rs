@@ -16,8 +16,10 @@ use serde::{Deserialize, Serialize};
 pub mod draw;
 pub mod library;
 pub mod make;
+pub mod pairs;
 pub mod pretrain;
 pub mod recipe;
+pub mod trajectories;
 pub mod world;
 
 pub use library::Library;

@@ -220,7 +220,7 @@ impl Crop {
 
     /// What is said after an unusable box, or after none.
     fn refuse(&self, context: &Context, outcome: BoxOutcome) -> Result<Reply> {
-        let reading = Reading { outcome: Some(outcome), bbox: None };
+        let reading = Reading::of(outcome);
         let sample = context.sample;
         Ok(match self.options.on_invalid {
             OnInvalid::Stop => Reply::Close(Stop::InvalidBox, reading),
@@ -339,14 +339,14 @@ impl Crop {
     /// Reads the first box of a turn: its class, and where it lies in the original if it is usable.
     fn read(&self, context: &Context, action: &Action) -> Reading {
         let Some(claim) = action.boxes().first() else {
-            return Reading { outcome: Some(unread(action)), bbox: None };
+            return Reading::of(unread(action));
         };
         // Which view the numbers are measured in: the last one, or, when the policy may look as often as it likes, the one that it
         // names (`"source": 1` is the whole picture, 2 the first crop).
         let source =
             claim.source.filter(|_| self.options.free).map_or(Some(context.views.len()), |k| k.try_into().ok());
         let Some(seen) = source.and_then(|k: usize| context.views.get(k.checked_sub(1)?)) else {
-            return Reading { outcome: Some(BoxOutcome::OutOfRange), bbox: None };
+            return Reading::of(BoxOutcome::OutOfRange);
         };
         let named = context.convention.box_in_view(claim.bbox_2d, seen.size);
         let limits = BoxLimits { min_side: self.options.min_side, max_aspect: self.options.max_aspect };
@@ -360,7 +360,7 @@ impl Crop {
             BoxVerdict::NotFinite => BoxOutcome::OutOfRange,
         };
         let bbox = (outcome == BoxOutcome::Valid).then(|| seen.original_from_view(named));
-        Reading { outcome: Some(outcome), bbox }
+        Reading { bbox, ..Reading::of(outcome) }
     }
 }
 

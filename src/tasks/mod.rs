@@ -2,17 +2,20 @@
 //! views, replies to what the policy said, and judges the finished episode. The turn loop (`rollout.rs`) does the rest.
 
 pub mod crop;
+pub mod multi_image;
 pub mod template;
 
 use std::path::Path;
 
 use anyhow::{Context as _, Result};
+use serde::Serialize;
+use serde::de::{Deserialize, Deserializer, Error as _};
 
 use crate::chat::{Action, Convention, Part};
 use crate::data::Sample;
 use crate::episode::{BoxOutcome, Episode, Stop};
 use crate::geometry::{BBox, Size, View};
-use crate::reward::Parts;
+use crate::reward::{Named, Parts};
 
 /// A message of the task with the views it shows, one for each image among its parts, in order.
 #[derive(Clone, Debug, Default)]
@@ -34,6 +37,15 @@ pub struct Reading {
     pub outcome: Option<BoxOutcome>,
     /// In pixels of the original picture.
     pub bbox: Option<BBox>,
+    /// The same of an answer in boxes on several pictures, where it can be read.
+    pub boxes: Option<Vec<Named>>,
+}
+
+impl Reading {
+    /// Of a turn whose box was of this class, and is not used.
+    pub fn of(outcome: BoxOutcome) -> Reading {
+        Reading { outcome: Some(outcome), ..Reading::default() }
+    }
 }
 
 /// The task's answer to a turn of the policy.
@@ -57,6 +69,8 @@ pub struct Context<'a> {
     pub turn: usize,
     /// A number that is the same in every run for the same seed, step, group, member and turn.
     pub seed: u64,
+    /// What the policy wrote in this turn.
+    pub said: &'a str,
 }
 
 /// Checks every row of a file against the task that will ask it.
@@ -80,4 +94,60 @@ pub trait Task: Sync {
     fn reply(&self, context: &Context, action: &Action) -> Result<Reply>;
     /// Scores the finished episode. Pure: the same episode gives the same parts.
     fn judge(&self, sample: &Sample, episode: &Episode) -> Parts;
+    /// What the parts of a judgement are worth together.
+    fn reward(&self, parts: &Parts) -> f64 {
+        parts.iter().map(|(_, value)| value).sum()
+    }
+}
+
+/// `[task]` of a config. `kind` says which; without it, it is `crop`.
+#[derive(Clone, Debug, Serialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Options {
+    Crop(crop::Options),
+    MultiImage(multi_image::Options),
+}
+
+impl Options {
+    /// The task, for views whose sides are multiples of `factor`.
+    ///
+    /// # Errors
+    /// Options that cannot work, named.
+    pub fn task(&self, factor: u32) -> Result<Box<dyn Task>> {
+        Ok(match self {
+            Options::Crop(options) => Box::new(crop::Crop::new(options.clone(), factor)?),
+            Options::MultiImage(options) => Box::new(multi_image::MultiImageTask::new(options.clone(), factor)?),
+        })
+    }
+
+    pub fn max_pixels(&self) -> u64 {
+        match self {
+            Options::Crop(options) => options.max_pixels,
+            Options::MultiImage(options) => options.max_pixels,
+        }
+    }
+
+    /// The most turns the policy can take.
+    pub fn turns(&self) -> usize {
+        match self {
+            Options::Crop(options) => options.turns,
+            Options::MultiImage(_) => 1,
+        }
+    }
+}
+
+/// By hand, because serde's tagged enums know no default and lose the names of unknown keys.
+impl<'de> Deserialize<'de> for Options {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Options, D::Error> {
+        let mut table = toml::Table::deserialize(deserializer)?;
+        let kind = table.remove("kind");
+        match kind.as_ref().map_or(Some("crop"), toml::Value::as_str) {
+            Some("crop") => table.try_into().map(Options::Crop).map_err(D::Error::custom),
+            Some("multi_image") => table.try_into().map(Options::MultiImage).map_err(D::Error::custom),
+            _ => Err(D::Error::custom(format!(
+                "task.kind is {}, expected \"crop\" or \"multi_image\"",
+                kind.unwrap_or_else(|| "nothing".into())
+            ))),
+        }
+    }
 }

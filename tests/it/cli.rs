@@ -502,6 +502,60 @@ fn doctor_and_data_speak_json() {
     refused(dir, &["data", "make", "teapots", "--out", "x"], 2, &["teapots", "plates"]);
 }
 
+/// Several pictures, from drawing to the report: rows, traces, fine-tuning with and without them, RL, evaluation.
+#[test]
+fn pairs_go_from_drawing_to_the_report() {
+    let world = world();
+    let dir = world.path();
+    let make =
+        ["data", "make", "pairs", "--out", "pairs", "--train", "12", "--test", "6", "--size", "224x168", "--json"];
+    assert_eq!(json(&good(dir, &make))["train_rows"], 12);
+    assert!(
+        json(&good(dir, &["data", "check", "pairs/test.jsonl", "--json"]))["problems"].as_array().unwrap().is_empty()
+    );
+    let made =
+        json(&good(dir, &["data", "trajectories", "pairs/train.jsonl", "--out", "traces", "--share", "1", "--json"]));
+    assert_eq!((&made["report"]["rows"], &made["report"]["kept"]), (&12.into(), &12.into()), "{made}");
+    refused(dir, &["data", "trajectories", "pairs/train.jsonl", "--out", "traces"], 1, &["traces", "already"]);
+
+    let task = "[task]\nkind = \"multi_image\"\ntemplate = \"mirg_short\"\nmax_pixels = 6272\nmin_pixels = 3136\n";
+    let sft = format!(
+        "[model]\npath='model'\n[data]\ntrain='traces/sft.jsonl'\nsnap=4\n{task}[train]\nout='sft'\nsteps=2\nbatch=4\n"
+    );
+    std::fs::write(dir.join("sft.toml"), sft).unwrap();
+    let with = json(&good(dir, &["sft", "sft.toml", "--json"]));
+    let direct = ["sft", "sft.toml", "train.out=direct", "data.reason=false", "data.train=pairs/train.jsonl", "--json"];
+    let without = json(&good(dir, &direct));
+    let trained = |run: &Value| run["metrics"]["tokens/trained"].as_u64().unwrap();
+    assert!(trained(&with) > 2 * trained(&without), "a trace is longer than an answer");
+    refused(
+        dir,
+        &["sft", "sft.toml", "train.out=x", "data.train=pairs/train.jsonl"],
+        1,
+        &["pairs-train-00000", "data.reason"],
+    );
+    assert!(good(dir, &["doctor", "sft.toml"]).contains("total"));
+
+    let rl = format!(
+        "[model]\npath='model'\n[data]\ntrain='traces/sft.jsonl'\n{task}[rollout]\nmax_new_tokens=6\nmax_tokens=512\n[train]\nout='run'\nsteps=1\nprompts=2\ngroup=2\n"
+    );
+    std::fs::write(dir.join("rl.toml"), rl).unwrap();
+    let last = json(&good(dir, &["rl", "rl.toml", "--json"]));
+    for part in ["format", "image", "object", "iou", "joint"] {
+        assert!(last["metrics"][format!("rewards/{part}/mean")].is_number(), "{last}");
+    }
+    let play = format!(
+        "[model]\npath='model'\n[data]\ntest='pairs/test.jsonl'\n[rollout]\nmax_new_tokens=6\nmax_tokens=512\n{}[eval]\nout='eval'\n",
+        task.replace("[task]", "[tasks.all]")
+    );
+    std::fs::write(dir.join("eval.toml"), play).unwrap();
+    assert_eq!(json(&good(dir, &["eval", "eval.toml", "--json"]))["rows"]["all"]["questions"], 6);
+    assert!(good(dir, &["report", "run"]).contains("report.html"));
+    // A kind that there is not, and a key of the other kind.
+    refused(dir, &["rl", "rl.toml", "task.kind=video"], 2, &["task.kind", "video", "multi_image"]);
+    refused(dir, &["rl", "rl.toml", "task.turns=2"], 2, &["turns", "template"]);
+}
+
 /// What `doctor` reckons is what is taken. Two turns with crops as large as the first view, everything trained, with a reference.
 #[test]
 fn the_peak_of_a_step_is_predicted() {

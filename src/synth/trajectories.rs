@@ -1,0 +1,512 @@
+//! From annotated rows to reasoning dialogues: `foveate data trajectories`.
+//!
+//! A row knows what stands where in each picture (`objects`) and how the pictures hang together (`relations`); a teacher writes from
+//! that what a careful reader would say before answering, and filters throw out traces that give the answer away, name no picture
+//! or say what another says already (spec 2.3). The trace goes into the row (`trajectory`); the answer does not: it is written when
+//! the row is shown, in the numbers of the model that learns it. It hides wording and chance. What must stay true: a trace holds no number
+//! but those of pictures, so it cannot leak a coordinate of any convention; every sentence about an object names a picture; the
+//! same row and seed give the same trace.
+
+use std::collections::{BTreeMap, HashSet};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use rand::Rng;
+use rand::seq::IndexedRandom;
+use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::stream;
+use crate::data::{self, Sample};
+use crate::geometry::BBox;
+
+const PURPOSE: u64 = 4;
+/// The key of a row that holds its trace.
+pub const TRAJECTORY: &str = "trajectory";
+/// Share of three-word runs that two traces of the same pictures may have in common.
+const ALIKE: f64 = 0.9;
+
+/// What is known between the pictures of a row; pictures count from 1.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(tag = "relation", rename_all = "snake_case")]
+pub enum Relation {
+    /// The object that one picture shows is among those of another.
+    SameObject { reference: usize, target: usize, name: String },
+    /// Two pictures show one scene, but for one change.
+    Difference { change: Change, name: String, was: Option<String> },
+    /// Of all pictures, one shows this.
+    OnlyIn { name: String, target: usize },
+    /// One picture is a part of another, around this object.
+    PartOf { reference: usize, target: usize, name: String },
+    /// An object is seen from the first to the last picture.
+    Follows { reference: usize, target: usize, name: String },
+    /// Where an object of a picture stands, in words.
+    Place { reference: usize, name: String, is: String },
+    /// Two pictures show a thing of one kind.
+    SameKind { reference: usize, target: usize, name: String },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Change {
+    Added,
+    Removed,
+    Moved,
+    Swapped,
+}
+
+/// An object of a picture, in its original pixels.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+pub struct Object {
+    pub name: String,
+    pub bbox: BBox,
+}
+
+/// What a teacher may use.
+#[derive(Clone, Debug)]
+pub struct Facts {
+    pub objects: Vec<Vec<Object>>,
+    pub relations: Vec<Relation>,
+}
+
+impl Facts {
+    /// Of a row; a row without annotation has no facts.
+    ///
+    /// # Errors
+    /// Annotation that cannot be read, or that names a picture which is not there.
+    pub fn of(sample: &Sample) -> Result<Option<Facts>> {
+        let read = |key: &str| sample.extra.get(key).cloned().unwrap_or(Value::Array(Vec::new()));
+        let named = |key: &str| format!("row {}, key {key:?}", sample.id);
+        let objects: Vec<Vec<Object>> = serde_json::from_value(read("objects")).with_context(|| {
+            format!("{}: expected one list of {{\"name\", \"bbox\"}} for each picture", named("objects"))
+        })?;
+        let relations: Vec<Relation> = serde_json::from_value(read("relations")).with_context(|| named("relations"))?;
+        ensure!(
+            objects.is_empty() || objects.len() == sample.images.len(),
+            "{}: {} lists for {} pictures",
+            named("objects"),
+            objects.len(),
+            sample.images.len()
+        );
+        for image in relations.iter().flat_map(Relation::images) {
+            ensure!(
+                (1..=sample.images.len()).contains(&image),
+                "{}: found picture {image}, expected 1 to {}",
+                named("relations"),
+                sample.images.len()
+            );
+        }
+        Ok((!relations.is_empty()).then_some(Facts { objects, relations }))
+    }
+}
+
+impl Relation {
+    fn images(&self) -> Vec<usize> {
+        match self {
+            Relation::SameObject { reference, target, .. }
+            | Relation::PartOf { reference, target, .. }
+            | Relation::Follows { reference, target, .. }
+            | Relation::SameKind { reference, target, .. } => vec![*reference, *target],
+            Relation::OnlyIn { target, .. } => vec![*target],
+            Relation::Place { reference, .. } => vec![*reference],
+            Relation::Difference { .. } => vec![1, 2],
+        }
+    }
+}
+
+/// The trace of a row, composed from its facts.
+pub fn by_rules(sample: &Sample, facts: &Facts, seed: u64) -> String {
+    // A row's chance hangs on its name alone, so that rows may be left out or sorted.
+    let name =
+        sample.id.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
+    let mut rng = stream(seed, PURPOSE, name);
+    let rng = &mut rng;
+    let shows = |rng: &mut ChaCha8Rng, image: usize| {
+        let what = facts.objects.get(image - 1).map(|all| listed(all)).unwrap_or_default();
+        match what.as_str() {
+            "" => String::new(),
+            what => {
+                one_of(rng, &["Image-{K} shows {X}. ", "In Image-{K} there {IS} {X}. ", "I see {X} in Image-{K}. "])
+                    .replace("{K}", &image.to_string())
+                    .replace("{IS}", if plural(what) { "are" } else { "is" })
+                    .replace("{X}", what)
+            }
+        }
+    };
+    let mut out = String::new();
+    for relation in &facts.relations {
+        let images = |text: String, reference: usize, target: usize| {
+            text.replace("{A}", &format!("Image-{reference}")).replace("{B}", &format!("Image-{target}"))
+        };
+        match relation {
+            Relation::SameObject { reference, target, name } => {
+                out += &images(format!("{{A}} shows {}. ", with_article(name)), *reference, *target);
+                out += &shows(rng, *target);
+                let side = side_of(sample, facts, *target, name);
+                let text = one_of(
+                    rng,
+                    &[
+                        "The {X} of {A} is the{S} {X} of {B}.",
+                        "So the {X} of {A} is the{S} {X} of {B}.",
+                        "The{S} {X} of {B} is that of {A}.",
+                    ],
+                );
+                out += &images(text.replace("{X}", name).replace("{S}", &side), *reference, *target);
+            }
+            Relation::Difference { change, name, was } => {
+                out += &shows(rng, 1);
+                out += &shows(rng, 2);
+                out += &match (change, was) {
+                    (Change::Added, _) => format!("Image-1 has no {name}; Image-2 has."),
+                    (Change::Removed, _) => format!("Image-2 has no {name}; Image-1 has."),
+                    (Change::Moved, _) => format!("The {name} of Image-1 stands elsewhere in Image-2."),
+                    (Change::Swapped, Some(was)) => {
+                        format!("Where Image-1 has the {was}, Image-2 has the {name}.")
+                    }
+                    (Change::Swapped, None) => format!("The {name} is in Image-2 alone."),
+                };
+            }
+            Relation::OnlyIn { name, target } => {
+                for image in 1..=sample.images.len() {
+                    out += &shows(rng, image);
+                }
+                out += &images(one_of(rng, &["The {X} is in {B}.", "So the {X} is in {B}."]), *target, *target)
+                    .replace("{X}", name);
+            }
+            Relation::PartOf { reference, target, name } => {
+                out += &images(format!("{{A}} shows {} closely. ", with_article(name)), *reference, *target);
+                out += &shows(rng, *target);
+                let text = one_of(
+                    rng,
+                    &["{A} is the area around the {X} of {B}.", "So {A} is what lies around the {X} of {B}."],
+                );
+                out += &images(text.replace("{X}", name), *reference, *target);
+            }
+            Relation::Follows { reference, target, name } => {
+                let between: Vec<String> = (*reference..=*target).map(|k| format!("Image-{k}")).collect();
+                out += &format!("I follow the {name} over {}. ", joined(&between));
+                out += &images(format!("In {{B}} the {name} of {{A}} stands elsewhere."), *reference, *target);
+            }
+            Relation::Place { reference, name, is } => {
+                out += &shows(rng, *reference);
+                out += &images(format!("The {name} is {is} in {{A}}. "), *reference, *reference);
+            }
+            Relation::SameKind { reference, target, name } => {
+                out += &shows(rng, *target);
+                out += &images(
+                    one_of(rng, &["{B} has the {X} of {A} too.", "The {X} of {A} is in {B} too."]).replace("{X}", name),
+                    *reference,
+                    *target,
+                );
+            }
+        }
+    }
+    out.trim().to_owned()
+}
+
+fn one_of(rng: &mut ChaCha8Rng, wordings: &[&str]) -> String {
+    wordings.choose(rng).copied().unwrap_or_default().to_owned()
+}
+
+/// " left" or " right", where a picture has two of a name and the row's target is one of them.
+fn side_of(sample: &Sample, facts: &Facts, image: usize, name: &str) -> String {
+    let Some(target) = sample.targets.iter().find(|t| t.image == image) else { return String::new() };
+    let others: Vec<f64> = facts
+        .objects
+        .get(image - 1)
+        .into_iter()
+        .flatten()
+        .filter(|o| o.name == name && o.bbox.iou(&target.bbox) < 0.5)
+        .map(|o| o.bbox.center().0)
+        .collect();
+    match others.first() {
+        None => String::new(),
+        Some(other) if target.bbox.center().0 < *other => " left".into(),
+        Some(_) => " right".into(),
+    }
+}
+
+/// The names of some objects as a sentence has them: "a cup, two foxes and grapes".
+fn listed(objects: &[Object]) -> String {
+    let mut counts: Vec<(&str, usize)> = Vec::new();
+    for object in objects {
+        match counts.iter_mut().find(|(name, _)| *name == object.name) {
+            Some((_, n)) => *n += 1,
+            None => counts.push((&object.name, 1)),
+        }
+    }
+    let worded: Vec<String> = counts
+        .into_iter()
+        .map(|(name, n)| match n {
+            1 => with_article(name),
+            2 => format!("two {}", plural_of(name)),
+            _ => format!("several {}", plural_of(name)),
+        })
+        .collect();
+    joined(&worded)
+}
+
+fn joined(items: &[String]) -> String {
+    match items {
+        [] => String::new(),
+        [one] => one.clone(),
+        [first @ .., last] => format!("{} and {last}", first.join(", ")),
+    }
+}
+
+fn with_article(name: &str) -> String {
+    match name.bytes().next() {
+        _ if name.ends_with('s') => name.to_owned(),
+        Some(b'a' | b'e' | b'i' | b'o' | b'u') => format!("an {name}"),
+        _ => format!("a {name}"),
+    }
+}
+
+fn plural_of(name: &str) -> String {
+    match name {
+        name if name.ends_with('s') => name.to_owned(),
+        name if name.ends_with('x') || name.ends_with("sh") || name.ends_with("ch") => format!("{name}es"),
+        name => format!("{name}s"),
+    }
+}
+
+fn plural(what: &str) -> bool {
+    what.contains(" and ") || what.ends_with('s')
+}
+
+/// Why a trace is not kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Rejected {
+    /// The row has no annotation to reason from.
+    NoFacts,
+    /// Empty, or with the tags of an answer in it.
+    Format,
+    /// It holds a number that is not a picture's.
+    Leak,
+    /// A sentence speaks of a target and of no picture.
+    UnnamedImage,
+    /// The picture of a target is never named.
+    TargetImage,
+    /// The conclusion stands at the start.
+    ConclusionFirst,
+    /// Nearly the words of another trace of the same pictures.
+    NearDuplicate,
+    /// Its task has enough.
+    Balance,
+}
+
+/// Holds a trace against its row; what it says of coordinates, pictures and order. The first fault.
+pub fn judge(trace: &str, sample: &Sample) -> Result<(), Rejected> {
+    let trace = trace.trim();
+    if trace.is_empty() || ["<think>", "</think>", "<answer>", "</answer>"].iter().any(|tag| trace.contains(tag)) {
+        return Err(Rejected::Format);
+    }
+    let (bare, named) = without_image_names(trace);
+    if bare.bytes().any(|b| b.is_ascii_digit()) {
+        return Err(Rejected::Leak);
+    }
+    if sample.targets.iter().any(|t| !named.contains(&t.image)) {
+        return Err(Rejected::TargetImage);
+    }
+    let sentences: Vec<&str> =
+        trace.split_inclusive(['.', '!', '?']).map(str::trim).filter(|s| !s.is_empty()).collect();
+    let labels: Vec<&str> = sample.targets.iter().filter_map(|t| t.label.as_deref()).collect();
+    let speaks = |s: &&str| labels.iter().any(|label| s.contains(label));
+    if sentences.iter().any(|s| speaks(s) && !s.contains("Image-")) {
+        return Err(Rejected::UnnamedImage);
+    }
+    let concludes = |s: &str| {
+        let lower = s.to_lowercase();
+        ["so ", "therefore", "the answer", "hence", "thus "].iter().any(|word| lower.starts_with(word))
+    };
+    match sentences.as_slice() {
+        [first, _, ..] if concludes(first) => Err(Rejected::ConclusionFirst),
+        _ => Ok(()),
+    }
+}
+
+/// The text without its "Image-k", and which k there were.
+fn without_image_names(text: &str) -> (String, HashSet<usize>) {
+    let mut rest = text;
+    let (mut bare, mut named) = (String::new(), HashSet::new());
+    while let Some(at) = rest.find("Image-") {
+        bare.push_str(&rest[..at]);
+        rest = &rest[at + "Image-".len()..];
+        let digits = rest.bytes().take_while(u8::is_ascii_digit).count();
+        named.extend(rest[..digits].parse::<usize>().ok());
+        rest = &rest[digits..];
+    }
+    bare.push_str(rest);
+    (bare, named)
+}
+
+#[derive(Clone, Debug)]
+pub struct Options {
+    pub rows: PathBuf,
+    /// Folder: `sft.jsonl`, `rl.jsonl`, `report.json`.
+    pub out: PathBuf,
+    /// At most so many traces a task.
+    pub per_task: Option<usize>,
+    /// Share of the rows that traces are made for; the others are kept for RL.
+    pub share: f64,
+    pub seed: u64,
+}
+
+/// What became of the rows.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Report {
+    pub rows: usize,
+    pub kept: usize,
+    pub for_rl: usize,
+    pub kept_by_task: BTreeMap<String, usize>,
+    pub rejected: BTreeMap<Rejected, usize>,
+}
+
+/// Builds traces for the rows of a file and writes three files; what has no trace goes to `rl.jsonl`.
+///
+/// # Errors
+/// Rows that cannot be read, annotation that makes no sense (with its row), a folder that holds something already.
+pub fn build(options: &Options) -> Result<Report> {
+    ensure!((0.0..=1.0).contains(&options.share), "--share {}: expected 0 to 1", options.share);
+    let taken = options.out.exists() && options.out.read_dir().map_or(true, |mut files| files.next().is_some());
+    ensure!(!taken, "something is already at {}; remove it or choose another folder", options.out.display());
+    let rows = data::read(&options.rows)?;
+    let mut report = Report { rows: rows.len(), ..Report::default() };
+    let (mut sft, mut rl) = (Vec::new(), Vec::new());
+    let mut seen = Seen::default();
+    for (i, mut row) in rows.into_iter().enumerate() {
+        if stream(options.seed, PURPOSE + 1, i as u64).random::<f64>() >= options.share {
+            rl.push(row);
+            continue;
+        }
+        let task = row.task.clone().unwrap_or_else(|| "none".into());
+        let full = options.per_task.is_some_and(|most| report.kept_by_task.get(&task).is_some_and(|n| *n >= most));
+        let trace = match Facts::of(&row)? {
+            _ if full => Err(Rejected::Balance),
+            None => Err(Rejected::NoFacts),
+            Some(facts) => {
+                let trace = by_rules(&row, &facts, options.seed);
+                judge(&trace, &row).and_then(|()| seen.add(&row, &trace)).map(|()| trace)
+            }
+        };
+        match trace {
+            Ok(trace) => {
+                row.extra.insert(TRAJECTORY.into(), trace.into());
+                *report.kept_by_task.entry(task).or_default() += 1;
+                sft.push(row);
+            }
+            Err(reason) => {
+                *report.rejected.entry(reason).or_default() += 1;
+                rl.push(row);
+            }
+        }
+    }
+    (report.kept, report.for_rl) = (sft.len(), rl.len());
+    let parent = options.out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    std::fs::create_dir_all(parent).with_context(|| format!("making the folder {}", parent.display()))?;
+    let partial = tempfile::Builder::new()
+        .prefix(".trajectories-")
+        .tempdir_in(parent)
+        .with_context(|| format!("making a temporary folder in {}", parent.display()))?;
+    // Pictures stay where they are: the rows name them from here.
+    let absolute = |mut rows: Vec<Sample>| -> Result<Vec<Sample>> {
+        for path in rows.iter_mut().flat_map(|row| &mut row.images) {
+            *path = std::path::absolute(&path).with_context(|| format!("finding the picture {}", path.display()))?;
+        }
+        Ok(rows)
+    };
+    data::write(&partial.path().join("sft.jsonl"), &absolute(sft)?)?;
+    data::write(&partial.path().join("rl.jsonl"), &absolute(rl)?)?;
+    let json = serde_json::to_vec_pretty(&report).context("writing the report")?;
+    std::fs::write(partial.path().join("report.json"), json).context("writing report.json")?;
+    if options.out.is_dir() {
+        std::fs::remove_dir(&options.out).with_context(|| format!("replacing {}", options.out.display()))?;
+    }
+    std::fs::rename(partial.keep(), &options.out)
+        .with_context(|| format!("moving the finished files to {}", options.out.display()))?;
+    Ok(report)
+}
+
+/// Traces so far, by the pictures they speak of.
+#[derive(Default)]
+struct Seen(std::collections::HashMap<Vec<PathBuf>, Vec<HashSet<String>>>);
+
+impl Seen {
+    fn add(&mut self, sample: &Sample, trace: &str) -> Result<(), Rejected> {
+        let words: Vec<&str> = trace.split_whitespace().collect();
+        let runs: HashSet<String> = words.windows(3).map(|run| run.join(" ")).collect();
+        let others = self.0.entry(sample.images.clone()).or_default();
+        let alike = |other: &HashSet<String>| {
+            let common = runs.intersection(other).count();
+            common as f64 >= ALIKE * runs.union(other).count().max(1) as f64
+        };
+        if others.iter().any(alike) {
+            return Err(Rejected::NearDuplicate);
+        }
+        others.push(runs);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::Target;
+    use serde_json::json;
+
+    fn row(relations: Value, objects: Value) -> Sample {
+        let target = Target { image: 2, bbox: BBox::new(10.0, 20.0, 30.0, 40.0), label: Some("fox".into()) };
+        let extra = serde_json::Map::from_iter([("relations".to_owned(), relations), ("objects".to_owned(), objects)]);
+        Sample {
+            id: "a".into(),
+            images: vec!["1.jpg".into(), "2.jpg".into()],
+            question: "?".into(),
+            choices: vec![],
+            answer: "x".into(),
+            targets: vec![target],
+            task: None,
+            split: None,
+            extra,
+        }
+    }
+
+    #[test]
+    fn two_of_a_kind_are_told_apart_by_their_side() {
+        let objects = json!([
+            [{"name": "fox", "bbox": [0, 0, 9, 9]}],
+            [{"name": "fox", "bbox": [10, 20, 30, 40]}, {"name": "apple", "bbox": [50, 0, 60, 10]}, {"name": "fox", "bbox": [70, 20, 90, 40]}]
+        ]);
+        let row = row(json!([{"relation": "same_object", "reference": 1, "target": 2, "name": "fox"}]), objects);
+        let trace = by_rules(&row, &Facts::of(&row).unwrap().unwrap(), 1);
+        assert!(trace.starts_with("Image-1 shows a fox.") && trace.contains("two foxes and an apple"), "{trace}");
+        assert!(trace.contains("left fox of Image-2"), "{trace}");
+        assert_eq!(judge(&trace, &row), Ok(()));
+    }
+
+    #[test]
+    fn faults_have_classes() {
+        let row = row(json!([]), json!([]));
+        let fault = |trace: &str| judge(trace, &row).err();
+        assert_eq!(fault("Image-1 shows a fox. The fox of Image-1 is in Image-2."), None);
+        assert_eq!(fault(" "), Some(Rejected::Format));
+        assert_eq!(fault("a </think> b Image-2"), Some(Rejected::Format));
+        assert_eq!(fault("The fox of Image-2 is at 10."), Some(Rejected::Leak));
+        assert_eq!(fault("The fox of Image-2 is at (0.25)."), Some(Rejected::Leak));
+        assert_eq!(fault("The fox is in Image-1."), Some(Rejected::TargetImage));
+        assert_eq!(fault("There is a fox. Image-2 has it."), Some(Rejected::UnnamedImage));
+        assert_eq!(fault("So the fox is in Image-2. Image-1 has none."), Some(Rejected::ConclusionFirst));
+        assert!(Facts::of(&row).unwrap().is_none());
+    }
+
+    #[test]
+    fn annotation_that_makes_no_sense_names_its_row() {
+        let error =
+            |relations: Value, objects: Value| format!("{:#}", Facts::of(&row(relations, objects)).unwrap_err());
+        let beyond = json!([{"relation": "same_object", "reference": 1, "target": 3, "name": "fox"}]);
+        assert!(error(beyond, json!([])).contains("row a"));
+        assert!(error(json!([{"relation": "knows"}]), json!([])).contains("relations"));
+        assert!(error(json!([]), json!([[]])).contains("1 lists for 2 pictures"));
+    }
+}
