@@ -257,7 +257,7 @@ fn joined(items: &[String]) -> String {
 
 fn with_article(name: &str) -> String {
     match name.bytes().next() {
-        _ if name.ends_with('s') => name.to_owned(),
+        _ if is_plural(name) => name.to_owned(),
         Some(b'a' | b'e' | b'i' | b'o' | b'u') => format!("an {name}"),
         _ => format!("a {name}"),
     }
@@ -265,14 +265,21 @@ fn with_article(name: &str) -> String {
 
 fn plural_of(name: &str) -> String {
     match name {
-        name if name.ends_with('s') => name.to_owned(),
-        name if name.ends_with('x') || name.ends_with("sh") || name.ends_with("ch") => format!("{name}es"),
+        name if is_plural(name) => name.to_owned(),
+        name if name.ends_with('x') || name.ends_with('s') || name.ends_with("sh") || name.ends_with("ch") => {
+            format!("{name}es")
+        }
         name => format!("{name}s"),
     }
 }
 
 fn plural(what: &str) -> bool {
-    what.contains(" and ") || what.ends_with('s')
+    what.contains(" and ") || is_plural(what)
+}
+
+/// "grapes", but neither "cactus" nor "glass".
+fn is_plural(name: &str) -> bool {
+    name.ends_with('s') && !name.ends_with("us") && !name.ends_with("ss")
 }
 
 /// Why a trace is not kept.
@@ -483,6 +490,17 @@ mod tests {
         assert!(trace.starts_with("Image-1 shows a fox.") && trace.contains("two foxes and an apple"), "{trace}");
         assert!(trace.contains("left fox of Image-2"), "{trace}");
         assert_eq!(judge(&trace, &row), Ok(()));
+    }
+
+    #[test]
+    fn things_are_listed_as_people_say_it() {
+        let things = |names: &[&str]| -> String {
+            let bbox = BBox::new(0.0, 0.0, 1.0, 1.0);
+            listed(&names.iter().map(|name| Object { name: (*name).to_owned(), bbox }).collect::<Vec<_>>())
+        };
+        assert_eq!(things(&["cactus"]), "a cactus");
+        assert_eq!(things(&["grapes", "apple", "fox", "fox"]), "grapes, an apple and two foxes");
+        assert_eq!(things(&["cactus", "cactus", "cactus"]), "several cactuses");
     }
 
     #[test]
