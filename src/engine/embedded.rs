@@ -213,7 +213,7 @@ impl Embedded {
         self.model.config.text.max_positions
     }
 
-    /// What a step on these conversations takes, by count; see [`memory`].
+    /// What a step on these conversations takes, by count; see [`memory::of_step`].
     pub fn held(&self, groups: &[Group], max_new_tokens: usize) -> memory::Held {
         let reference = |t: &Learning| memory::Learns { reference: t.reference.is_some(), steps: 1 };
         let learns = self.training.as_ref().map(reference);
