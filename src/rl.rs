@@ -665,5 +665,6 @@ mod tests {
         config::parse::<eval::Plan>(include_str!("../configs/eval_plates.toml"), &[]).unwrap();
         config::parse::<crate::sft::Plan>(include_str!("../configs/sft_dialogues.toml"), &[]).unwrap();
         config::parse::<crate::sft::Plan>(include_str!("../configs/nano_pretrain.toml"), &[]).unwrap();
+        config::parse::<crate::sft::Plan>(include_str!("../configs/mirg_sft.toml"), &[]).unwrap();
     }
 }
