@@ -11,7 +11,7 @@ use crate::config::BadConfig;
 
 /// Keys (or sections, with a dot behind) that change nothing in the steps to come; but a falling learning rate falls over
 /// `train.steps`, and so more slowly in a longer run.
-const FREE: [&str; 9] = [
+const FREE: [&str; 11] = [
     "train.out",
     "train.steps",
     "train.checkpoint_every",
@@ -21,6 +21,8 @@ const FREE: [&str; 9] = [
     "model.micro_batch_tokens",
     "model.recompute",
     "model.picture_cache_mib",
+    "model.vision_tape_mib",
+    "model.check_memory",
 ];
 
 /// # Errors
