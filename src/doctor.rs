@@ -14,6 +14,7 @@ use crate::need::{self, Need};
 use crate::progress;
 use crate::rl;
 use crate::run::Environment;
+use crate::sft;
 use crate::tasks::Task;
 
 pub fn main(path: Option<&Path>, overrides: &[String], as_json: bool) -> Result<()> {
@@ -66,7 +67,7 @@ fn needs(path: &Path, overrides: &[String]) -> Result<Need> {
     let has = |section: &str, key: &str| sections.get(section).and_then(|s| s.get(key)).is_some();
     let of_sft = has("train", "batch") || has("data", "pretrain") || has("data", "reason") || has("data", "snap");
     if of_sft || !sections.contains_key("task") {
-        return need::of_sft(&config::load(path, overrides)?);
+        return sft::need(&config::load(path, overrides)?);
     }
     let plan = config::load::<rl::Plan>(path, overrides)?.resolve()?;
     let task = plan.task.task(Processor::load(&plan.model.path)?.budget.factor)?;

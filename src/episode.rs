@@ -172,6 +172,13 @@ pub struct Turn {
     pub boxes: Option<Vec<Named>>,
 }
 
+impl Turn {
+    /// Words that name no box, or none yet.
+    pub fn new(role: &str, text: String, tokens: usize) -> Turn {
+        Turn { role: role.into(), text, tokens, outcome: None, bbox: None, boxes: None }
+    }
+}
+
 /// One conversation with everything that is known about it.
 #[derive(Clone, Debug)]
 pub struct Episode {

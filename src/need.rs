@@ -15,8 +15,8 @@ use serde_json::{Value, json};
 use crate::chat::{Chat, Convention};
 use crate::commands::gib;
 use crate::data::Sample;
+use crate::engine::embedded;
 use crate::engine::embedded::memory::{self, Held, Learns};
-use crate::engine::embedded::{self};
 use crate::engine::{Completion, Finish, Group, Prompt, Sampler, Sampling};
 use crate::episode::Episode;
 use crate::geometry::{BBox, Size};
@@ -130,10 +130,9 @@ pub fn of_eval(plan: &eval::Plan, tasks: &[&dyn Task], rows: &[Sample]) -> Resul
 }
 
 /// Of `foveate sft`, from the dialogues of its first step.
-pub fn of_sft(plan: &sft::Plan) -> Result<Need> {
+pub fn of_sft(plan: &sft::Plan, examples: &[sft::Example]) -> Result<Need> {
     let model = Model::open(&plan.model.path)?;
-    let examples = sft::first_examples(plan, &model.chat, &model.processor)?;
-    let held = memory::of_dialogues(&model.config, &plan.model, plan.model.trainable()?, &examples);
+    let held = memory::of_dialogues(&model.config, &plan.model, plan.model.trainable()?, examples);
     Ok(model.need(held, 0))
 }
 

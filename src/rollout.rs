@@ -202,14 +202,7 @@ fn open<'a>(stage: &Stage, sample: &'a Sample, group: u64) -> Result<Playing<'a>
     let mut messages = Vec::new();
     let mut turns = Vec::new();
     if let Some(system) = opening.system {
-        turns.push(Turn {
-            role: "system".into(),
-            text: system.clone(),
-            tokens: 0,
-            outcome: None,
-            bbox: None,
-            boxes: None,
-        });
+        turns.push(Turn::new("system", system.clone(), 0));
         messages.push(Message::system(&system));
     }
     let mut playing = Playing { sample, sizes, paths, group, member: 0, stream: Stream::default(), turns, stop: None };
@@ -244,7 +237,7 @@ fn append(stage: &Stage, playing: &mut Playing, ids: &[u32], shown: Shown, grids
         shown.views.iter().zip(&grids).map(|(view, grid)| (playing.paths[view.image].clone(), *view, *grid)).collect();
     playing.stream.push_context(ids, images, stage.chat.special.image_pad, stage.processor.merge)?;
     let text = shown.parts.iter().map(|p| p.readable()).collect::<String>();
-    playing.turns.push(Turn { role: "user".into(), text, tokens: ids.len(), outcome: None, bbox: None, boxes: None });
+    playing.turns.push(Turn::new("user", text, ids.len()));
     Ok(())
 }
 
@@ -274,7 +267,7 @@ fn advance(
     let reply = stage.task.reply(&context, &action)?;
     let (Reply::Close(_, reading) | Reply::Show(_, reading)) = &reply;
     let Reading { outcome, bbox, boxes } = reading.clone();
-    playing.turns.push(Turn { role: "assistant".into(), text, tokens: ids.len(), outcome, bbox, boxes });
+    playing.turns.push(Turn { outcome, bbox, boxes, ..Turn::new("assistant", text, ids.len()) });
     match reply {
         Reply::Close(stop, _) => {
             playing.stop = Some(if finish == Finish::Length { Stop::Truncated } else { stop });

@@ -20,7 +20,7 @@ use crate::episode::Stream;
 use crate::geometry::{BBox, Budget, Grid, Size, View};
 use crate::image::{self, Patches, PictureCache, Processor};
 use crate::model::dense::{self, DenseHead, Fit};
-use crate::need;
+use crate::need::{self, Need};
 use crate::optim::Optim;
 use crate::progress::{self, Progress};
 use crate::run::{Interrupt, Interrupted, Invocation, Metrics, RunFolder, Start, Stopwatch, peak_rss};
@@ -244,6 +244,15 @@ impl Source {
         }
     }
 
+    /// How many rows there are; drawn dialogues have no end.
+    fn rows(&self) -> Option<usize> {
+        match self {
+            Source::World { .. } => None,
+            Source::File { rows, .. } => Some(rows.len()),
+            Source::Rows { rows, .. } => Some(rows.len()),
+        }
+    }
+
     fn example(&self, chat: &Chat, processor: &Processor, index: u64, step: u64) -> Result<Example> {
         match self {
             Source::World { world, seed } => {
@@ -349,26 +358,19 @@ impl Plan {
 
 pub fn train(plan: &Plan, start: Start, interrupt: &Interrupt) -> Result<Metrics> {
     plan.check()?;
-    need::of_sft(plan)?.ensure_fits(&plan.model)?;
+    let (chat, processor) = (Chat::load(&plan.model.path)?, Processor::load(&plan.model.path)?);
+    let source = Source::open(plan, &processor)?;
+    need::of_sft(plan, &first_examples(plan, &source, &chat, &processor)?)?.ensure_fits(&plan.model)?;
     let training =
         embedded::Training { optim: plan.optim.clone(), steps: plan.train.steps, temperature: 1.0, reference: false };
     let mut engine = Embedded::open(&plan.model, Some(&training))?;
-    let (chat, processor) = (engine.chat.clone(), engine.processor.clone());
-    let source = Source::open(plan, &processor)?;
-    let mut state = State {
-        next: 0,
-        order: match &source {
-            Source::World { .. } => None,
-            Source::File { rows, .. } => Some(Order::new(rows.len(), plan.train.seed)?),
-            Source::Rows { rows, .. } => Some(Order::new(rows.len(), plan.train.seed)?),
-        },
-    };
+    let mut state = State { next: 0, order: source.rows().map(|rows| Order::new(rows, plan.train.seed)).transpose()? };
     let mut head = match (&plan.dense, &source) {
         (Some(options), Source::World { world, .. }) => Some((
             options.clone(),
             DenseHead::new(words(&chat, world)?, engine.model.config.text.hidden, plan.train.seed),
         )),
-        (Some(_), Source::File { .. } | Source::Rows { .. }) => {
+        (Some(_), _) => {
             return Err(
                 BadConfig("[dense] needs pictures that know their objects; it goes with data.pretrain".into()).into()
             );
@@ -387,9 +389,8 @@ pub fn train(plan: &Plan, start: Start, interrupt: &Interrupt) -> Result<Metrics
         }
         let saved: State = checkpoint.state()?;
         // The same file must have the same rows, or an index would name another dialogue, or none.
-        let order = match (saved.order, &source) {
-            (Some(order), Source::File { rows, .. }) => Some(order.resume(rows.len())?),
-            (Some(order), Source::Rows { rows, .. }) => Some(order.resume(rows.len())?),
+        let order = match (saved.order, source.rows()) {
+            (Some(order), Some(rows)) => Some(order.resume(rows)?),
             (order, _) => order,
         };
         state = State { order, ..saved };
@@ -475,14 +476,16 @@ fn words(chat: &Chat, world: &Pretrain) -> Result<dense::Words> {
     Ok(dense::Words { names, digits, number: single(" number")?, numbers, snap: f64::from(snap), nothing })
 }
 
+/// What a run of this plan will hold in memory.
+pub fn need(plan: &Plan) -> Result<Need> {
+    let (chat, processor) = (Chat::load(&plan.model.path)?, Processor::load(&plan.model.path)?);
+    let source = Source::open(plan, &processor)?;
+    need::of_sft(plan, &first_examples(plan, &source, &chat, &processor)?)
+}
+
 /// The dialogues of the first step, to reckon with.
-pub fn first_examples(plan: &Plan, chat: &Chat, processor: &Processor) -> Result<Vec<Example>> {
-    let source = Source::open(plan, processor)?;
-    let count = match &source {
-        Source::World { .. } => plan.train.batch,
-        Source::File { rows, .. } => plan.train.batch.min(rows.len()),
-        Source::Rows { rows, .. } => plan.train.batch.min(rows.len()),
-    };
+fn first_examples(plan: &Plan, source: &Source, chat: &Chat, processor: &Processor) -> Result<Vec<Example>> {
+    let count = plan.train.batch.min(source.rows().unwrap_or(usize::MAX));
     let examples = (0..count as u64).into_par_iter().map(|i| source.example(chat, processor, i, 1));
     let mut examples: Vec<Example> = examples.collect::<Result<_>>()?;
     examples.retain(|e| e.stream.len() <= plan.data.max_tokens);

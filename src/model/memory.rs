@@ -2,6 +2,7 @@
 //!
 //! The numbers follow what `block`, `text`, `vision` and `generate` keep; `engine/embedded/memory.rs` adds them up for a step.
 
+use super::block::Keep;
 use super::config::Config;
 use super::layout::{Group, Layout, Trainable};
 
@@ -90,5 +91,16 @@ pub fn memory(config: &Config, train: Trainable) -> Memory {
         pixel_bytes_per_patch: pixels,
         feature_bytes: 4 * t.hidden as u64,
         cache_bytes_per_row: 8 * (t.layers * text.kv) as u64,
+    }
+}
+
+impl Memory {
+    /// Kept of a patch for the tower's backward pass.
+    pub fn of_patch(&self, keep: Keep) -> u64 {
+        match keep {
+            Keep::Nothing => 0,
+            Keep::Inputs => self.recompute_bytes_per_patch,
+            Keep::Everything => self.tape_bytes_per_patch,
+        }
     }
 }

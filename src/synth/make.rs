@@ -240,12 +240,14 @@ fn save(rgb: &::image::RgbImage, path: &Path) -> Result<()> {
     std::fs::write(path, jpeg).with_context(|| format!("writing the picture {}", path.display()))
 }
 
+/// A box of a scene in whole pixels of the picture that shows this region of it.
+fn in_pixels(region: BBox, size: Size, b: BBox) -> BBox {
+    Frame { region, size }.pixels(b).round_outward().clamp(&size.bounds())
+}
+
 /// A row over several pictures, with what is known of each (`objects`) and between them (`relations`).
 fn pair(row: &Row, size: Size, split: Split, index: usize, images: Vec<PathBuf>) -> Sample {
-    let pixels = |image: usize, b: BBox| {
-        let frame = Frame { region: row.shots[image - 1].region, size };
-        frame.pixels(b).round_outward().clamp(&size.bounds())
-    };
+    let pixels = |image: usize, b: BBox| in_pixels(row.shots[image - 1].region, size, b);
     // Of a region, what is seen of it by half or more.
     let objects = |(k, shot): (usize, &Shot)| -> Vec<Value> {
         let seen = shot.scene.objects.iter().filter(|o| shot.region.contains_fraction(&o.bbox) >= 0.5);
@@ -275,8 +277,7 @@ fn pair(row: &Row, size: Size, split: Split, index: usize, images: Vec<PathBuf>)
 }
 
 fn samples(scene: &Scene, size: Size, set: Set, split: Split, index: usize, picture: &Path) -> Vec<Sample> {
-    let frame = Frame { region: scene.bounds(), size };
-    let pixels = |b: BBox| frame.pixels(b).round_outward().clamp(&size.bounds());
+    let pixels = |b: BBox| in_pixels(scene.bounds(), size, b);
     let objects: Vec<_> =
         scene.objects.iter().map(|o| json!({"name": o.name, "bbox": pixels(o.bbox).map_whole()})).collect();
     World::questions(scene)

@@ -11,7 +11,7 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
 use super::template::{Fill, Template};
-use super::{Context, Opening, Reading, Reply, Shown, Task};
+use super::{Context, Opening, Reading, Reply, Shown, Task, view_budget};
 use crate::chat::{Action, Flaw, Part};
 use crate::config::BadConfig;
 use crate::data::Sample;
@@ -145,7 +145,6 @@ pub struct Crop {
 impl Crop {
     /// `factor` is what both sides of a view are multiples of (patch times merge, 28 for Qwen2.5-VL).
     pub fn new(options: Options, factor: u32) -> Result<Crop> {
-        let smallest = u64::from(factor) * u64::from(factor);
         ensure!(options.turns >= 1, BadConfig("task.turns is 0, expected at least 1".into()));
         ensure!(
             options.turns <= 2 || options.free,
@@ -155,13 +154,7 @@ impl Crop {
                 options.turns
             ))
         );
-        ensure!(
-            options.min_pixels <= options.max_pixels && options.max_pixels >= smallest,
-            BadConfig(format!(
-                "task.min_pixels = {} and task.max_pixels = {} leave no size for a view; the smallest view has {smallest} pixels",
-                options.min_pixels, options.max_pixels
-            ))
-        );
+        let budget = view_budget(options.min_pixels, options.max_pixels, factor)?;
         for (key, value, least) in [
             ("pad_ratio", options.pad_ratio, 0.0),
             ("min_side", options.min_side, 0.0),
@@ -180,7 +173,6 @@ impl Crop {
                 options.template
             ))
         );
-        let budget = Budget { min_pixels: options.min_pixels, max_pixels: options.max_pixels, factor };
         Ok(Crop { options, template, budget })
     }
 

@@ -7,14 +7,15 @@ pub mod template;
 
 use std::path::Path;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use serde::Serialize;
 use serde::de::{Deserialize, Deserializer, Error as _};
 
 use crate::chat::{Action, Convention, Part};
+use crate::config::BadConfig;
 use crate::data::Sample;
 use crate::episode::{BoxOutcome, Episode, Stop};
-use crate::geometry::{BBox, Size, View};
+use crate::geometry::{BBox, Budget, Size, View};
 use crate::reward::{Named, Parts};
 
 /// A message of the task with the views it shows, one for each image among its parts, in order.
@@ -82,6 +83,21 @@ pub fn check_rows(task: &dyn Task, rows: &[Sample], file: &Path) -> Result<()> {
         task.check(row).with_context(|| format!("row {} of {}", row.id, file.display()))?;
     }
     Ok(())
+}
+
+/// The pixel budget of a task's views, whose sides are multiples of `factor`.
+///
+/// # Errors
+/// No view has so many pixels.
+fn view_budget(min_pixels: u64, max_pixels: u64, factor: u32) -> Result<Budget> {
+    let smallest = u64::from(factor) * u64::from(factor);
+    ensure!(
+        min_pixels <= max_pixels && max_pixels >= smallest,
+        BadConfig(format!(
+            "task.min_pixels = {min_pixels} and task.max_pixels = {max_pixels} leave no size for a view; the smallest view has {smallest} pixels"
+        ))
+    );
+    Ok(Budget { min_pixels, max_pixels, factor })
 }
 
 pub trait Task: Sync {

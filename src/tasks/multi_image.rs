@@ -8,8 +8,8 @@
 use anyhow::{Context as _, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
-use super::template::finished;
-use super::{Context, Opening, Reading, Reply, Shown, Task};
+use super::template::{self, finished};
+use super::{Context, Opening, Reading, Reply, Shown, Task, view_budget};
 use crate::chat::{Action, Convention, Part};
 use crate::config::BadConfig;
 use crate::data::{Sample, Target};
@@ -75,19 +75,12 @@ struct Wording {
 
 impl Wording {
     fn load(name: &str) -> Result<Wording> {
-        let built_in = |text: &str| (text.to_owned(), format!("the built-in template {name}"));
-        let (text, origin) = match name {
-            "mirg" => built_in(include_str!("templates/mirg.toml")),
-            "mirg_direct" => built_in(include_str!("templates/mirg_direct.toml")),
-            "mirg_short" => built_in(include_str!("templates/mirg_short.toml")),
-            path => (
-                std::fs::read_to_string(path).with_context(|| {
-                    format!("reading the template file {path} (built in are: mirg, mirg_direct, mirg_short)")
-                })?,
-                path.to_owned(),
-            ),
-        };
-        let wording: Wording = toml::from_str(&text).with_context(|| format!("reading {origin}"))?;
+        let built_in = [
+            ("mirg", include_str!("templates/mirg.toml")),
+            ("mirg_direct", include_str!("templates/mirg_direct.toml")),
+            ("mirg_short", include_str!("templates/mirg_short.toml")),
+        ];
+        let (wording, origin): (Wording, _) = template::read(name, &built_in)?;
         for (slot, text, placeholder) in [("image", &wording.image, "{k}"), ("ask", &wording.ask, "{question}")] {
             if text.matches(placeholder).count() != 1 {
                 bail!("{origin}: slot `{slot}` must hold {placeholder} once");
@@ -106,14 +99,7 @@ pub struct MultiImageTask {
 impl MultiImageTask {
     /// `factor` is what both sides of a view are multiples of (patch times merge, 28 for Qwen2.5-VL).
     pub fn new(options: Options, factor: u32) -> Result<MultiImageTask> {
-        let smallest = u64::from(factor) * u64::from(factor);
-        ensure!(
-            options.min_pixels <= options.max_pixels && options.max_pixels >= smallest,
-            BadConfig(format!(
-                "task.min_pixels = {} and task.max_pixels = {} leave no size for a view; the smallest view has {smallest} pixels",
-                options.min_pixels, options.max_pixels
-            ))
-        );
+        let budget = view_budget(options.min_pixels, options.max_pixels, factor)?;
         ensure!(options.most_images > 0, BadConfig("task.most_images is 0, expected at least 1".into()));
         let PartWeights { format, image, object } = options.weights;
         ensure!(
@@ -126,7 +112,6 @@ impl MultiImageTask {
             BadConfig(format!("task.reward.low = {low} and high = {high}: expected two rising numbers from 0 to 1"))
         );
         let wording = Wording::load(&options.template).map_err(|e| BadConfig(format!("task.template: {e:#}")))?;
-        let budget = Budget { min_pixels: options.min_pixels, max_pixels: options.max_pixels, factor };
         Ok(MultiImageTask { options, wording, budget })
     }
 

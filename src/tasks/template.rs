@@ -6,6 +6,7 @@
 
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 
 use crate::chat::Part;
 
@@ -42,16 +43,8 @@ pub struct Fill<'a> {
 
 impl Template {
     pub fn load(name: &str) -> Result<Template> {
-        let (text, origin) = match name {
-            "mgpo" => (include_str!("templates/mgpo.toml").to_owned(), "the built-in template mgpo".to_owned()),
-            "short" => (include_str!("templates/short.toml").to_owned(), "the built-in template short".to_owned()),
-            path => (
-                std::fs::read_to_string(path)
-                    .with_context(|| format!("reading the template file {path} (built in are: mgpo, short)"))?,
-                path.to_owned(),
-            ),
-        };
-        let template: Template = toml::from_str(&text).with_context(|| format!("reading {origin}"))?;
+        let built_in = [("mgpo", include_str!("templates/mgpo.toml")), ("short", include_str!("templates/short.toml"))];
+        let (template, origin): (Template, _) = read(name, &built_in)?;
         for (slot, text, image) in [
             ("ask", &template.ask, true),
             ("found", &template.found, true),
@@ -102,6 +95,19 @@ impl Template {
             .replace("{reason}", fill.reason)
             .replace("{question}", &finished(fill.question))
     }
+}
+
+/// A built-in template or, by any other name, that of a file; and how errors speak of it.
+pub(super) fn read<T: DeserializeOwned>(name: &str, built_in: &[(&str, &str)]) -> Result<(T, String)> {
+    let (text, origin) = match built_in.iter().find(|(known, _)| *known == name) {
+        Some((_, text)) => ((*text).to_owned(), format!("the built-in template {name}")),
+        None => {
+            let known: Vec<&str> = built_in.iter().map(|(known, _)| *known).collect();
+            let reading = || format!("reading the template file {name} (built in are: {})", known.join(", "));
+            (std::fs::read_to_string(name).with_context(reading)?, name.to_owned())
+        }
+    };
+    Ok((toml::from_str(&text).with_context(|| format!("reading {origin}"))?, origin))
 }
 
 /// Many data sets bring the letter along already.

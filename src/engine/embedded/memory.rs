@@ -8,10 +8,11 @@ use std::collections::HashSet;
 
 use foveate_kernels::attention::PANEL;
 
-use super::tower::{FEATURE_VALUES, PATCHES_AT_ONCE, key};
+use super::tower::{FEATURE_VALUES, choices, key, runs};
 use super::{Options, READ_AT_ONCE};
 use crate::batch;
 use crate::engine::Group;
+use crate::episode::{Placed, Stream};
 use crate::model::block::Keep;
 use crate::model::generate::LAID_OUT;
 use crate::model::memory::{Memory, memory};
@@ -85,11 +86,7 @@ pub fn of_step(
         held.training_state = m.training_bytes;
         held.reference = if learns.reference { 4 * m.trained as u64 } else { 0 };
         let runs = batch::micro_batches(groups, options.micro_batch_tokens);
-        let packed = runs.into_iter().map(|run| {
-            let rows: usize = groups[run.clone()].iter().map(|g| batch::rows(g)).sum();
-            let targets: usize = groups[run].iter().flatten().map(|s| s.sampled_count()).sum();
-            m.of_rows(options.keep(), train, rows, targets, config)
-        });
+        let packed = runs.into_iter().map(|run| m.of_groups(options.keep(), train, &groups[run]));
         let on_features = if train.tower() { looked.features } else { 0 };
         held.learning = on_features + packed.max().unwrap_or(0).max(looked.back);
     }
@@ -104,12 +101,11 @@ pub fn of_dialogues(config: &Config, options: &Options, train: Trainable, exampl
     let all: u64 = examples.iter().map(patches).sum();
     let runs = batch::micro_batches(&groups, options.micro_batch_tokens);
     let packed = runs.into_iter().map(|run| {
-        let rows: usize = groups[run.clone()].iter().map(|g| batch::rows(g)).sum();
-        let targets: usize = groups[run.clone()].iter().flatten().map(|s| s.sampled_count()).sum();
+        let packed = m.of_groups(options.keep(), train, &groups[run.clone()]);
         let patches: u64 = examples[run].iter().map(patches).sum();
         let keep = if train.tower() { options.keep() } else { Keep::Nothing };
-        let tower = patches * (m.pixel_bytes_per_patch + m.of_patch(keep).max(m.forward_bytes_per_patch()));
-        tower + m.of_rows(options.keep(), train, rows, targets, config).max(patches * m.scratch_bytes_per_patch)
+        let tower = patches * (m.pixel_bytes_per_patch + m.of_patch(keep).max(m.scratch_bytes_per_patch));
+        tower + packed.max(patches * m.scratch_bytes_per_patch)
     });
     Held {
         weights: m.weights_bytes,
@@ -127,7 +123,7 @@ fn cached_rows(group: &Group, max_new_tokens: usize) -> usize {
     let prompt = group.first().map_or(0, |s| s.prompt_len());
     let shared = if group.len() > 1 { panels(prompt) } else { 0 };
     let own = |rows: usize| if group.len() > 1 { rows - prompt } else { rows };
-    let member = |s: &&crate::episode::Stream| {
+    let member = |s: &&Stream| {
         let first = panels(own(prompt) + max_new_tokens);
         let whole = panels(own(s.len()));
         if whole > first { first + whole } else { first }
@@ -149,43 +145,25 @@ struct Looked {
 impl Looked {
     fn at(m: &Memory, groups: &[Group], keep: Keep, budget: u64, merge: u32) -> Looked {
         let mut out = Looked::default();
-        let mut passes: Vec<u64> = Vec::new();
-        // Prompts are looked at in the first turn, closer views in the next ones. Groups are taken to
-        // have different pictures.
+        let mut passes: Vec<Vec<Placed>> = Vec::new();
+        // Prompts are looked at in the first turn, closer views in the next ones. Groups are taken to have different pictures.
         for closer in [false, true] {
-            let mut filled = u64::MAX;
+            let mut views = Vec::new();
             for group in groups {
                 let mut seen = HashSet::new();
-                for stream in group {
-                    for image in &stream.images {
-                        let of_prompt = image.first < stream.prompt_len();
-                        if of_prompt == closer || !seen.insert(key(image)) {
-                            continue;
-                        }
-                        let patches = image.grid.patches() as u64;
-                        out.features += image.grid.tokens(merge) as u64 * m.feature_bytes;
-                        if filled.saturating_add(patches) > PATCHES_AT_ONCE as u64 {
-                            passes.push(0);
-                            filled = 0;
-                        }
-                        filled += patches;
-                        if let Some(pass) = passes.last_mut() {
-                            *pass += patches;
-                        }
-                    }
-                }
+                let of_turn = |stream: &&Stream, image: &Placed| (image.first < stream.prompt_len()) != closer;
+                let images = group.iter().flat_map(|s| s.images.iter().filter(move |i| of_turn(s, i)));
+                views.extend(images.filter(|image| seen.insert(key(image))).cloned());
             }
+            out.features += views.iter().map(|v| v.grid.tokens(merge) as u64 * m.feature_bytes).sum::<u64>();
+            passes.extend(runs(views));
         }
-        for patches in passes {
-            let fits = |k: Keep| k == keep || (keep == Keep::Everything && k == Keep::Inputs);
-            let kept = [Keep::Everything, Keep::Inputs]
-                .into_iter()
-                .filter(|k| fits(*k))
-                .map(|k| patches * m.of_patch(k))
-                .find(|bytes| out.tape + bytes <= budget)
-                .unwrap_or(0);
+        for pass in passes {
+            let patches: u64 = pass.iter().map(|v| v.grid.patches() as u64).sum();
+            let costs = choices(keep).iter().map(|k| patches * m.of_patch(*k));
+            let kept = costs.into_iter().find(|bytes| out.tape + bytes <= budget).unwrap_or(0);
             out.tape += kept;
-            out.pass = out.pass.max(patches * (m.pixel_bytes_per_patch + m.forward_bytes_per_patch()));
+            out.pass = out.pass.max(patches * (m.pixel_bytes_per_patch + m.scratch_bytes_per_patch));
             let again = if kept == 0 { m.of_patch(keep) } else { 0 };
             if keep != Keep::Nothing {
                 out.back = out.back.max(patches * (again + m.scratch_bytes_per_patch) + m.block_bytes);
@@ -200,28 +178,16 @@ impl Memory {
         self.head_bytes / self.feature_bytes * 4
     }
 
-    fn of_patch(&self, keep: Keep) -> u64 {
-        match keep {
-            Keep::Nothing => 0,
-            Keep::Inputs => self.recompute_bytes_per_patch,
-            Keep::Everything => self.tape_bytes_per_patch,
-        }
-    }
-
-    /// A block's input, queries, keys, values, attention and result.
-    fn forward_bytes_per_patch(&self) -> u64 {
-        self.scratch_bytes_per_patch
-    }
-
-    /// Packed rows on their way forward and back, with their head.
-    fn of_rows(&self, keep: Keep, train: Trainable, rows: usize, targets: usize, config: &Config) -> u64 {
+    /// Groups packed, on their way forward and back, with their head.
+    fn of_groups(&self, keep: Keep, train: Trainable, groups: &[Group]) -> u64 {
+        let rows: usize = groups.iter().map(|g| batch::rows(g)).sum();
+        let targets: usize = groups.iter().flatten().map(|s| s.sampled_count()).sum();
         let per_row = match keep {
             Keep::Inputs => self.recompute_bytes_per_row,
             _ => self.tape_bytes_per_row,
         };
-        let text = &config.text;
         let stretches = rows.div_ceil(1024) as u64;
-        let places = (stretches * (rows * text.hidden * 4) as u64).min(PLACES_BYTES);
+        let places = (stretches * rows as u64 * self.feature_bytes).min(PLACES_BYTES);
         let block = rows as u64 * self.scratch_bytes_per_row + self.block_bytes;
         let head = (targets as u64 * self.logits_bytes()).min(LOGITS_BYTES)
             + 2 * targets as u64 * self.feature_bytes

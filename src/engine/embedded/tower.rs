@@ -76,7 +76,7 @@ pub struct Tower {
 pub(super) const FEATURE_VALUES: usize = 64 << 20;
 
 /// Patches of one pass; a larger picture is alone in its pass.
-pub(super) const PATCHES_AT_ONCE: usize = 4096;
+const PATCHES_AT_ONCE: usize = 4096;
 
 impl Tower {
     /// `budget` is in bytes; no backward pass may follow where `keep` is [`Keep::Nothing`].
@@ -87,11 +87,6 @@ impl Tower {
         budget: u64,
         keep: Keep,
     ) -> Tower {
-        let keep: &[Keep] = match keep {
-            Keep::Nothing => &[],
-            Keep::Inputs => &[Keep::Inputs],
-            Keep::Everything => &[Keep::Everything, Keep::Inputs],
-        };
         Tower {
             pictures,
             processor,
@@ -101,7 +96,7 @@ impl Tower {
             held: 0,
             budget,
             memory,
-            keep,
+            keep: choices(keep),
         }
     }
 
@@ -130,18 +125,18 @@ impl Tower {
         let missing: Vec<Placed> = views.iter().filter(is_new).map(|v| (*v).clone()).collect();
         // Views whose features had to make way have their pass already.
         let (again, new) = missing.into_iter().partition(|v| self.passed.contains(&key(v)));
-        for views in self.runs(again) {
+        for views in runs(again) {
             let (patches, grids) = self.patches(&views)?;
             let (features, _) = model.look(&patches, &grids, Keep::Nothing)?;
             self.remember(model, &views, &grids, &features);
         }
-        for views in self.runs(new) {
+        for views in runs(new) {
             let (patches, grids) = self.patches(&views)?;
             let rows = grids.iter().map(|g| g.patches() as u64).sum::<u64>();
-            let fits = |keep: &Keep| self.held + rows * self.bytes(*keep) <= self.budget;
+            let fits = |keep: &Keep| self.held + rows * self.memory.of_patch(*keep) <= self.budget;
             let keep = self.keep.iter().copied().find(fits).unwrap_or(Keep::Nothing);
             let (features, tape) = model.look(&patches, &grids, keep)?;
-            self.held += rows * self.bytes(keep);
+            self.held += rows * self.memory.of_patch(keep);
             self.remember(model, &views, &grids, &features);
             if !self.keep.is_empty() {
                 self.passed.extend(views.iter().map(key));
@@ -169,7 +164,7 @@ impl Tower {
         let known = std::mem::take(&mut self.passed);
         self.held = 0;
         let others = on.views.iter().filter(|v| !known.contains(&key(v))).cloned().collect();
-        for views in self.runs(others) {
+        for views in runs(others) {
             let grids = views.iter().map(|v| self.processor.grid(v.view.size)).collect();
             passes.push(Pass { views, grids, kept: None });
         }
@@ -196,39 +191,8 @@ impl Tower {
         Ok(())
     }
 
-    /// Of a patch.
-    fn bytes(&self, keep: Keep) -> u64 {
-        match keep {
-            Keep::Nothing => 0,
-            Keep::Inputs => self.memory.recompute_bytes_per_patch,
-            Keep::Everything => self.memory.tape_bytes_per_patch,
-        }
-    }
-
-    fn patch_count(&self, view: &Placed) -> usize {
-        self.processor.grid(view.view.size).patches()
-    }
-
     fn values(&self, grid: Grid, model: &Vlm) -> usize {
         grid.tokens(self.processor.merge) * model.config.text.hidden
-    }
-
-    /// Cuts views into runs of at most so many patches.
-    fn runs(&self, views: Vec<Placed>) -> Vec<Vec<Placed>> {
-        let mut runs: Vec<Vec<Placed>> = Vec::new();
-        let mut filled = 0;
-        for view in views {
-            let patches = self.patch_count(&view);
-            match runs.last_mut() {
-                Some(run) if filled + patches <= PATCHES_AT_ONCE => run.push(view),
-                _ => {
-                    runs.push(vec![view]);
-                    filled = 0;
-                }
-            }
-            filled += patches;
-        }
-        runs
     }
 
     /// Patches of some views, cut from the original pictures.
@@ -249,4 +213,31 @@ impl Tower {
         })?;
         Ok((all, grids))
     }
+}
+
+/// What may be kept of a pass where this much is wanted, the most first.
+pub(super) fn choices(wanted: Keep) -> &'static [Keep] {
+    match wanted {
+        Keep::Nothing => &[],
+        Keep::Inputs => &[Keep::Inputs],
+        Keep::Everything => &[Keep::Everything, Keep::Inputs],
+    }
+}
+
+/// Cuts views into passes of at most [`PATCHES_AT_ONCE`] patches.
+pub(super) fn runs(views: Vec<Placed>) -> Vec<Vec<Placed>> {
+    let mut runs: Vec<Vec<Placed>> = Vec::new();
+    let mut filled = 0;
+    for view in views {
+        let patches = view.grid.patches();
+        match runs.last_mut() {
+            Some(run) if filled + patches <= PATCHES_AT_ONCE => run.push(view),
+            _ => {
+                runs.push(vec![view]);
+                filled = 0;
+            }
+        }
+        filled += patches;
+    }
+    runs
 }
