@@ -518,7 +518,9 @@ fn update(
         Some((_, head)) if hint_weight > 0.0 => examples
             .iter()
             .map(|e| {
-                head.hints(&e.stream.ids[..e.stream.prompt_len()], e.objects.first().map_or(&[][..], Vec::as_slice))
+                let prompt = e.stream.prompt_len();
+                let shown = e.stream.images.iter().filter(|image| image.first < prompt).count();
+                head.hints(&e.stream.ids[..prompt], &e.objects[..shown].concat())
             })
             .collect(),
         _ => vec![Vec::new(); examples.len()],

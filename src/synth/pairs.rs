@@ -494,7 +494,7 @@ impl Pairs {
 }
 
 /// `b` as large as fits into `place`, in its middle.
-fn fitted(b: BBox, place: BBox) -> BBox {
+pub(super) fn fitted(b: BBox, place: BBox) -> BBox {
     let scale = (place.width() / b.width()).min(place.height() / b.height());
     let (w, h) = (b.width() * scale, b.height() * scale);
     let (cx, cy) = place.center();

@@ -21,6 +21,8 @@ use super::world::{Scene, background, free_place, numbers, object, plate, plate_
 use super::{Split, stream};
 use crate::geometry::{BBox, Budget, Size, smart_resize};
 
+mod several;
+
 const PURPOSE: u64 = 2;
 const PLATE_RATIO: f64 = 1.35;
 /// Labels of plates: with its number where that can be read, without where it cannot.
@@ -63,7 +65,7 @@ pub struct ShownView {
 pub struct Dialogue {
     pub messages: Vec<Message>,
     pub views: Vec<ShownView>,
-    /// `locate`, `list`, `name`, `read` or `two_turns`.
+    /// One of the names in [`Weights`](super::recipe::Weights).
     pub task: &'static str,
 }
 
@@ -112,8 +114,7 @@ impl Pretrain {
         let phase = self.recipe.phase(step).context("the recipe has no phases")?;
         let mut rng = stream(seed, PURPOSE + 16 * self.library.split as u64, index);
         let w = phase.tasks;
-        let tasks =
-            [("locate", w.locate), ("list", w.list), ("name", w.name), ("read", w.read), ("two_turns", w.two_turns)];
+        let tasks = w.named();
         let mut left = rng.random_range(0.0..1.0) * tasks.iter().map(|t| t.1).sum::<f64>();
         let mut task = tasks.iter().rev().find(|t| t.1 > 0.0).map_or("read", |t| t.0);
         for (name, weight) in tasks {
@@ -129,6 +130,11 @@ impl Pretrain {
             "list" => self.list(&mut rng, phase, &mut writer)?,
             "name" => self.name(&mut rng, phase, &mut writer)?,
             "two_turns" => self.two_turns(&mut rng, phase, &mut writer)?,
+            "find" => self.find(&mut rng, phase, &mut writer)?,
+            "point" => self.point(&mut rng, phase, &mut writer)?,
+            "describe" => self.describe(&mut rng, phase, &mut writer)?,
+            "name_in" => self.name_in(&mut rng, phase, &mut writer)?,
+            "common" => self.common(&mut rng, phase, &mut writer)?,
             _ => self.read(&mut rng, phase, &mut writer)?,
         }
         Ok(Dialogue { messages: writer.messages, views: writer.views, task })
@@ -399,8 +405,13 @@ impl Pretrain {
 
     /// Multiples of `snap`, inside the view, sides over `min_side`.
     fn snapped(&self, b: BBox) -> [i64; 4] {
+        self.snapped_to(b, i64::from(self.recipe.min_side / self.recipe.snap) + 1)
+    }
+
+    /// Multiples of `snap`, inside the view, sides of at least `steps` of them.
+    fn snapped_to(&self, b: BBox, steps: i64) -> [i64; 4] {
         let snap = i64::from(self.recipe.snap);
-        let shortest = (i64::from(self.recipe.min_side) / snap + 1) * snap;
+        let shortest = steps * snap;
         let axis = |from: f64, to: f64, end: u32| {
             let end = i64::from(end) / snap * snap;
             let near = |v: f64| ((v / snap as f64).round() as i64 * snap).clamp(0, end);
@@ -514,7 +525,7 @@ pub fn dump(pretrain: &Pretrain, folder: &Path, seed: u64, step: u64, n: usize) 
             for (_, b) in &view.objects {
                 crate::image::draw_box(&mut rgb, &twice(b), [0, 220, 0], 1);
             }
-            for b in said.iter().filter(|_| k == 0) {
+            for (_, b) in said.iter().filter(|(image, _)| *image == k) {
                 crate::image::draw_box(&mut rgb, &twice(b), [255, 30, 30], 2);
             }
             views.push(rgb);
@@ -532,11 +543,12 @@ pub fn dump(pretrain: &Pretrain, folder: &Path, seed: u64, step: u64, n: usize) 
     std::fs::write(&path, text).with_context(|| format!("writing {}", path.display()))
 }
 
-/// The boxes of an answer in words, as far as it is one of ours.
-fn answered_boxes(text: &str) -> Vec<BBox> {
+/// The boxes of an answer in words, as far as it is one of ours, each with its view's index.
+fn answered_boxes(text: &str) -> Vec<(usize, BBox)> {
     let inner = text.trim_start_matches("```json").trim_end_matches("```");
     let list: Vec<serde_json::Value> = serde_json::from_str(inner).unwrap_or_default();
-    list.iter().filter_map(|row| serde_json::from_value(row["bbox_2d"].clone()).ok()).collect()
+    let image = |row: &serde_json::Value| row["image"].as_u64().map_or(0, |k| k as usize - 1);
+    list.iter().filter_map(|row| Some((image(row), serde_json::from_value(row["bbox_2d"].clone()).ok()?))).collect()
 }
 
 #[cfg(test)]
@@ -577,7 +589,7 @@ mod tests {
                 let bounds = BBox::new(0.0, 0.0, f64::from(view.rgb.width()), f64::from(view.rgb.height()));
                 assert!(view.objects.iter().all(|(_, b)| bounds.contains(b)));
             }
-            for b in answered_boxes(&answer) {
+            for (_, b) in answered_boxes(&answer) {
                 assert!(pretrain.view.bounds().contains(&b) && b.width() > 28.0 && b.height() > 28.0, "{b}");
                 assert!(<[f64; 4]>::from(b).iter().all(|v| v % 7.0 == 0.0));
             }
@@ -632,7 +644,8 @@ mod tests {
         let out = std::path::PathBuf::from(std::env::var("LOOK").unwrap());
         let assets = crate::synth::assets_dir().unwrap();
         for (split, name) in [(Split::Train, "train"), (Split::Test, "test")] {
-            let text = std::fs::read_to_string("configs/nano_pretrain.toml").unwrap();
+            let config = std::env::var("CONFIG").unwrap_or_else(|_| "configs/nano_pretrain.toml".into());
+            let text = std::fs::read_to_string(config).unwrap();
             let plan: crate::sft::Plan = crate::config::parse(&text, &[]).unwrap();
             let pretrain = Pretrain::load(&assets, split, plan.data.pretrain.unwrap()).unwrap();
             for step in [0, 2000, 4000] {

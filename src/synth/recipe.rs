@@ -31,6 +31,14 @@ pub mod words {
         "What number is this?",
     ];
     pub const ANSWER_REQUEST: &str = "Put the final answer in \\boxed{}.";
+    pub const FIND: &[&str] = &["Which picture shows the {X}?", "Find the {X}.", "In which picture is the {X}?"];
+    pub const POINT: &[&str] = &["Where is the {X} in Image-{K}?", "Find the {X} of Image-{K}."];
+    pub const NAME_IN: &[&str] = &["What is in the area {BOX} of Image-{K}?"];
+    pub const COMMON: &[&str] = &["Which object is in Image-{A} and in Image-{B}?"];
+    pub const DESCRIBE: &[&str] = &["What is in Image-{K}?", "Which objects are in Image-{K}?"];
+    pub const DESCRIPTION: &str = "Image-{K} shows {X}.";
+    /// Before each view of a question over several, as the template `mirg_short` has it.
+    pub const BEFORE_VIEW: &str = "Image-{K}: ";
     /// Before the second view of a dialogue.
     pub const ENLARGED: &str = "Here is the enlarged area.\n";
     /// Between a view and the text that follows it.
@@ -51,6 +59,15 @@ pub mod words {
             .iter()
             .map(|([x1, y1, x2, y2], label)| format!("{{\"bbox_2d\":[{x1},{y1},{x2},{y2}],\"label\":\"{label}\"}}"))
             .collect();
+        format!("```json\n[{}]\n```", rows.join(","))
+    }
+
+    /// The same over several pictures, which count from 1.
+    pub fn boxes_in(boxes: &[(usize, [i64; 4], &str)]) -> String {
+        let row = |(image, [x1, y1, x2, y2], label): &(usize, [i64; 4], &str)| {
+            format!("{{\"image\":{image},\"bbox_2d\":[{x1},{y1},{x2},{y2}],\"label\":\"{label}\"}}")
+        };
+        let rows: Vec<String> = boxes.iter().map(row).collect();
         format!("```json\n[{}]\n```", rows.join(","))
     }
 }
@@ -84,6 +101,8 @@ pub struct Phase {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub until_step: Option<u64>,
     pub tasks: Weights,
+    /// Pictures of a question over several.
+    pub pictures: [usize; 2],
     /// Objects in a scene.
     pub objects: [usize; 2],
     pub object_size: [f64; 2],
@@ -109,6 +128,29 @@ pub struct Weights {
     pub name: f64,
     pub read: f64,
     pub two_turns: f64,
+    // Over several pictures.
+    pub find: f64,
+    pub point: f64,
+    pub describe: f64,
+    pub name_in: f64,
+    pub common: f64,
+}
+
+impl Weights {
+    pub fn named(&self) -> [(&'static str, f64); 10] {
+        [
+            ("locate", self.locate),
+            ("list", self.list),
+            ("name", self.name),
+            ("read", self.read),
+            ("two_turns", self.two_turns),
+            ("find", self.find),
+            ("point", self.point),
+            ("describe", self.describe),
+            ("name_in", self.name_in),
+            ("common", self.common),
+        ]
+    }
 }
 
 /// How far the boxes of located objects are off, so that the base model is able but careless.
@@ -131,7 +173,8 @@ impl Default for Phase {
     fn default() -> Phase {
         Phase {
             until_step: None,
-            tasks: Weights { locate: 3.0, list: 2.0, name: 1.0, read: 3.0, two_turns: 2.0 },
+            tasks: Weights { locate: 3.0, list: 2.0, name: 1.0, read: 3.0, two_turns: 2.0, ..Weights::default() },
+            pictures: [2, 3],
             objects: [3, 5],
             object_size: [0.12, 0.20],
             plates: [2, 5],
@@ -206,8 +249,7 @@ impl Recipe {
 
 impl Phase {
     fn validate(&self) -> Result<()> {
-        let w = self.tasks;
-        let all = [w.locate, w.list, w.name, w.read, w.two_turns];
+        let all = self.tasks.named().map(|(_, weight)| weight);
         ensure!(
             all.iter().all(|w| w.is_finite() && *w >= 0.0) && all.iter().sum::<f64>() > 0.0,
             "tasks has the weights {all:?}, expected none below 0 and one above"
@@ -220,6 +262,7 @@ impl Phase {
             Ok(())
         };
         let count = |[from, to]: [usize; 2]| [from as f64, to as f64];
+        range("pictures", count(self.pictures), 2.0, 8.0)?;
         range("objects", count(self.objects), 1.0, 12.0)?;
         range("object_size", self.object_size, 0.05, 0.6)?;
         range("plates", count(self.plates), 0.0, 12.0)?;

@@ -123,7 +123,7 @@ pub fn by_rules(sample: &Sample, facts: &Facts, seed: u64) -> String {
     let mut rng = stream(seed, PURPOSE, name);
     let rng = &mut rng;
     let shows = |rng: &mut ChaCha8Rng, image: usize| {
-        let what = facts.objects.get(image - 1).map(|all| listed(all)).unwrap_or_default();
+        let what = facts.objects.get(image - 1).map(|all| listed(&left_to_right(all))).unwrap_or_default();
         match what.as_str() {
             "" => String::new(),
             what => {
@@ -227,13 +227,20 @@ fn side_of(sample: &Sample, facts: &Facts, image: usize, name: &str) -> String {
     }
 }
 
+/// The names in the order in which one reads: there is one right order to learn, and a thing that moved may show in it.
+fn left_to_right(objects: &[Object]) -> Vec<&str> {
+    let mut sorted: Vec<&Object> = objects.iter().collect();
+    sorted.sort_by(|a, b| a.bbox.center().0.total_cmp(&b.bbox.center().0));
+    sorted.into_iter().map(|object| object.name.as_str()).collect()
+}
+
 /// The names of some objects as a sentence has them: "a cup, two foxes and grapes".
-fn listed(objects: &[Object]) -> String {
-    let mut counts: Vec<(&str, usize)> = Vec::new();
-    for object in objects {
-        match counts.iter_mut().find(|(name, _)| *name == object.name) {
+pub(super) fn listed<'a>(names: &[&'a str]) -> String {
+    let mut counts: Vec<(&'a str, usize)> = Vec::new();
+    for name in names {
+        match counts.iter_mut().find(|(other, _)| other == name) {
             Some((_, n)) => *n += 1,
-            None => counts.push((&object.name, 1)),
+            None => counts.push((name, 1)),
         }
     }
     let worded: Vec<String> = counts
@@ -494,13 +501,9 @@ mod tests {
 
     #[test]
     fn things_are_listed_as_people_say_it() {
-        let things = |names: &[&str]| -> String {
-            let bbox = BBox::new(0.0, 0.0, 1.0, 1.0);
-            listed(&names.iter().map(|name| Object { name: (*name).to_owned(), bbox }).collect::<Vec<_>>())
-        };
-        assert_eq!(things(&["cactus"]), "a cactus");
-        assert_eq!(things(&["grapes", "apple", "fox", "fox"]), "grapes, an apple and two foxes");
-        assert_eq!(things(&["cactus", "cactus", "cactus"]), "several cactuses");
+        assert_eq!(listed(&["cactus"]), "a cactus");
+        assert_eq!(listed(&["grapes", "apple", "fox", "fox"]), "grapes, an apple and two foxes");
+        assert_eq!(listed(&["cactus", "cactus", "cactus"]), "several cactuses");
     }
 
     #[test]

@@ -1,0 +1,149 @@
+//! Dialogues over several pictures, spoken of as Image-1, Image-2 and so on: find, point, describe, name, what is shared.
+//!
+//! They teach what every question across pictures needs, and none of those that `synth/pairs.rs` asks. What must stay true: each has
+//! one right answer; boxes are exact, for carelessness belongs to the question about one picture.
+
+use anyhow::Result;
+use rand::Rng;
+use rand::seq::IndexedRandom;
+use rand_chacha::ChaCha8Rng;
+
+use super::{Message, Part, Pretrain, Role, ShownView, Writer, between, count, is_object, pick};
+use crate::geometry::BBox;
+use crate::synth::recipe::{Phase, words};
+use crate::synth::trajectories::listed;
+use crate::synth::world::Scene;
+
+impl Pretrain {
+    /// Only one of the pictures shows the object.
+    pub(super) fn find(&self, rng: &mut ChaCha8Rng, phase: &Phase, out: &mut Writer) -> Result<()> {
+        let views = self.pictures(rng, phase);
+        let alone: Vec<(usize, &str, BBox)> = objects(&views)
+            .filter(|(_, name, _)| objects(&views).filter(|(_, other, _)| other == name).count() == 1)
+            .collect();
+        let Some(&(k, name, bbox)) = alone.choose(rng) else { return self.point(rng, phase, out) };
+        let question = pick(rng, words::FIND).replace("{X}", name);
+        let answer = words::boxes_in(&[(k + 1, self.exactly(bbox), name)]);
+        self.ask(out, views, &question, words::LOCATE_REQUEST, answer);
+        Ok(())
+    }
+
+    /// The picture is named, the object may be in others too.
+    pub(super) fn point(&self, rng: &mut ChaCha8Rng, phase: &Phase, out: &mut Writer) -> Result<()> {
+        let views = self.pictures(rng, phase);
+        let all: Vec<(usize, &str, BBox)> = objects(&views).collect();
+        // Half of the time one that another picture shows as well, if there is one.
+        let shared: Vec<_> =
+            all.iter().filter(|(k, name, _)| all.iter().any(|(j, other, _)| j != k && other == name)).collect();
+        let chosen = if rng.random_bool(0.5) && !shared.is_empty() {
+            shared.choose(rng).copied().copied()
+        } else {
+            all.choose(rng).copied()
+        };
+        let Some((k, name, bbox)) = chosen else { return Ok(()) };
+        let question = pick(rng, words::POINT).replace("{X}", name).replace("{K}", &(k + 1).to_string());
+        let answer = words::boxes_in(&[(k + 1, self.exactly(bbox), name)]);
+        self.ask(out, views, &question, words::LOCATE_REQUEST, answer);
+        Ok(())
+    }
+
+    /// What one of the pictures shows, left to right.
+    pub(super) fn describe(&self, rng: &mut ChaCha8Rng, phase: &Phase, out: &mut Writer) -> Result<()> {
+        let views = self.pictures(rng, phase);
+        let k = rng.random_range(0..views.len());
+        let mut seen: Vec<(&str, BBox)> =
+            objects(&views).filter(|(view, ..)| *view == k).map(|(_, name, bbox)| (name, bbox)).collect();
+        seen.sort_by(|a, b| a.1.center().0.total_cmp(&b.1.center().0));
+        let names: Vec<&str> = seen.into_iter().map(|(name, _)| name).collect();
+        let number = (k + 1).to_string();
+        let question = pick(rng, words::DESCRIBE).replace("{K}", &number);
+        let answer = words::DESCRIPTION.replace("{K}", &number).replace("{X}", &listed(&names));
+        self.ask(out, views, &question, "", answer);
+        Ok(())
+    }
+
+    pub(super) fn name_in(&self, rng: &mut ChaCha8Rng, phase: &Phase, out: &mut Writer) -> Result<()> {
+        let views = self.pictures(rng, phase);
+        let all: Vec<(usize, &str, BBox)> = objects(&views).collect();
+        let Some(&(k, name, bbox)) = all.choose(rng) else { return Ok(()) };
+        let [x1, y1, x2, y2] = self.exactly(bbox);
+        let question = pick(rng, words::NAME_IN)
+            .replace("{BOX}", &format!("[{x1},{y1},{x2},{y2}]"))
+            .replace("{K}", &(k + 1).to_string());
+        let answer = words::boxed(name);
+        self.ask(out, views, &question, words::ANSWER_REQUEST, answer);
+        Ok(())
+    }
+
+    /// Two of the pictures have one kind of thing in common; it is pointed at in both.
+    pub(super) fn common(&self, rng: &mut ChaCha8Rng, phase: &Phase, out: &mut Writer) -> Result<()> {
+        let views = self.pictures(rng, phase);
+        let all: Vec<(usize, &str, BBox)> = objects(&views).collect();
+        let both: Vec<_> = all
+            .iter()
+            .flat_map(|a| all.iter().filter(move |b| a.0 < b.0 && a.1 == b.1).map(move |b| (*a, *b)))
+            // No other thing is in the same two pictures.
+            .filter(|(a, b)| {
+                let has = |k: usize, name: &str| all.iter().any(|(view, other, _)| *view == k && *other == name);
+                !all.iter().any(|(view, name, _)| *view == a.0 && *name != a.1 && has(b.0, name))
+            })
+            .collect();
+        let Some(&((a, name, first), (b, _, second))) = both.choose(rng) else { return self.point(rng, phase, out) };
+        let question =
+            pick(rng, words::COMMON).replace("{A}", &(a + 1).to_string()).replace("{B}", &(b + 1).to_string());
+        let answer = words::boxes_in(&[(a + 1, self.exactly(first), name), (b + 1, self.exactly(second), name)]);
+        self.ask(out, views, &question, words::LOCATE_REQUEST, answer);
+        Ok(())
+    }
+
+    /// Some scenes, seen whole. Two of them share a kind of thing more often than chance would have it.
+    fn pictures(&self, rng: &mut ChaCha8Rng, phase: &Phase) -> Vec<ShownView> {
+        let mut scenes: Vec<Scene> = (0..count(rng, phase.pictures)).map(|_| self.any_scene(rng, phase)).collect();
+        if scenes.len() > 1 && rng.random_bool(0.7) {
+            let from = rng.random_range(0..scenes.len());
+            let to = (from + rng.random_range(1..scenes.len())) % scenes.len();
+            if let Some(class) = scenes[from].objects.choose(rng).map(|o| o.class) {
+                self.give(rng, phase, &mut scenes[to], class);
+            }
+        }
+        scenes.iter().map(|scene| self.whole(scene)).collect()
+    }
+
+    /// One of a scene's things becomes one of another kind, in its place.
+    fn give(&self, rng: &mut ChaCha8Rng, phase: &Phase, scene: &mut Scene, class: usize) {
+        if scene.objects.is_empty() || scene.objects.iter().any(|o| o.class == class) {
+            return;
+        }
+        let which = rng.random_range(0..scene.objects.len());
+        let longest = between(rng, phase.object_size);
+        let mut new = super::object(&self.library, rng, class, longest, self.augment());
+        new.bbox = crate::synth::pairs::fitted(new.bbox, scene.objects[which].bbox);
+        scene.objects[which] = new;
+    }
+
+    fn ask(&self, out: &mut Writer, views: Vec<ShownView>, question: &str, request: &str, answer: String) {
+        let mut parts = Vec::new();
+        for k in 0..views.len() {
+            let after = if k == 0 { "" } else { words::AFTER_VIEW };
+            parts.push(Part::Text(format!("{after}{}", words::BEFORE_VIEW.replace("{K}", &(k + 1).to_string()))));
+            parts.push(Part::View(out.views.len() + k));
+        }
+        let asked = words::question(question, request);
+        parts.push(Part::Text(format!("{}{}", words::AFTER_VIEW, asked.trim_end())));
+        out.views.extend(views);
+        out.messages.push(Message { role: Role::User, parts });
+        out.say(answer);
+    }
+
+    /// The box as it is, in multiples of `snap`.
+    fn exactly(&self, bbox: BBox) -> [i64; 4] {
+        self.snapped_to(bbox, 1)
+    }
+}
+
+/// Every object with the view it is in.
+fn objects(views: &[ShownView]) -> impl Iterator<Item = (usize, &str, BBox)> {
+    views.iter().enumerate().flat_map(|(k, view)| {
+        view.objects.iter().filter(|(label, _)| is_object(label)).map(move |(label, bbox)| (k, label.as_str(), *bbox))
+    })
+}
