@@ -10,24 +10,26 @@ use crate::config::BadConfig;
 use crate::data::Sample;
 use crate::engine::embedded::{Embedded, Options as EngineOptions};
 use crate::episode::{BoxOutcome, Stop, Turn};
-use crate::geometry::BBox;
+use crate::geometry::Budget;
 use crate::image;
-use crate::reward::{self, Place};
+use crate::reward::{self, Named, Place};
 use crate::rollout::{self, Stage};
-use crate::tasks::crop::{Crop, Options as TaskOptions};
+use crate::tasks::Task;
+use crate::tasks::crop::{self, Crop};
+use crate::tasks::multi_image::{self, MultiImageTask};
 
 #[derive(Args)]
 pub struct Options {
     /// Checkpoint folder (Hugging Face layout)
     #[arg(long)]
     model: PathBuf,
-    /// Picture file (PNG, JPEG, WebP)
+    /// Picture file (PNG, JPEG, WebP). Given several times, the pictures are Image-1, Image-2 and so on, and the answer is boxes in them
     #[arg(long, required = true)]
     image: Vec<PathBuf>,
     question: String,
-    /// Wording: mgpo, short, or a template file
-    #[arg(long, default_value = "mgpo")]
-    template: String,
+    /// Wording: mgpo, short, of several pictures mirg, mirg_direct, mirg_short, or a template file [default: mgpo, mirg]
+    #[arg(long)]
+    template: Option<String>,
     /// The most turns; 1 answers at once
     #[arg(long, default_value_t = 2)]
     turns: usize,
@@ -59,26 +61,10 @@ pub struct Options {
 }
 
 pub fn main(options: &Options) -> Result<()> {
-    ensure!(
-        options.image.len() == 1,
-        BadConfig(format!(
-            "ask looks at one picture, and there are {} pictures; ask about one at a time (several at once need a \
-             multi-image task, which this version does not have)",
-            options.image.len()
-        ))
-    );
     let engine = EngineOptions { path: options.model.clone(), ..EngineOptions::default() };
     let mut embedded = Embedded::open(&engine, None)?;
     let budget = embedded.processor.budget;
-    let task = TaskOptions {
-        template: options.template.clone(),
-        turns: options.turns,
-        free: options.free,
-        max_pixels: options.max_pixels.unwrap_or(budget.max_pixels),
-        min_pixels: options.min_pixels.unwrap_or(budget.min_pixels),
-        ..TaskOptions::default()
-    };
-    let task = Crop::new(task, budget.factor)?;
+    let task = options.task(budget)?;
     let play = rollout::Options {
         temperature: options.temperature,
         max_new_tokens: options.max_new_tokens,
@@ -88,7 +74,7 @@ pub fn main(options: &Options) -> Result<()> {
     let sample = Sample::question(&options.image, &options.question, options.choice.clone());
     let (chat, pictures, processor) = (embedded.chat.clone(), embedded.pictures.clone(), embedded.processor.clone());
     let stage = Stage {
-        task: &task,
+        task: &*task,
         chat: &chat,
         pictures: &pictures,
         processor: &processor,
@@ -113,8 +99,9 @@ pub fn main(options: &Options) -> Result<()> {
             let picture = pictures.get(image)?;
             let mut marked = picture.as_image().clone();
             let thickness = (picture.size().width.max(picture.size().height) / 300).max(2);
-            let boxes: Vec<BBox> = record.views.iter().skip(1).filter(|v| v.image == k).map(|v| v.region).collect();
-            for region in boxes {
+            let closer = record.views.iter().skip(options.image.len()).filter(|v| v.image == k).map(|v| v.region);
+            let said = named(&record.turns).filter(|said| said.image == k + 1).map(|said| said.bbox);
+            for region in closer.chain(said) {
                 image::draw_box(&mut marked, &region, [255, 64, 32], thickness);
             }
             let path = dir.join(format!("marked-{}.jpg", k + 1));
@@ -123,7 +110,8 @@ pub fn main(options: &Options) -> Result<()> {
         }
     }
     let last = record.turns.last().map_or("", |turn| turn.text.as_str());
-    let answer = reward::extract(last, Place::Boxed).filter(|answer| !answer.is_empty());
+    let place = if options.image.len() > 1 { Place::AnswerTag } else { Place::Boxed };
+    let answer = reward::extract(last, place).map(str::trim).filter(|answer| !answer.is_empty());
     if options.json {
         let out = json!({
             "turns": record.turns, "views": record.views, "stop": record.stop, "saved": saved, "answer": answer,
@@ -137,6 +125,9 @@ pub fn main(options: &Options) -> Result<()> {
         if let Some(line) = box_line(turn) {
             println!("   {line}");
         }
+        for said in turn.boxes.iter().flatten() {
+            println!("   {}", said_line(said, &options.image));
+        }
     }
     println!("── answer: {}", answer.unwrap_or("none"));
     println!("── end: {}", end(record.stop, options, embedded.max_positions()));
@@ -144,6 +135,44 @@ pub fn main(options: &Options) -> Result<()> {
         eprintln!("wrote {}", file["file"].as_str().unwrap_or_default());
     }
     Ok(())
+}
+
+impl Options {
+    fn task(&self, budget: Budget) -> Result<Box<dyn Task>> {
+        let max_pixels = self.max_pixels.unwrap_or(budget.max_pixels);
+        let min_pixels = self.min_pixels.unwrap_or(budget.min_pixels);
+        let template = |default: &str| self.template.clone().unwrap_or_else(|| default.into());
+        if self.image.len() > 1 {
+            ensure!(
+                !self.free && self.choice.is_empty(),
+                BadConfig(
+                    "--free and --choice are for questions about one picture; several are answered in boxes, at once"
+                        .into()
+                )
+            );
+            let task =
+                multi_image::Options { template: template("mirg"), max_pixels, min_pixels, ..Default::default() };
+            return Ok(Box::new(MultiImageTask::new(task, budget.factor)?));
+        }
+        let (turns, free) = (self.turns, self.free);
+        let task =
+            crop::Options { template: template("mgpo"), turns, free, max_pixels, min_pixels, ..Default::default() };
+        Ok(Box::new(Crop::new(task, budget.factor)?))
+    }
+}
+
+/// The boxes of an answer over several pictures.
+fn named(turns: &[Turn]) -> impl Iterator<Item = &Named> {
+    turns.iter().flat_map(|turn| turn.boxes.iter().flatten())
+}
+
+fn said_line(said: &Named, images: &[PathBuf]) -> String {
+    let Named { image, bbox: b, label } = said;
+    let Some(path) = image.checked_sub(1).and_then(|k| images.get(k)) else {
+        return format!("no box: there is no Image-{image}");
+    };
+    let label = label.as_deref().unwrap_or("a box");
+    format!("Image-{image} ({}): {label} at [{:.0}, {:.0}, {:.0}, {:.0}]", path.display(), b.x1, b.y1, b.x2, b.y2)
 }
 
 /// What became of the box that a turn named or should have named.
@@ -169,6 +198,7 @@ fn box_line(turn: &Turn) -> Option<String> {
 fn end(stop: Stop, options: &Options, positions: usize) -> String {
     match stop {
         Stop::Answered => "the model answered".into(),
+        Stop::TurnLimit if options.image.len() > 1 => "the answer holds no list of boxes that could be read".into(),
         Stop::TurnLimit => format!("no answer in {} turns", options.turns),
         Stop::Truncated => format!("cut off at {} tokens in a turn (--max-new-tokens)", options.max_new_tokens),
         Stop::OverLong => {

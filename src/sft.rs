@@ -14,7 +14,7 @@ use serde_json::json;
 use crate::chat::{Chat, Content, Convention, Message, Part};
 use crate::config::{self, BadConfig};
 use crate::data::{self, Dialogue, Order, Sample, read_dialogues};
-use crate::engine::embedded::{self, Embedded};
+use crate::engine::embedded::{self, EarlyHints, Embedded};
 use crate::engine::{Trainer, Weights};
 use crate::episode::Stream;
 use crate::geometry::{BBox, Budget, Grid, Size, View};
@@ -530,16 +530,22 @@ fn update(
             .collect(),
         _ => examples.iter().map(|_| dense::Asked::default()).collect(),
     };
-    let (rows, early): (Vec<_>, Vec<_>) = asked.into_iter().map(|asked| (asked.words, asked.pictures)).unzip();
-    let count = |all: &[Vec<(usize, u32)>]| all.iter().map(Vec::len).sum::<usize>();
-    let (asked, asked_early) = (count(&rows), count(&early));
-    let hints = embedded::Hints {
-        rows,
-        weight: hint_weight / asked.max(1) as f32,
-        early,
-        early_weight: hint_weight / asked_early.max(1) as f32,
-        early_block: dense::EARLY_BLOCK.min(engine.model.config.text.layers - 1),
+    let count = |of: fn(&dense::Asked) -> &Vec<(usize, u32)>| asked.iter().map(|a| of(a).len()).sum::<usize>().max(1);
+    let counts = [count(|a| &a.words), count(|a| &a.pictures), count(|a| &a.places)];
+    let [weight, of_pictures, of_places] = counts.map(|n| hint_weight / n as f32);
+    let last = engine.model.config.text.layers - 1;
+    let mut hints = embedded::Hints {
+        rows: Vec::new(),
+        weight,
+        early: [(dense::PICTURES_BLOCK, of_pictures), (dense::PLACES_BLOCK, of_places)]
+            .map(|(block, weight)| EarlyHints { block: block.min(last), rows: Vec::new(), weight })
+            .into(),
     };
+    for asked in asked {
+        hints.rows.push(asked.words);
+        hints.early[0].rows.push(asked.pictures);
+        hints.early[1].rows.push(asked.places);
+    }
     let hinted = engine.accumulate_examples(
         examples,
         &mut |i, scores| {
@@ -576,12 +582,17 @@ fn update(
     )?;
     let rate = engine.learning_rate();
     let norm = engine.step(rate)?;
+    if hint_weight > 0.0 {
+        let sums = [hinted.rows, hinted.early[0], hinted.early[1]];
+        for ((name, sum), n) in ["hints", "pictures", "places"].iter().zip(sums).zip(counts) {
+            metrics.insert(format!("dense/{name}"), json!(sum / n as f64));
+        }
+    }
     if let Some((options, head)) = head
         && dense_weight > 0.0
     {
         head.update(options.lr);
         metrics.insert("dense/loss".into(), json!(fit.loss));
-        metrics.insert("dense/hints".into(), json!(hinted / asked.max(1) as f64));
         metrics.insert("dense/named".into(), json!(fit.named as f64 / fit.on_object.max(1) as f64));
         if fit.on_digit > 0 {
             metrics.insert("dense/read".into(), json!(fit.read as f64 / fit.on_digit as f64));

@@ -4,6 +4,7 @@
 //! as the vision tower stays as it is. Because every kernel gives a row the same bits in any company, the log-probs of
 //! sampling are those of training, to the last bit.
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -94,10 +95,23 @@ impl Options {
 pub struct Hints {
     pub rows: Vec<Vec<(usize, u32)>>,
     pub weight: f32,
-    /// The same, asked before this block.
-    pub early: Vec<Vec<(usize, u32)>>,
-    pub early_weight: f32,
-    pub early_block: usize,
+    /// The same, asked in the middle of the language model.
+    pub early: Vec<EarlyHints>,
+}
+
+/// Hints that are asked before a block.
+pub struct EarlyHints {
+    pub block: usize,
+    pub rows: Vec<Vec<(usize, u32)>>,
+    pub weight: f32,
+}
+
+/// Minus the sums of the log-probs of the hints.
+#[derive(Clone, Debug)]
+pub struct Hinted {
+    pub rows: f64,
+    /// In the order in which they were given.
+    pub early: Vec<f64>,
 }
 
 /// A loss on the visual tokens of example i: gets their features [tokens, D], their grids, the embedding table and its
@@ -405,15 +419,16 @@ impl Embedded {
     }
 
     /// Adds the gradient of written dialogues. `weigh` gives each trained token its weight; `look` may add a loss on the
-    /// visual tokens of an example. Returns minus the sum of the log-probs of the hints.
+    /// visual tokens of an example.
     pub fn accumulate_examples(
         &mut self,
         examples: &[Example],
         weigh: &mut dyn FnMut(usize, &Scores) -> Result<Weights>,
         hints: &Hints,
         look: &mut Look,
-    ) -> Result<f64> {
+    ) -> Result<Hinted> {
         let mut hinted = 0.0;
+        let said: Vec<Cell<f64>> = hints.early.iter().map(|_| Cell::new(0.0)).collect();
         let keep = self.options.keep();
         let groups: Vec<Group> = examples.iter().map(|e| e.stream.alone()).collect();
         for run in batch::micro_batches(&groups, self.options.micro_batch_tokens) {
@@ -424,13 +439,13 @@ impl Embedded {
             }
             let spoken = batch.packed.targets.len();
             let mut base = 0;
-            let mut early: Vec<Target> = Vec::new();
+            let mut early: Vec<Vec<Target>> = vec![Vec::new(); hints.early.len()];
             for i in run.clone() {
                 let placed = |asked: &[(usize, u32)]| -> Vec<Target> {
                     asked.iter().map(|&(row, token)| Target { row: base + row, token }).collect()
                 };
                 batch.packed.targets.extend(placed(&hints.rows[i]));
-                early.extend(placed(&hints.early[i]));
+                early.iter_mut().zip(&hints.early).for_each(|(all, hints)| all.extend(placed(&hints.rows[i])));
                 base += examples[i].stream.len();
             }
             let out = self.model.evaluate(&batch.packed, Head::PLAIN, keep, self.trainable)?;
@@ -461,6 +476,12 @@ impl Embedded {
                     None => on_features.resize(on_features.len() + mine.len(), 0.0),
                 }
             }
+            let early: Vec<Early> = early
+                .iter()
+                .zip(&hints.early)
+                .zip(&said)
+                .map(|((asked, hints), said)| Early { block: hints.block, asked, slope: -hints.weight, said })
+                .collect();
             self.model.backward(
                 &batch.packed,
                 tape,
@@ -468,13 +489,13 @@ impl Embedded {
                     logprobs: &weights,
                     entropies: None,
                     features: asked.then_some(on_features.as_slice()),
-                    early: Some(Early { block: hints.early_block, asked: &early, slope: -hints.early_weight }),
+                    early: &early,
                 },
                 self.trainable,
                 &mut training.gradients,
             )?;
         }
-        Ok(hinted)
+        Ok(Hinted { rows: hinted, early: said.iter().map(|said| -said.get()).collect() })
     }
 
     /// Whether the text written so far ends a turn by a stop text.

@@ -77,11 +77,14 @@ pub struct Shown<'a> {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Asked {
     pub words: Vec<(usize, u32)>,
-    /// Before block [`EARLY_BLOCK`].
+    /// A picture's own rows, for its number, before block [`PICTURES_BLOCK`].
     pub pictures: Vec<(usize, u32)>,
+    /// Words that name an object, for the number of its picture, before block [`PLACES_BLOCK`].
+    pub places: Vec<(usize, u32)>,
 }
 
-pub const EARLY_BLOCK: usize = 2;
+pub const PICTURES_BLOCK: usize = 1;
+pub const PLACES_BLOCK: usize = 4;
 
 /// How many of a picture's rows are asked for its number.
 const ASKED_ROWS: usize = 4;
@@ -270,16 +273,17 @@ impl DenseHead {
     /// picture's number, and so are some of each picture's own rows, these in the middle of the model: asked at its end they find out too
     /// late which picture they are of for other rows to look it up, and the model finds the thing and not where it found it (LOG.md).
     pub fn hints(&self, prompt: &[u32], shown: &[Shown]) -> Asked {
-        let mut hints = Vec::new();
+        let (mut hints, mut places) = (Vec::new(), Vec::new());
         let objects = || shown.iter().enumerate().flat_map(|(k, view)| view.objects.iter().map(move |o| (k + 1, o)));
         for (image, (name, bbox)) in objects() {
             let alone = objects().filter(|(_, (other, _))| other == name).count() == 1;
             let Some(&word) = self.words.names.get(name).filter(|_| alone) else { continue };
-            let asked = self.sides(bbox).into_iter().chain(self.picture(image, shown.len()));
+            let sides = self.sides(bbox);
             for (row, _) in prompt.iter().enumerate().filter(|(_, id)| **id == word) {
-                if row + 4 < prompt.len() {
-                    hints.extend(asked.clone().enumerate().map(|(k, token)| (row + k, token)));
+                if row + 3 < prompt.len() {
+                    hints.extend(sides.into_iter().enumerate().map(|(k, token)| (row + k, token)));
                 }
+                places.extend(self.picture(image, shown.len()).map(|token| (row, token)));
             }
         }
         let names = objects().filter_map(|(_, (name, _))| self.words.names.get(name));
@@ -297,7 +301,7 @@ impl DenseHead {
                     .flat_map(|token| rows.clone().map(move |row| (row, token))),
             );
         }
-        Asked { words: hints, pictures }
+        Asked { words: hints, pictures, places }
     }
 
     /// The token of a picture's number, where there are several.

@@ -221,7 +221,7 @@ pub struct Slopes<'a> {
     /// By the images' features, `[tokens, D]`: of a loss on the visual tokens themselves.
     pub features: Option<&'a [f32]>,
     /// Of words asked for in the middle of the language model.
-    pub early: Option<Early<'a>>,
+    pub early: &'a [Early<'a>],
 }
 
 impl<'a> Slopes<'a> {

@@ -143,9 +143,10 @@ fn words_asked_early_have_the_gradient_of_a_shorter_model() {
         model.backward(&packed, e.tape.unwrap(), slopes, Trainable::ALL, &mut grads).unwrap();
         grads
     };
-    let early = Early { block: 1, asked: &asked, slope: 0.5 };
+    let said = std::cell::Cell::new(0.0);
+    let early = Early { block: 1, asked: &asked, slope: 0.5, said: &said };
     let last = Target { row: 15, token: 3 };
-    let ours = gradient(&model, vec![last], &Slopes { early: Some(early), ..Slopes::of(&[0.0]) });
+    let ours = gradient(&model, vec![last], &Slopes { early: &[early], ..Slopes::of(&[0.0]) });
     let expected = gradient(&short, asked.clone(), &Slopes::of(&[0.5; 3]));
     for entry in short.weights.layout.entries.iter().filter(|e| e.name != "model.norm.weight") {
         let same = ours.layout.entries.iter().find(|e| e.name == entry.name).unwrap();

@@ -6,6 +6,8 @@
 //!
 //! Source: Qwen2.5 (arXiv:2412.15115): pre-norm, grouped queries with biases on q, k, v, SwiGLU.
 
+use std::cell::Cell;
+
 use foveate_kernels::attention::Span;
 use foveate_kernels::rope::{self, Table};
 use foveate_kernels::{embed, logprob};
@@ -31,6 +33,8 @@ pub struct Early<'a> {
     pub asked: &'a [Target],
     /// By each log-prob: what the loss changes with it.
     pub slope: f32,
+    /// The log-probs are added to this.
+    pub said: &'a Cell<f64>,
 }
 
 impl Early<'_> {
@@ -50,6 +54,7 @@ impl Early<'_> {
         let (hidden, rstd) = block::normed(&rows, &weights[index.norm.clone()], eps);
         let v = table.len() / d;
         let out = logprob::forward(&hidden, table, &tokens, 1.0, &[], d, v);
+        self.said.set(self.said.get() + out.logprob.iter().map(|&l| f64::from(l)).sum::<f64>());
         let mut unused;
         let dtable = if train.embeddings {
             &mut grads[index.head.clone()]
@@ -163,7 +168,7 @@ pub fn backward(
     runs: &[FeatureRun],
     wanted: Option<&[usize]>,
     tape: TextTape,
-    early: Option<Early>,
+    early: &[Early],
     train: Trainable,
     grads: &mut [f32],
 ) -> Vec<f32> {
@@ -177,12 +182,13 @@ pub fn backward(
     drop(last);
     for (i, layer) in index.layers.iter().enumerate().rev() {
         let Some(kept) = layers.pop() else { break };
-        let early = early.filter(|early| early.block == i && !early.asked.is_empty());
-        let asked = early.map(|early| early.backward(kept.input(), weights, index, dims.eps, train, grads));
+        let here = early.iter().filter(|early| early.block == i && !early.asked.is_empty());
+        let asked: Vec<(&Early, Vec<f32>)> =
+            here.map(|early| (early, early.backward(kept.input(), weights, index, dims.eps, train, grads))).collect();
         let trained = train.text.then_some(&mut *grads);
         let rows = Rows { table: &table, spans, wanted: wanted.filter(|_| i + 1 == index.layers.len()) };
         dx = block::backward(layer, &dims, weights, dx, kept, rows, trained);
-        if let (Some(early), Some(asked)) = (early, asked) {
+        for (early, asked) in asked {
             for (target, drow) in early.asked.iter().zip(asked.chunks_exact(d)) {
                 dx[target.row * d..(target.row + 1) * d].iter_mut().zip(drow).for_each(|(a, b)| *a += b);
             }

@@ -31,7 +31,8 @@ pub mod words {
         "What number is this?",
     ];
     pub const ANSWER_REQUEST: &str = "Put the final answer in \\boxed{}.";
-    pub const FIND: &[&str] = &["Which picture shows the {X}?", "Find the {X}.", "In which picture is the {X}?"];
+    pub const FIND: &[&str] = &["Find the {X}.", "Locate the {X}.", "Show me the {X}."];
+    pub const WHICH: &[&str] = &["Which picture shows the {X}?", "In which picture is the {X}?"];
     pub const POINT: &[&str] = &["Where is the {X} in Image-{K}?", "Find the {X} of Image-{K}."];
     pub const NAME_IN: &[&str] = &["What is in the area {BOX} of Image-{K}?"];
     pub const COMMON: &[&str] = &["Which object is in Image-{A} and in Image-{B}?"];
@@ -130,6 +131,7 @@ pub struct Weights {
     pub two_turns: f64,
     // Over several pictures.
     pub find: f64,
+    pub which: f64,
     pub point: f64,
     pub describe: f64,
     pub name_in: f64,
@@ -137,7 +139,7 @@ pub struct Weights {
 }
 
 impl Weights {
-    pub fn named(&self) -> [(&'static str, f64); 10] {
+    pub fn named(&self) -> [(&'static str, f64); 11] {
         [
             ("locate", self.locate),
             ("list", self.list),
@@ -145,6 +147,7 @@ impl Weights {
             ("read", self.read),
             ("two_turns", self.two_turns),
             ("find", self.find),
+            ("which", self.which),
             ("point", self.point),
             ("describe", self.describe),
             ("name_in", self.name_in),

@@ -15,16 +15,19 @@ use crate::synth::trajectories::listed;
 use crate::synth::world::Scene;
 
 impl Pretrain {
-    /// Only one of the pictures shows the object.
-    pub(super) fn find(&self, rng: &mut ChaCha8Rng, phase: &Phase, out: &mut Writer) -> Result<()> {
+    /// Only one of the pictures shows the object: where is it, or (not `place`) which picture is it?
+    pub(super) fn find(&self, rng: &mut ChaCha8Rng, phase: &Phase, place: bool, out: &mut Writer) -> Result<()> {
         let views = self.pictures(rng, phase);
         let alone: Vec<(usize, &str, BBox)> = objects(&views)
             .filter(|(_, name, _)| objects(&views).filter(|(_, other, _)| other == name).count() == 1)
             .collect();
         let Some(&(k, name, bbox)) = alone.choose(rng) else { return self.point(rng, phase, out) };
-        let question = pick(rng, words::FIND).replace("{X}", name);
-        let answer = words::boxes_in(&[(k + 1, self.exactly(bbox), name)]);
-        self.ask(out, views, &question, words::LOCATE_REQUEST, answer);
+        let (wordings, request, answer) = match place {
+            true => (words::FIND, words::LOCATE_REQUEST, words::boxes_in(&[(k + 1, self.exactly(bbox), name)])),
+            false => (words::WHICH, words::ANSWER_REQUEST, words::boxed(&(k + 1).to_string())),
+        };
+        let question = pick(rng, wordings).replace("{X}", name);
+        self.ask(out, views, &question, request, answer);
         Ok(())
     }
 
