@@ -14,6 +14,7 @@ mod table;
 
 pub use table::{Cell, Row, TABLE, Table, Unit};
 
+use crate::eval::mig_bench;
 use crate::progress;
 use crate::run::{self, CONFIG, ENVIRONMENT, Environment, METRICS, Metrics};
 use anyhow::{Context, Result, bail};
@@ -21,6 +22,7 @@ use chart::COLOURS;
 use html::{escape, number};
 use pictures::Pictures;
 use record::Record;
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -40,6 +42,8 @@ struct Run {
     config: Option<String>,
     environment: Option<Environment>,
     table: Option<Table>,
+    /// A benchmark's own tables, below it.
+    by_task: Vec<Table>,
     records: Vec<Record>,
     /// The steps that have episodes.
     steps: Vec<u64>,
@@ -118,16 +122,8 @@ fn load(root: &Path) -> Result<Run> {
     let mut notes = Vec::new();
     let metrics = run::metrics(root)?;
     notes.extend(metrics.note);
-    let table = match optional(&root.join(TABLE))? {
-        Some(text) => {
-            let path = root.join(TABLE);
-            Some(
-                serde_json::from_str(&text)
-                    .with_context(|| format!("this is not a result table: {}", path.display()))?,
-            )
-        }
-        None => None,
-    };
+    let table = tabled(&root.join(TABLE))?;
+    let by_task: Option<Vec<Table>> = tabled(&root.join(mig_bench::TABLES))?;
     let environment = optional(&root.join(ENVIRONMENT))?.and_then(|text| match serde_json::from_str(&text) {
         Ok(environment) => Some(environment),
         Err(error) => {
@@ -165,10 +161,17 @@ fn load(root: &Path) -> Result<Run> {
         config: optional(&root.join(CONFIG))?,
         environment,
         table,
+        by_task: by_task.unwrap_or_default(),
         records,
         steps,
         notes,
     })
+}
+
+/// A table's file, or nothing when there is no such file.
+fn tabled<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
+    let read = |text: String| serde_json::from_str(&text);
+    optional(path)?.map(read).transpose().with_context(|| format!("this is not a result table: {}", path.display()))
 }
 
 /// A file's text, or nothing when there is no such file.
@@ -195,7 +198,7 @@ fn page(runs: &[Run], episodes: usize) -> String {
     let title = title.unwrap_or_else(|| runs.iter().map(|run| run.name.as_str()).collect::<Vec<_>>().join(" and "));
     // Runs with curves or episodes get a colour; a folder that only holds the table needs none.
     let shown: Vec<&Run> = runs.iter().filter(|run| !run.metrics.is_empty() || !run.records.is_empty()).collect();
-    let tables: String = runs.iter().filter_map(|run| run.table.as_ref()).map(Table::html).collect();
+    let tables: String = runs.iter().flat_map(|run| run.table.iter().chain(&run.by_task)).map(Table::html).collect();
     let courses: Vec<curves::Course> =
         shown.iter().map(|run| curves::Course { label: &run.name, rows: &run.metrics }).collect();
     let curves = curves::html(&courses);
