@@ -19,7 +19,7 @@ use crate::model::{Config, Dtype, Layout, Trainable, Vlm, presets};
 use crate::progress::Progress;
 use crate::run::Environment;
 use crate::synth::make::{MakeOptions, Set, make};
-use crate::synth::trajectories;
+use crate::synth::{contrast, trajectories};
 use crate::{eval, report, score};
 
 /// More threads than this only cost: tens of thousands take minutes to start.
@@ -63,9 +63,9 @@ pub fn score_bench(rows: &Path, enlarge: bool, as_json: bool) -> Result<()> {
     let (judged, missing) = eval::mig_bench::predicted(std::io::stdin().lock(), &samples, rows, enlarge)?;
     let tables = eval::mig_bench::tables("predictions on stdin", &judged);
     if as_json {
-        println!("{}", json!({eval::mig_bench::KEY: tables, "missing": missing}));
+        println!("{}", json!({"tables": tables, "missing": missing}));
     } else {
-        tables.iter().for_each(|table| println!("{table}"));
+        eval::print_tables(&tables);
     }
     if missing > 0 {
         eprintln!("{missing} of {} rows have no prediction and count as wrong", samples.len());
@@ -140,6 +140,20 @@ pub enum Data {
         #[arg(long)]
         json: bool,
     },
+    /// Questions over several pictures from rows with one picture and one labelled box (RefCOCO, COCO)
+    Contrast {
+        rows: PathBuf,
+        /// Folder to write: rows.jsonl and the windows cut from the pictures
+        #[arg(long)]
+        out: PathBuf,
+        /// Pictures of a question among distractors, from and to
+        #[arg(long, num_args = 2, default_values_t = [2, 4])]
+        pictures: Vec<usize>,
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+        #[arg(long)]
+        json: bool,
+    },
     /// Validate a file of rows, row by row
     Check {
         file: PathBuf,
@@ -192,6 +206,26 @@ impl Data {
                 println!("{}", made.out.display());
                 eprintln!("{} rows from {} of the source, over {} pictures", made.rows, made.read, made.pictures);
                 made.notes.iter().chain(&made.left_out.lines()).for_each(|line| eprintln!("  {line}"));
+                Ok(())
+            }
+            Data::Contrast { rows, out, pictures, seed, json } => {
+                let pictures = [pictures[0], pictures[1]];
+                let bar = Progress::start("contrasting", "row", 0, 0);
+                let options = contrast::Options { rows, out: out.clone(), pictures, seed };
+                let report = contrast::build(&options, &|done, all| bar.at(done as u64, all as u64))?;
+                bar.finish();
+                if json {
+                    println!("{}", json!({"out": out, "report": report}));
+                } else {
+                    println!("{}", out.join("rows.jsonl").display());
+                    for (kind, n) in &report.written {
+                        eprintln!("{n} {}", kind.replace('_', " "));
+                    }
+                    eprintln!(
+                        "of {} rows; {} have not one picture with one labelled box, {} found no contrast",
+                        report.rows, report.unfit, report.without_contrast
+                    );
+                }
                 Ok(())
             }
             Data::Check { file, json } => {

@@ -1,5 +1,5 @@
 //! Tasks x splits -> a table. The same turn loop as training, with its own sampling, and an interval on every number. Rows of MIG-Bench
-//! get the benchmark's own table beside it (`eval/mig_bench.rs`).
+//! get the benchmark's own tables by task (`eval/mig_bench.rs`).
 
 pub mod mig_bench;
 
@@ -19,6 +19,7 @@ use crate::episode::{BoxOutcome, Episode, Stop};
 use crate::image::{PictureCache, Processor};
 use crate::need;
 use crate::progress::Progress;
+use crate::report::{self, Cell, Row, TABLE, Table, Unit};
 use crate::reward::mig::Truth;
 use crate::rollout::{self, Stage};
 use crate::run::{Interrupt, Interrupted, Invocation, RunFolder, Start};
@@ -83,6 +84,38 @@ pub struct Summary {
     pub response_length: f64,
     /// Mean area of the first usable box, as a share of the picture.
     pub box_area: Option<f64>,
+    /// For boxes on several pictures: answers that name the right pictures, and the mean IoU. `accuracy` is then the joint one: the
+    /// right picture and an IoU of at least 0.5.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub right_image: Option<stats::Estimate>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub iou: Option<stats::Estimate>,
+}
+
+/// One row of the tables: the figures of all questions, and of those of each kind, where the rows say of which they are.
+#[derive(Clone, Debug)]
+pub struct Figures {
+    pub name: String,
+    pub all: Summary,
+    pub by_task: Vec<(String, Summary)>,
+}
+
+impl Figures {
+    /// Of the episodes that [`play_all`] returned for these samples.
+    pub fn of(name: &str, episodes: &[Episode], samples: &[Sample]) -> Figures {
+        let mut by_task: Vec<(String, Vec<Episode>)> = Vec::new();
+        for episode in episodes {
+            let Some(task) = samples.get(episode.group as usize).and_then(|sample| sample.task.clone()) else {
+                continue;
+            };
+            match by_task.iter_mut().find(|(name, _)| *name == task) {
+                Some((_, of_task)) => of_task.push(episode.clone()),
+                None => by_task.push((task, vec![episode.clone()])),
+            }
+        }
+        let by_task = by_task.into_iter().map(|(task, episodes)| (task, summarise(&episodes))).collect();
+        Figures { name: name.to_owned(), all: summarise(episodes), by_task }
+    }
 }
 
 /// A box holds a target when at least this share of the target's area lies in it: whole, up to rounding outward.
@@ -98,6 +131,9 @@ pub fn contains_target(episode: &Episode) -> Option<bool> {
 pub fn summarise(episodes: &[Episode]) -> Summary {
     let share = |items: Vec<(u64, bool)>| (!items.is_empty()).then(|| share_by_question(&items));
     let right = Episode::right;
+    let parts = |name: &str| -> Vec<(u64, f64)> {
+        episodes.iter().filter_map(|e| Some((e.group, e.parts.get(name)?))).collect()
+    };
     let grounded: Vec<(&Episode, BoxOutcome)> =
         episodes.iter().filter_map(|e| e.turns.iter().find_map(|t| t.outcome).map(|o| (e, o))).collect();
     let held: Vec<(&Episode, bool)> = episodes.iter().filter_map(|e| contains_target(e).map(|c| (e, c))).collect();
@@ -125,6 +161,12 @@ pub fn summarise(episodes: &[Episode]) -> Summary {
         stops,
         response_length: average(episodes.iter().map(|e| e.stream.sampled_count() as f64)),
         box_area: (!areas.is_empty()).then(|| average(areas.iter().copied())),
+        // Where several pictures are asked for, the part is their F1; right are only all of them.
+        right_image: share(parts("image").into_iter().map(|(question, f1)| (question, f1 > 1.0 - 1e-9)).collect()),
+        iou: {
+            let (questions, ious): (Vec<u64>, Vec<f64>) = parts("iou").into_iter().unzip();
+            (!ious.is_empty()).then(|| stats::clustered_mean(&ious, &questions))
+        },
     }
 }
 
@@ -187,7 +229,7 @@ pub fn play_all(
             return Err(Interrupted::without_checkpoint().into());
         }
         episodes.extend(rollout::play(&stage, sampler, chunk, bench.options.samples, bench.options.seed, 0)?);
-        let right = average(episodes.iter().map(|e| e.reward));
+        let right = average(episodes.iter().map(|e| f64::from(u8::from(e.right()))));
         progress.add(chunk.len() as u64);
         progress.note(format!("right {:.1} %", 100.0 * right));
     }
@@ -198,58 +240,99 @@ pub fn play_all(
     Ok(episodes)
 }
 
-/// A cell of table.json: the value in percent with its interval.
-pub fn cell(share: Option<&stats::Estimate>) -> Value {
-    match share {
-        None => Value::Null,
-        Some(s) => json!({"value": 100.0 * s.value, "low": 100.0 * s.low, "high": 100.0 * s.high, "n": s.n}),
+/// The value in percent with its interval.
+fn cell(estimate: Option<&stats::Estimate>) -> Cell {
+    let Some(e) = estimate else { return Cell::default() };
+    let percent = |share: f64| 100.0 * share;
+    Cell::from(stats::Estimate { value: percent(e.value), low: percent(e.low), high: percent(e.high), n: e.n })
+}
+
+/// What stands in a column of a table.
+type Figure = (&'static str, fn(&Summary) -> Option<&stats::Estimate>);
+
+const ANSWERS: &[Figure] = &[
+    ("right answers", |s| Some(&s.accuracy)),
+    ("box contains the target", |s| s.containment.as_ref()),
+    ("box usable", |s| s.valid_box.as_ref()),
+];
+const BOXES: &[Figure] = &[
+    ("right picture and IoU ≥ 0.5", |s| Some(&s.accuracy)),
+    ("right picture", |s| s.right_image.as_ref()),
+    ("mean IoU", |s| s.iou.as_ref()),
+];
+
+fn figures_of<'a>(mut summaries: impl Iterator<Item = &'a Summary>) -> &'static [Figure] {
+    if summaries.any(|s| s.iou.is_some()) { BOXES } else { ANSWERS }
+}
+
+/// All questions: a row each, the main figures.
+pub fn table(title: &str, rows: &[Figures], notes: &[String]) -> Table {
+    let columns = figures_of(rows.iter().map(|row| &row.all));
+    Table {
+        title: title.to_owned(),
+        columns: columns.iter().map(|(heading, _)| (*heading).to_owned()).collect(),
+        rows: rows
+            .iter()
+            .map(|row| Row {
+                name: row.name.clone(),
+                cells: columns.iter().map(|(_, of)| cell(of(&row.all))).collect(),
+                about: String::new(),
+            })
+            .collect(),
+        notes: notes.to_vec(),
+        unit: Some(Unit::Percent),
     }
 }
 
-pub fn table(title: &str, rows: &[(String, Summary)], notes: &[String]) -> Value {
-    json!({
-        "title": title,
-        "unit": "percent",
-        "columns": ["right answers", "box contains the target", "box usable"],
-        "rows": rows.iter().map(|(name, s)| json!({
-            "name": name,
-            "cells": [cell(Some(&s.accuracy)), cell(s.containment.as_ref()), cell(s.valid_box.as_ref())],
-        })).collect::<Vec<_>>(),
-        "notes": notes,
-    })
-}
-
-/// The table for a terminal.
-pub fn print_table(table: &Value) {
-    let text = |v: &Value| v.as_str().unwrap_or_default().to_owned();
-    let empty = Vec::new();
-    let rows = table["rows"].as_array().unwrap_or(&empty);
-    let width = rows.iter().map(|r| text(&r["name"]).chars().count()).max().unwrap_or(4).max(4);
-    println!("\n{}", text(&table["title"]));
-    print!("{:width$}", "");
-    for column in table["columns"].as_array().unwrap_or(&empty) {
-        print!("  {:>24}", text(column));
-    }
-    println!();
-    for row in rows {
-        print!("{:width$}", text(&row["name"]));
-        for cell in row["cells"].as_array().unwrap_or(&empty) {
-            let shown = match cell["value"].as_f64() {
-                Some(v) => format!(
-                    "{v:5.1} % [{:4.1}, {:4.1}]",
-                    cell["low"].as_f64().unwrap_or(f64::NAN),
-                    cell["high"].as_f64().unwrap_or(f64::NAN)
-                ),
-                None => "-".to_owned(),
-            };
-            print!("  {shown:>24}");
+/// Where the questions are of several kinds: each of the main figures by kind.
+pub fn tables_by_task(rows: &[Figures]) -> Vec<Table> {
+    let mut tasks: Vec<&str> = Vec::new();
+    for (task, _) in rows.iter().flat_map(|row| &row.by_task) {
+        if !tasks.contains(&task.as_str()) {
+            tasks.push(task);
         }
-        println!();
     }
-    for note in table["notes"].as_array().unwrap_or(&empty) {
-        println!("{}", text(note));
+    if tasks.len() < 2 {
+        return Vec::new();
     }
-    println!();
+    let table = |(heading, of): &Figure| {
+        let cell_of = |row: &Figures, task: &str| {
+            cell(row.by_task.iter().find(|(name, _)| name == task).and_then(|(_, summary)| of(summary)))
+        };
+        let rows: Vec<Row> = rows
+            .iter()
+            .map(|row| Row {
+                name: row.name.clone(),
+                cells: tasks.iter().map(|task| cell_of(row, task)).collect(),
+                about: String::new(),
+            })
+            .collect();
+        let columns = tasks.iter().map(|task| task.replace('_', " ")).collect();
+        Table { title: format!("{heading}, by task"), columns, rows, notes: Vec::new(), unit: Some(Unit::Percent) }
+    };
+    let shown = figures_of(rows.iter().map(|row| &row.all)).iter().map(table);
+    // Containment and boxes mean nothing where nobody was asked for a box.
+    shown.filter(|table| table.rows.iter().flat_map(|row| &row.cells).any(|cell| cell.value.is_some())).collect()
+}
+
+/// The tables for a terminal, on stdout.
+pub fn print_tables(tables: &[Table]) {
+    for table in tables {
+        println!("\n{table}");
+    }
+}
+
+/// The figures of each row by its name, for programs to read.
+pub fn summaries(rows: &[Figures]) -> Value {
+    let row = |row: &Figures| {
+        let by_task: serde_json::Map<String, Value> = row.by_task.iter().map(|(t, s)| (t.clone(), json!(s))).collect();
+        let mut value = json!(row.all);
+        if by_task.len() > 1 {
+            value["by_task"] = by_task.into();
+        }
+        (row.name.clone(), value)
+    };
+    Value::Object(rows.iter().map(row).collect())
 }
 
 /// `foveate eval CONFIG`.
@@ -305,30 +388,22 @@ pub fn main(invocation: &Invocation) -> Result<()> {
     // Claimed only now that everything a person can get wrong has been read: a failed start leaves no folder behind.
     let folder = RunFolder::create(&plan.eval.out)?;
     folder.begin(&config::to_toml(&plan)?, None)?;
-    let (mut rows, mut by_task) = (Vec::new(), Vec::new());
+    let (mut rows, mut of_bench) = (Vec::new(), Vec::new());
     for (k, Asked { name, task, rows: samples, truths }) in asked.iter().enumerate() {
         let episodes = play_all(&bench, name, &**task, &mut engine, samples)?;
         let records: Vec<_> = episodes.iter().map(Episode::record).collect();
         folder.write_episodes(k as u64, &records)?;
-        by_task.extend(mig_bench::tables(name, &mig_bench::judged(&episodes, samples, truths)));
-        rows.push(((*name).clone(), summarise(&episodes)));
+        of_bench.extend(mig_bench::tables(name, &mig_bench::judged(&episodes, samples, truths)));
+        rows.push(Figures::of(name, &episodes, samples));
     }
-    let table = table(&format!("{} on {}", plan.model.path.display(), plan.data.test.display()), &rows, &[]);
-    folder.save("table.json", &serde_json::to_vec_pretty(&table)?)?;
-    if !by_task.is_empty() {
-        folder.save(mig_bench::TABLES, &serde_json::to_vec_pretty(&by_task)?)?;
-    }
+    let title = format!("{} on {}", plan.model.path.display(), plan.data.test.display());
+    let mut tables = vec![table(&title, &rows, &[])];
+    tables.extend(if of_bench.is_empty() { tables_by_task(&rows) } else { of_bench });
+    folder.save(TABLE, &report::tables_json(&tables)?)?;
     if invocation.json {
-        let rows: serde_json::Map<String, Value> =
-            rows.iter().map(|(n, s)| Ok((n.clone(), serde_json::to_value(s)?))).collect::<Result<_>>()?;
-        let mut out = json!({"table": table, "rows": rows});
-        if !by_task.is_empty() {
-            out[mig_bench::KEY] = serde_json::to_value(&by_task)?;
-        }
-        println!("{out}");
+        println!("{}", json!({"table": tables[0], "by_task": tables[1..], "rows": summaries(&rows)}));
     } else {
-        print_table(&table);
-        by_task.iter().for_each(|table| println!("{table}"));
+        print_tables(&tables);
     }
     Ok(())
 }

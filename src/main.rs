@@ -24,11 +24,13 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// The whole story on this machine: train a small model two ways, compare, write the report
+    /// A whole story on this machine: train a small model in several ways, compare, write the report
     Demo {
-        /// Folder for runs, data and the report
-        #[arg(long, default_value = "runs/demo")]
-        out: PathBuf,
+        #[arg(value_enum, default_value = "mgpo")]
+        story: demo::Story,
+        /// Folder for runs, data and the report (default: runs/demo, of the other story runs/demo_mirg)
+        #[arg(long)]
+        out: Option<PathBuf>,
         /// A true miniature, for a first look and for CI
         #[arg(long)]
         quick: bool,
@@ -176,7 +178,10 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
 
 fn run_command(command: Command) -> anyhow::Result<()> {
     match command {
-        Command::Demo { out, quick, seed, overwrite, json } => demo::main(&out, quick, seed, overwrite, json),
+        Command::Demo { story, out, quick, seed, overwrite, json } => {
+            let out = out.unwrap_or_else(|| story.folder().into());
+            demo::main(&demo::Request { story, out, quick, seed, overwrite, json })
+        }
         Command::Sft(args) => sft::main(&args.invocation()),
         Command::Rl(args) => rl::main(&args.invocation()),
         Command::Rollout(args) => rl::rollout_main(&args.invocation()),

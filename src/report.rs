@@ -12,9 +12,8 @@ mod pictures;
 mod record;
 mod table;
 
-pub use table::{Cell, Row, TABLE, Table, Unit};
+pub use table::{Cell, Row, TABLE, Table, Unit, tables_json};
 
-use crate::eval::mig_bench;
 use crate::progress;
 use crate::run::{self, CONFIG, ENVIRONMENT, Environment, METRICS, Metrics};
 use anyhow::{Context, Result, bail};
@@ -22,7 +21,6 @@ use chart::COLOURS;
 use html::{escape, number};
 use pictures::Pictures;
 use record::Record;
-use serde::de::DeserializeOwned;
 use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -41,9 +39,7 @@ struct Run {
     metrics: Vec<Metrics>,
     config: Option<String>,
     environment: Option<Environment>,
-    table: Option<Table>,
-    /// A benchmark's own tables, below it.
-    by_task: Vec<Table>,
+    tables: Vec<Table>,
     records: Vec<Record>,
     /// The steps that have episodes.
     steps: Vec<u64>,
@@ -112,7 +108,7 @@ fn shows(folder: &Path) -> bool {
 impl Run {
     /// When an episode was played: its step; in an evaluation, whose "steps" are the rows of its table in order, the row's name.
     fn when(&self, step: u64) -> String {
-        let row = self.table.as_ref().filter(|table| self.metrics.is_empty() && table.rows.len() == self.steps.len());
+        let row = self.tables.first().filter(|table| self.metrics.is_empty() && table.rows.len() == self.steps.len());
         let row = row.and_then(|table| table.rows.get(self.steps.iter().position(|&one| one == step)?));
         row.map_or_else(|| format!("step {step}"), |row| row.name.clone())
     }
@@ -122,8 +118,13 @@ fn load(root: &Path) -> Result<Run> {
     let mut notes = Vec::new();
     let metrics = run::metrics(root)?;
     notes.extend(metrics.note);
-    let table = tabled(&root.join(TABLE))?;
-    let by_task: Option<Vec<Table>> = tabled(&root.join(mig_bench::TABLES))?;
+    let path = root.join(TABLE);
+    let tables = match optional(&path)? {
+        Some(text) => {
+            table::read_tables(&text).with_context(|| format!("this is not a result table: {}", path.display()))?
+        }
+        None => Vec::new(),
+    };
     let environment = optional(&root.join(ENVIRONMENT))?.and_then(|text| match serde_json::from_str(&text) {
         Ok(environment) => Some(environment),
         Err(error) => {
@@ -160,18 +161,11 @@ fn load(root: &Path) -> Result<Run> {
         metrics: metrics.rows,
         config: optional(&root.join(CONFIG))?,
         environment,
-        table,
-        by_task: by_task.unwrap_or_default(),
+        tables,
         records,
         steps,
         notes,
     })
-}
-
-/// A table's file, or nothing when there is no such file.
-fn tabled<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
-    let read = |text: String| serde_json::from_str(&text);
-    optional(path)?.map(read).transpose().with_context(|| format!("this is not a result table: {}", path.display()))
 }
 
 /// A file's text, or nothing when there is no such file.
@@ -194,11 +188,11 @@ fn spread(count: usize, wanted: usize) -> Vec<usize> {
 fn page(runs: &[Run], episodes: usize) -> String {
     let title = runs
         .iter()
-        .find_map(|run| run.table.as_ref().map(|table| table.title.clone()).filter(|title| !title.is_empty()));
+        .find_map(|run| run.tables.first().map(|table| table.title.clone()).filter(|title| !title.is_empty()));
     let title = title.unwrap_or_else(|| runs.iter().map(|run| run.name.as_str()).collect::<Vec<_>>().join(" and "));
     // Runs with curves or episodes get a colour; a folder that only holds the table needs none.
     let shown: Vec<&Run> = runs.iter().filter(|run| !run.metrics.is_empty() || !run.records.is_empty()).collect();
-    let tables: String = runs.iter().flat_map(|run| run.table.iter().chain(&run.by_task)).map(Table::html).collect();
+    let tables: String = runs.iter().map(|run| result(&run.tables, &title)).collect();
     let courses: Vec<curves::Course> =
         shown.iter().map(|run| curves::Course { label: &run.name, rows: &run.metrics }).collect();
     let curves = curves::html(&courses);
@@ -236,6 +230,15 @@ fn page(runs: &[Run], episodes: usize) -> String {
         summary = summary(&shown),
         script = include_str!("report/filter.js"),
     )
+}
+
+/// The tables of a run; those that do not stand under the page's own title say what they are.
+fn result(tables: &[Table], title: &str) -> String {
+    let heading = |table: &Table| match table.title.as_str() {
+        own if own == title || own.is_empty() => String::new(),
+        other => format!("<h3>{}</h3>", escape(other)),
+    };
+    tables.iter().map(|table| heading(table) + &table.html()).collect()
 }
 
 /// One card a run: its colour, what it was, how long it took.
@@ -350,7 +353,7 @@ fn episode_cards(runs: &[&Run], wanted: usize, pictures: &mut Pictures) -> Strin
     }
     html.push_str(&format!(
         "</select><span class=\"quiet\"><output>{count}</output> shown</span></div>\
-         <p class=\"legend\"><span><i class=\"box region\"></i>where it looked closer</span><span><i class=\"box target\"></i>where the answer is (never shown to the policy)</span>\
+         <p class=\"legend\"><span><i class=\"box region\"></i>where it looked closer, or says that the answer is</span><span><i class=\"box target\"></i>where the answer is (never shown to the policy)</span>\
          <span class=\"quiet\">{count} chosen from {} read: right and wrong, early and late</span></p><div class=\"cards\">{cards}</div>",
         number(read as f64)
     ));

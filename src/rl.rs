@@ -81,6 +81,13 @@ pub struct TrainOptions {
     pub updates: usize,
     /// With `drop_equal_groups`: play at most so many times the questions of a step to fill it.
     pub refill: usize,
+    /// MG-Thinker's variance gate, for `drop_equal_groups`: the run has so many phases, and `min_spread` is halved with each; 1 keeps it.
+    pub spread_phases: u64,
+    /// Where a step has several updates: the questions with the highest mean reward first, the lowest last (MG-Thinker's bands). With
+    /// the gate, the questions of a step are then its candidate pool.
+    pub bands: bool,
+    /// Multiply the advantages of a question by exp(1 - its mean IoU), or mean reward where no IoU is known (UniVG-R1, arXiv 2505.14231).
+    pub weigh_hard: bool,
     /// Over-long and truncated episodes get no policy loss instead of their reward.
     pub mask_truncated: bool,
     pub seed: u64,
@@ -100,12 +107,23 @@ impl Default for TrainOptions {
             group: 8,
             updates: 1,
             refill: 3,
+            spread_phases: 1,
+            bands: false,
+            weigh_hard: false,
             mask_truncated: false,
             seed: 1,
             checkpoint_every: 20,
             keep_checkpoints: 2,
             episodes_every: 1,
         }
+    }
+}
+
+impl TrainOptions {
+    /// What the gate's spread is multiplied with in this step: halved with each phase.
+    fn share_of_spread(&self, step: u64) -> f64 {
+        let phase = (step - 1) * self.spread_phases / self.steps.max(1);
+        0.5f64.powi(phase as i32)
     }
 }
 
@@ -147,6 +165,12 @@ impl Plan {
                 "train.prompts = {} cannot be dealt out to train.updates = {} evenly",
                 t.prompts, t.updates
             ));
+        }
+        if t.spread_phases == 0 {
+            return bad("train.spread_phases is 0, expected at least 1".into());
+        }
+        if t.bands && t.updates == 1 {
+            return bad("train.bands orders the updates of a step, and train.updates is 1; take at least 2".into());
         }
         if t.group == 1 && objective.needs_siblings() {
             return bad(
@@ -293,11 +317,11 @@ pub fn train(
         }
         log.append(step, &metrics)?;
         let number = |key: &str| metrics.get(key).and_then(|v| v.as_f64()).unwrap_or(f64::NAN);
-        bar.step(format!(
-            "reward {:.3} · target in box {:.2}",
-            number("reward/mean"),
-            number("grounding/contains_target")
-        ));
+        let found = match metrics.contains_key("rewards/joint/mean") {
+            true => ("right picture and place", "rewards/joint/mean"),
+            false => ("target in box", "grounding/contains_target"),
+        };
+        bar.step(format!("reward {:.3} · {} {:.2}", number("reward/mean"), found.0, number(found.1)));
         watch(step, &metrics);
         last = metrics;
         let asked = interrupt.asked();
@@ -341,7 +365,11 @@ impl Loop<'_> {
     ) -> Result<Vec<Episode>> {
         let mut episodes = watch.time("gen", || self.play(engine, rows, state, step, metrics))?;
         let masked: Vec<bool> = episodes.iter().map(|e| self.masked(e)).collect();
-        let groups = by_group(&episodes);
+        let mut groups = by_group(&episodes);
+        if self.plan.train.bands {
+            let mean = |group: &Vec<usize>| eval::average(group.iter().map(|&i| episodes[i].reward));
+            groups.sort_by(|a, b| mean(b).total_cmp(&mean(a)));
+        }
         let reference = match self.objective.needs_reference() {
             true => Some(watch.time("ref", || reference_logprobs(engine, &episodes, &groups))?),
             false => None,
@@ -359,7 +387,10 @@ impl Loop<'_> {
                 reference: reference.as_ref().map(|r| r[i].as_slice()),
             })
             .collect();
-        let advantages = self.objective.advantages(&outcomes)?;
+        let mut advantages = self.objective.advantages(&outcomes)?;
+        if self.plan.train.weigh_hard {
+            advantages.weigh(&difficulty(&episodes, &groups));
+        }
         for (name, value) in advantages.report() {
             metrics.insert(name.into(), json!(value));
         }
@@ -429,6 +460,8 @@ impl Loop<'_> {
         metrics: &mut Metrics,
     ) -> Result<Vec<Episode>> {
         let train = &self.plan.train;
+        let min_spread = self.objective.min_spread * train.share_of_spread(step);
+        let gate = Objective { min_spread, ..self.objective.clone() };
         let mut kept: Vec<Episode> = Vec::new();
         let (mut played, mut dropped) = (0, 0);
         loop {
@@ -448,7 +481,7 @@ impl Loop<'_> {
                     ..Outcome::new(e.group, e.reward, e.stream.sampled_count())
                 })
                 .collect();
-            let keep = self.objective.keep_groups(&outcomes);
+            let keep = gate.keep_groups(&outcomes);
             dropped += keep.dropped_groups;
             let last = played >= train.prompts * train.refill.max(1);
             if last && kept.is_empty() && keep.keep.iter().all(|k| !k) {
@@ -513,6 +546,17 @@ fn reference_logprobs(engine: &mut Embedded, episodes: &[Episode], groups: &[Vec
     let flat: Vec<Vec<f32>> = scores.into_iter().flatten().map(|s| s.logprobs).collect();
     ensure!(flat.len() == episodes.len(), "the reference scored {} of {} episodes", flat.len(), episodes.len());
     Ok(flat)
+}
+
+/// What each episode's advantage is multiplied with for the difficulty of its question.
+fn difficulty(episodes: &[Episode], groups: &[Vec<usize>]) -> Vec<f64> {
+    let mut weights = vec![1.0; episodes.len()];
+    for group in groups {
+        let solved = |&i: &usize| episodes[i].parts.get("iou").unwrap_or(episodes[i].reward).clamp(0.0, 1.0);
+        let weight = (1.0 - eval::average(group.iter().map(solved))).exp();
+        group.iter().for_each(|&i| weights[i] = weight);
+    }
+    weights
 }
 
 /// The largest distance from 1 of any token's ratio.
@@ -637,6 +681,14 @@ pub fn newest_checkpoint(run: &Path) -> Result<PathBuf> {
 mod tests {
     use super::*;
 
+    #[test]
+    fn the_gate_is_halved_with_each_phase() {
+        let train = TrainOptions { steps: 8, spread_phases: 4, ..TrainOptions::default() };
+        let shares: Vec<f64> = (1..=8).map(|step| train.share_of_spread(step)).collect();
+        assert_eq!(shares, [1.0, 1.0, 0.5, 0.5, 0.25, 0.25, 0.125, 0.125]);
+        assert_eq!(TrainOptions { spread_phases: 1, ..train }.share_of_spread(8), 1.0);
+    }
+
     /// The reference config says something about every key there is, and holds the published values: the defaults.
     #[test]
     fn the_reference_config_names_every_key() {
@@ -661,6 +713,20 @@ mod tests {
     fn every_shipped_config_is_read() {
         for text in [include_str!("../configs/demo_mgpo.toml"), include_str!("../configs/demo_grpo.toml")] {
             config::parse::<Plan>(text, &[]).unwrap().resolve().unwrap();
+        }
+        // Every ablation that the file names.
+        let mirg = include_str!("../configs/mirg_rl.toml");
+        let changes: Vec<Vec<String>> = mirg
+            .lines()
+            .filter_map(|line| line.strip_prefix("#   "))
+            .flat_map(|line| line.split("  ").filter(|words| words.contains('=')))
+            .map(|words| words.split_whitespace().filter(|word| word.contains('=')).map(str::to_owned).collect())
+            .collect();
+        assert!(changes.len() >= 5, "{changes:?}");
+        for overrides in
+            changes.into_iter().filter(|all| !all.iter().any(|one| one.starts_with("data."))).chain([vec![]])
+        {
+            config::parse::<Plan>(mirg, &overrides).unwrap().resolve().unwrap();
         }
         config::parse::<eval::Plan>(include_str!("../configs/eval_plates.toml"), &[]).unwrap();
         config::parse::<eval::Plan>(include_str!("../configs/eval_mig_bench.toml"), &[]).unwrap();

@@ -514,19 +514,32 @@ fn update(
     let mut sure = 0;
     let mut by_task: std::collections::BTreeMap<String, (f64, usize)> = Default::default();
     let mut fit = Fit::default();
-    let rows: Vec<Vec<(usize, u32)>> = match &head {
+    let merge = engine.processor.merge;
+    let asked: Vec<dense::Asked> = match &head {
         Some((_, head)) if hint_weight > 0.0 => examples
             .iter()
             .map(|e| {
                 let prompt = e.stream.prompt_len();
-                let shown = e.stream.images.iter().filter(|image| image.first < prompt).count();
-                head.hints(&e.stream.ids[..prompt], &e.objects[..shown].concat())
+                let shown = e.stream.images.iter().zip(&e.objects).filter(|(image, _)| image.first < prompt);
+                let shown = shown.map(|(image, objects)| dense::Shown {
+                    objects,
+                    rows: image.first..image.first + image.grid.tokens(merge),
+                });
+                head.hints(&e.stream.ids[..prompt], &shown.collect::<Vec<_>>())
             })
             .collect(),
-        _ => vec![Vec::new(); examples.len()],
+        _ => examples.iter().map(|_| dense::Asked::default()).collect(),
     };
-    let asked: usize = rows.iter().map(Vec::len).sum();
-    let hints = embedded::Hints { rows, weight: hint_weight / asked.max(1) as f32 };
+    let (rows, early): (Vec<_>, Vec<_>) = asked.into_iter().map(|asked| (asked.words, asked.pictures)).unzip();
+    let count = |all: &[Vec<(usize, u32)>]| all.iter().map(Vec::len).sum::<usize>();
+    let (asked, asked_early) = (count(&rows), count(&early));
+    let hints = embedded::Hints {
+        rows,
+        weight: hint_weight / asked.max(1) as f32,
+        early,
+        early_weight: hint_weight / asked_early.max(1) as f32,
+        early_block: dense::EARLY_BLOCK.min(engine.model.config.text.layers - 1),
+    };
     let hinted = engine.accumulate_examples(
         examples,
         &mut |i, scores| {

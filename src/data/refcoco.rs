@@ -37,7 +37,11 @@ pub(super) fn read(text: &str) -> Result<Drafts> {
                 let locate = |said: String| (format!("Locate this in the picture: {}", said.trim()), Some(said));
                 (answers.into_iter().map(locate).collect::<Vec<_>>(), BBox::new(x, y, x + w, y + h))
             }
-            (_, _, Some(problem), Some(corners)) => (vec![(words(&problem), None)], BBox::from(corners)),
+            (_, _, Some(problem), Some(corners)) => {
+                // The set's own wording.
+                let label = problem.split_once("this sentence describes: ").map(|(_, said)| said.trim().to_owned());
+                (vec![(words(&problem), label)], BBox::from(corners))
+            }
             _ => bail!(
                 "row {number}: expected \"bbox\" and \"answer\" (lmms-lab) or \"problem\" and \"solution\" (VLM-R1)"
             ),
@@ -92,7 +96,7 @@ mod tests {
         let text = r#"[
             {"question_id": "7", "image": {"bytes": null, "path": null}, "file_name": "COCO_train2014_000000581857_16.png",
              "question": "Describe it.", "answer": ["the left man ", "man in blue"], "bbox": [10.5, 20, 30, 40], "segmentation": [1]},
-            {"image": "x/b.png", "problem": "<image>Where is the cat?", "solution": [1, 2, 30, 40], "dataset": "refcoco"},
+            {"image": "x/b.png", "problem": "<image>Find the region this sentence describes: a cat", "solution": [1, 2, 30, 40], "dataset": "refcoco"},
             {"image": "x/b.png", "answer": ["nothing"], "bbox": [1, 2, 0, 5]},
             {"image": "x/b.png", "problem": "Outside?", "solution": [1, 2, 300, 40]}
         ]"#;
@@ -109,9 +113,9 @@ mod tests {
         assert!(rows[0].images[0].ends_with("COCO_train2014_000000581857.png"));
         assert_eq!(
             (rows[2].question.as_str(), rows[2].targets[0].bbox),
-            ("Where is the cat?", BBox::new(1.0, 2.0, 30.0, 40.0))
+            ("Find the region this sentence describes: a cat", BBox::new(1.0, 2.0, 30.0, 40.0))
         );
-        assert_eq!(rows[2].answer, r#"[{"image":1,"bbox":[1.0,2.0,30.0,40.0]}]"#);
+        assert_eq!(rows[2].answer, r#"[{"image":1,"bbox":[1.0,2.0,30.0,40.0],"label":"a cat"}]"#);
     }
 
     #[test]

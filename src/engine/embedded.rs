@@ -30,7 +30,7 @@ use crate::model;
 use crate::model::block::Keep;
 use crate::model::generate::{Cache, Extension, SequenceId};
 use crate::model::memory::memory;
-use crate::model::{Dtype, Gradients, Head, Slopes, Target, Trainable, Vlm};
+use crate::model::{Dtype, Early, Gradients, Head, Slopes, Target, Trainable, Vlm};
 use crate::optim::{AdamW, Optim, Trained};
 use crate::sft::Example;
 
@@ -94,6 +94,10 @@ impl Options {
 pub struct Hints {
     pub rows: Vec<Vec<(usize, u32)>>,
     pub weight: f32,
+    /// The same, asked before this block.
+    pub early: Vec<Vec<(usize, u32)>>,
+    pub early_weight: f32,
+    pub early_block: usize,
 }
 
 /// A loss on the visual tokens of example i: gets their features [tokens, D], their grids, the embedding table and its
@@ -420,9 +424,13 @@ impl Embedded {
             }
             let spoken = batch.packed.targets.len();
             let mut base = 0;
+            let mut early: Vec<Target> = Vec::new();
             for i in run.clone() {
-                let asked = hints.rows[i].iter();
-                batch.packed.targets.extend(asked.map(|&(row, token)| Target { row: base + row, token }));
+                let placed = |asked: &[(usize, u32)]| -> Vec<Target> {
+                    asked.iter().map(|&(row, token)| Target { row: base + row, token }).collect()
+                };
+                batch.packed.targets.extend(placed(&hints.rows[i]));
+                early.extend(placed(&hints.early[i]));
                 base += examples[i].stream.len();
             }
             let out = self.model.evaluate(&batch.packed, Head::PLAIN, keep, self.trainable)?;
@@ -456,7 +464,12 @@ impl Embedded {
             self.model.backward(
                 &batch.packed,
                 tape,
-                &Slopes { logprobs: &weights, entropies: None, features: asked.then_some(on_features.as_slice()) },
+                &Slopes {
+                    logprobs: &weights,
+                    entropies: None,
+                    features: asked.then_some(on_features.as_slice()),
+                    early: Some(Early { block: hints.early_block, asked: &early, slope: -hints.early_weight }),
+                },
                 self.trainable,
                 &mut training.gradients,
             )?;
@@ -596,7 +609,7 @@ impl Trainer for Embedded {
             let training = self.training.as_mut().context("the engine was opened for sampling only")?;
             let tape = out.tape.context("the forward pass kept nothing for the backward pass")?;
             let entropies = (entropy_weights.len() == weights.len()).then_some(entropy_weights.as_slice());
-            let slopes = Slopes { logprobs: &weights, entropies, features: None };
+            let slopes = Slopes { logprobs: &weights, entropies, ..Slopes::default() };
             let gradients = &mut training.gradients;
             let dfeatures = self.model.backward(&batch.packed, tape, &slopes, self.trainable, gradients)?;
             let mut rest = &dfeatures[..];

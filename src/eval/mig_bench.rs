@@ -10,16 +10,13 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 
+use super::cell;
 use crate::data::Sample;
 use crate::episode::Episode;
 use crate::geometry::{BBox, Size};
 use crate::report::{Cell, Row, Table, Unit};
 use crate::reward::mig::{self, MIG_BENCH, Said, TASKS, Truth, Verdict, Version};
 use crate::stats::{Estimate, clustered_mean, clustered_share};
-
-/// The tables' file in the folder of an evaluation, and their key in its JSON.
-pub const TABLES: &str = "mig_bench.json";
-pub const KEY: &str = MIG_BENCH;
 
 /// A verdict with what it is counted under.
 #[derive(Clone, Debug)]
@@ -191,7 +188,7 @@ fn table(title: String, judged: &[&Judged], note: String) -> Table {
         .iter()
         .map(|(key, name)| Row {
             name: (*name).into(),
-            cells: COLUMNS.iter().map(|column| of(key, column).map_or_else(Cell::default, percent)).collect(),
+            cells: COLUMNS.iter().map(|column| cell(of(key, column).as_ref())).collect(),
             about: String::new(),
         })
         .collect();
@@ -204,7 +201,7 @@ fn table(title: String, judged: &[&Judged], note: String) -> Table {
         match value {
             Ok(value) => {
                 let n = figures.iter().map(|(_, e)| e.n).sum();
-                percent(Estimate { value, low: (value - half).max(0.0), high: (value + half).min(1.0), n })
+                cell(Some(&Estimate { value, low: (value - half).max(0.0), high: (value + half).min(1.0), n }))
             }
             Err(_) => Cell::default(),
         }
@@ -233,10 +230,6 @@ fn gaps(missing: &[Vec<&str>]) -> Vec<String> {
         ));
     }
     notes
-}
-
-fn percent(e: Estimate) -> Cell {
-    Cell::from(Estimate { value: 100.0 * e.value, low: 100.0 * e.low, high: 100.0 * e.high, n: e.n })
 }
 
 #[cfg(test)]

@@ -74,6 +74,16 @@ pub enum Kept {
     All(Box<Tape>),
 }
 
+impl Kept {
+    /// The block's input, `[T, D]`.
+    pub fn input(&self) -> &[f32] {
+        match self {
+            Kept::Input(x) => x,
+            Kept::All(tape) => &tape.x,
+        }
+    }
+}
+
 /// Queries, keys and values of some rows, rotated.
 pub struct Qkv {
     pub q: Vec<f32>,

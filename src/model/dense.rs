@@ -66,6 +66,26 @@ pub struct View<'a> {
     pub objects: &'a [(String, BBox)],
 }
 
+/// A view in a prompt: what stands in it, and the rows of its visual tokens.
+#[derive(Clone, Debug)]
+pub struct Shown<'a> {
+    pub objects: &'a [(String, BBox)],
+    pub rows: std::ops::Range<usize>,
+}
+
+/// Rows of a prompt and the tokens that they are asked for.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Asked {
+    pub words: Vec<(usize, u32)>,
+    /// Before block [`EARLY_BLOCK`].
+    pub pictures: Vec<(usize, u32)>,
+}
+
+pub const EARLY_BLOCK: usize = 2;
+
+/// How many of a picture's rows are asked for its number.
+const ASKED_ROWS: usize = 4;
+
 const FILE: &str = "dense_head.json";
 
 /// What is it, x1, y1, x2, y2.
@@ -243,28 +263,46 @@ impl DenseHead {
         loss
     }
 
-    /// Words of a prompt that name one object of its picture are asked, with the three rows behind them, where that object is:
+    /// Words of a prompt that name one object of its pictures are asked, with the three rows behind them, where that object is:
     /// x1 of the word's own row, then y1, x2, y2. Nothing is ever sampled from a prompt's rows, so they are free to answer;
     /// finding the thing that a word names is then one step of attention, and the answer later a second. In the same way the word
-    /// "number" is asked for the digit, where the picture shows one.
-    pub fn hints(&self, prompt: &[u32], objects: &[(String, BBox)]) -> Vec<(usize, u32)> {
+    /// "number" is asked for the digit, where the picture shows one. Of several pictures, the row behind the sides is asked for the
+    /// picture's number, and so are some of each picture's own rows, these in the middle of the model: asked at its end they find out too
+    /// late which picture they are of for other rows to look it up, and the model finds the thing and not where it found it (LOG.md).
+    pub fn hints(&self, prompt: &[u32], shown: &[Shown]) -> Asked {
         let mut hints = Vec::new();
-        for (name, bbox) in objects {
-            let alone = objects.iter().filter(|(other, _)| other == name).count() == 1;
+        let objects = || shown.iter().enumerate().flat_map(|(k, view)| view.objects.iter().map(move |o| (k + 1, o)));
+        for (image, (name, bbox)) in objects() {
+            let alone = objects().filter(|(_, (other, _))| other == name).count() == 1;
             let Some(&word) = self.words.names.get(name).filter(|_| alone) else { continue };
+            let asked = self.sides(bbox).into_iter().chain(self.picture(image, shown.len()));
             for (row, _) in prompt.iter().enumerate().filter(|(_, id)| **id == word) {
-                if row + 3 < prompt.len() {
-                    hints.extend(self.sides(bbox).into_iter().enumerate().map(|(k, token)| (row + k, token)));
+                if row + 4 < prompt.len() {
+                    hints.extend(asked.clone().enumerate().map(|(k, token)| (row + k, token)));
                 }
             }
         }
-        let names = objects.iter().filter_map(|(name, _)| self.words.names.get(name));
+        let names = objects().filter_map(|(_, (name, _))| self.words.names.get(name));
         let digits: Vec<u32> = names.copied().filter(|token| self.words.digits.contains(token)).collect();
         if let [digit] = digits[..] {
             let number = prompt.iter().enumerate().filter(|(_, id)| **id == self.words.number);
             hints.extend(number.map(|(row, _)| (row, digit)));
         }
-        hints
+        let mut pictures = Vec::new();
+        for (k, view) in shown.iter().enumerate() {
+            let rows = view.rows.clone().step_by((view.rows.len() / ASKED_ROWS).max(1));
+            pictures.extend(
+                self.picture(k + 1, shown.len())
+                    .into_iter()
+                    .flat_map(|token| rows.clone().map(move |row| (row, token))),
+            );
+        }
+        Asked { words: hints, pictures }
+    }
+
+    /// The token of a picture's number, where there are several.
+    fn picture(&self, image: usize, of: usize) -> Option<u32> {
+        self.words.names.get(&format!("digit:{image}")).copied().filter(|_| of > 1)
     }
 
     /// The tokens of a box's four sides.
@@ -374,9 +412,23 @@ mod tests {
     #[test]
     fn words_that_name_one_object_are_asked_for_its_place() {
         let fox = |x: f64| ("cat".to_owned(), BBox { x1: x, y1: 7.0, x2: x + 14.0, y2: 21.0 });
-        assert_eq!(head().hints(&[5, 10, 5, 5, 5], &[fox(7.0)]), [(1, 1), (2, 1), (3, 3), (4, 3)]);
-        assert!(head().hints(&[5, 10, 5, 5, 5], &[fox(7.0), fox(28.0)]).is_empty(), "two of them: which one?");
-        assert!(head().hints(&[5, 5, 5, 10], &[fox(7.0)]).is_empty(), "no rows behind the word");
+        let hints =
+            |prompt: &[u32], objects: &[(String, BBox)]| head().hints(prompt, &[Shown { objects, rows: 0..0 }]).words;
+        assert_eq!(hints(&[5, 10, 5, 5, 5, 5], &[fox(7.0)]), [(1, 1), (2, 1), (3, 3), (4, 3)]);
+        assert!(hints(&[5, 10, 5, 5, 5, 5], &[fox(7.0), fox(28.0)]).is_empty(), "two of them: which one?");
+        assert!(hints(&[5, 5, 5, 10, 5], &[fox(7.0)]).is_empty(), "no rows behind the word");
+    }
+
+    #[test]
+    fn of_several_pictures_the_number_is_asked_too() {
+        let mut head = head();
+        head.words.names.extend([("digit:1".into(), 7), ("digit:2".into(), 8)]);
+        let cat = [("cat".to_owned(), BBox { x1: 7.0, y1: 7.0, x2: 21.0, y2: 21.0 })];
+        let shown = [Shown { objects: &[], rows: 0..8 }, Shown { objects: &cat, rows: 8..12 }];
+        let prompt = [[5; 12].as_slice(), &[10, 5, 5, 5, 5]].concat();
+        let of_word = [(12, 1), (13, 1), (14, 3), (15, 3), (16, 8)];
+        let of_pictures = [(0, 7), (2, 7), (4, 7), (6, 7), (8, 8), (9, 8), (10, 8), (11, 8)];
+        assert_eq!(head.hints(&prompt, &shown), Asked { words: of_word.into(), pictures: of_pictures.into() });
     }
 
     #[test]

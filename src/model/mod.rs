@@ -30,6 +30,7 @@ pub use self::block::Keep;
 pub use self::config::{Config, GenerationConfig};
 pub use self::layout::{Arena, Gradients, Group, Layout, Trainable, Weights};
 pub use self::positions::{Positions, positions, positions_from};
+pub use self::text::Early;
 use self::text::{FeatureRun, TextTape};
 pub use self::vision::VisionTape;
 pub use self::weights::{Dtype, load_weights, save_model};
@@ -219,6 +220,8 @@ pub struct Slopes<'a> {
     pub entropies: Option<&'a [f32]>,
     /// By the images' features, `[tokens, D]`: of a loss on the visual tokens themselves.
     pub features: Option<&'a [f32]>,
+    /// Of words asked for in the middle of the language model.
+    pub early: Option<Early<'a>>,
 }
 
 impl<'a> Slopes<'a> {
@@ -408,7 +411,7 @@ impl Vlm {
         train: Trainable,
         grads: &mut Gradients,
     ) -> Result<Vec<f32>> {
-        let Slopes { logprobs: weights, entropies: entropy_weights, features: on_features } = *slopes;
+        let Slopes { logprobs: weights, entropies: entropy_weights, features: on_features, early } = *slopes;
         let n = packed.targets.len();
         ensure!(weights.len() == n, "{} weights for {n} targets", weights.len());
         if let Some(e) = entropy_weights {
@@ -468,6 +471,7 @@ impl Vlm {
             &runs,
             Some(&wanted),
             text,
+            early,
             train,
             &mut grads.data,
         );

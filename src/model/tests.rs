@@ -100,7 +100,7 @@ fn gradient_of_everything_agrees_with_differences() {
         .backward(
             &packed,
             e.tape.unwrap(),
-            &Slopes { logprobs: &weights, entropies: Some(&entropy_weights), features: None },
+            &Slopes { logprobs: &weights, entropies: Some(&entropy_weights), ..Slopes::default() },
             Trainable::ALL,
             &mut grads,
         )
@@ -121,6 +121,38 @@ fn gradient_of_everything_agrees_with_differences() {
         let ours: f64 = gradient.iter().zip(&direction).map(|(g, d)| *g as f64 * *d as f64).sum();
         let off = (ours - differences).abs();
         assert!(off < 4e-3 + 0.02 * differences.abs(), "{}: {ours} against {differences}", entry.name);
+    }
+}
+
+/// What is asked before the second block has the gradient of a model that ends there; its final norm alone stays as it is.
+#[test]
+fn words_asked_early_have_the_gradient_of_a_shorter_model() {
+    let model = tiny();
+    let mut config = model.config.clone();
+    config.text.layers = 1;
+    let mut short = presets::initialise(config, 3);
+    for entry in short.weights.layout.clone().entries.iter() {
+        let same = model.weights.layout.entries.iter().find(|e| e.name == entry.name).unwrap();
+        short.weights.data[entry.range.clone()].copy_from_slice(&model.weights.data[same.range.clone()]);
+    }
+    let asked: Vec<Target> = [(4, 7), (6, 9), (14, 3)].map(|(row, token)| Target { row, token }).into();
+    let gradient = |model: &Vlm, targets: Vec<Target>, slopes: &Slopes| {
+        let packed = Packed { targets, ..conversation(&model.config) };
+        let e = model.evaluate(&packed, Head::PLAIN, Keep::Everything, Trainable::ALL).unwrap();
+        let mut grads = Gradients::zeros(&model.weights.layout);
+        model.backward(&packed, e.tape.unwrap(), slopes, Trainable::ALL, &mut grads).unwrap();
+        grads
+    };
+    let early = Early { block: 1, asked: &asked, slope: 0.5 };
+    let last = Target { row: 15, token: 3 };
+    let ours = gradient(&model, vec![last], &Slopes { early: Some(early), ..Slopes::of(&[0.0]) });
+    let expected = gradient(&short, asked.clone(), &Slopes::of(&[0.5; 3]));
+    for entry in short.weights.layout.entries.iter().filter(|e| e.name != "model.norm.weight") {
+        let same = ours.layout.entries.iter().find(|e| e.name == entry.name).unwrap();
+        let (a, b) = (&ours.data[same.range.clone()], &expected.data[entry.range.clone()]);
+        let largest = b.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+        // The same operations but for the order of sums over rows.
+        assert!(a.iter().zip(b).all(|(a, b)| (a - b).abs() <= 1e-5 * largest.max(1e-3)), "{}", entry.name);
     }
 }
 

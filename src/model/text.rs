@@ -7,9 +7,10 @@
 //! Source: Qwen2.5 (arXiv:2412.15115): pre-norm, grouped queries with biases on q, k, v, SwiGLU.
 
 use foveate_kernels::attention::Span;
-use foveate_kernels::embed;
 use foveate_kernels::rope::{self, Table};
+use foveate_kernels::{embed, logprob};
 
+use super::Target;
 use super::block::{self, Dims, Keep, Kept, Rows};
 use super::config::TextConfig;
 use super::layout::{TextIndex, Trainable};
@@ -19,6 +20,51 @@ use super::layout::{TextIndex, Trainable};
 pub struct FeatureRun {
     pub first_row: usize,
     pub rows: usize,
+}
+
+/// Words that rows are asked for before some block, through the final norm and the model's own vocabulary: deep supervision (Lee et al.,
+/// arXiv 1409.5185). What is asked at the end of the model only is often found out too late to be looked up by later rows.
+#[derive(Clone, Copy, Debug)]
+pub struct Early<'a> {
+    /// The block whose input is asked.
+    pub block: usize,
+    pub asked: &'a [Target],
+    /// By each log-prob: what the loss changes with it.
+    pub slope: f32,
+}
+
+impl Early<'_> {
+    /// The gradient by the asked rows of `x`, `[N, D]`; that by the vocabulary is added to the arena.
+    fn backward(
+        &self,
+        x: &[f32],
+        weights: &[f32],
+        index: &TextIndex,
+        eps: f32,
+        train: Trainable,
+        grads: &mut [f32],
+    ) -> Vec<f32> {
+        let (d, table) = (index.norm.len(), &weights[index.head.clone()]);
+        let rows: Vec<f32> = self.asked.iter().flat_map(|t| &x[t.row * d..(t.row + 1) * d]).copied().collect();
+        let tokens: Vec<u32> = self.asked.iter().map(|t| t.token).collect();
+        let (hidden, rstd) = block::normed(&rows, &weights[index.norm.clone()], eps);
+        let v = table.len() / d;
+        let out = logprob::forward(&hidden, table, &tokens, 1.0, &[], d, v);
+        let mut unused;
+        let dtable = if train.embeddings {
+            &mut grads[index.head.clone()]
+        } else {
+            unused = vec![0.0; v * d];
+            &mut unused[..]
+        };
+        let mut dhidden = vec![0.0; hidden.len()];
+        let slopes = vec![self.slope; tokens.len()];
+        logprob::backward(&mut dhidden, dtable, &slopes, None, &out, &hidden, table, &tokens, 1.0, &[], d, v);
+        let mut dx = vec![0.0; rows.len()];
+        // The norm belongs to the end of the model; what is asked here does not move it.
+        block::normed_backward(&mut dx, None, &index.norm, &dhidden, &rows, weights, &rstd, false);
+        dx
+    }
 }
 
 /// What the backward pass needs.
@@ -117,6 +163,7 @@ pub fn backward(
     runs: &[FeatureRun],
     wanted: Option<&[usize]>,
     tape: TextTape,
+    early: Option<Early>,
     train: Trainable,
     grads: &mut [f32],
 ) -> Vec<f32> {
@@ -130,9 +177,16 @@ pub fn backward(
     drop(last);
     for (i, layer) in index.layers.iter().enumerate().rev() {
         let Some(kept) = layers.pop() else { break };
+        let early = early.filter(|early| early.block == i && !early.asked.is_empty());
+        let asked = early.map(|early| early.backward(kept.input(), weights, index, dims.eps, train, grads));
         let trained = train.text.then_some(&mut *grads);
         let rows = Rows { table: &table, spans, wanted: wanted.filter(|_| i + 1 == index.layers.len()) };
         dx = block::backward(layer, &dims, weights, dx, kept, rows, trained);
+        if let (Some(early), Some(asked)) = (early, asked) {
+            for (target, drow) in early.asked.iter().zip(asked.chunks_exact(d)) {
+                dx[target.row * d..(target.row + 1) * d].iter_mut().zip(drow).for_each(|(a, b)| *a += b);
+            }
+        }
     }
     let mut dfeatures = Vec::new();
     for run in runs {

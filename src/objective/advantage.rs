@@ -59,6 +59,14 @@ impl Advantages {
         }
     }
 
+    /// Multiplies each trajectory's advantage by its weight.
+    pub fn weigh(&mut self, weights: &[f64]) {
+        self.trajectory.iter_mut().zip(weights).for_each(|(a, w)| *a *= w);
+        for (tokens, w) in self.token.iter_mut().flatten().zip(weights) {
+            tokens.iter_mut().for_each(|a| *a *= w);
+        }
+    }
+
     /// Metrics under the names users of verl and TRL know.
     pub fn report(&self) -> Vec<(&'static str, f64)> {
         let (mean, std) = mean_std(&self.trajectory);
@@ -294,6 +302,15 @@ mod tests {
             // Hand values are written with four decimals.
             assert!((f - e).abs() < 5e-5, "{found:?} is not {expected:?}");
         }
+    }
+
+    #[test]
+    fn a_weight_multiplies_what_belongs_to_its_trajectory() {
+        let outcomes: Vec<Outcome> = [1.0, 0.0].map(|reward| Outcome::new(7, reward, 2)).to_vec();
+        let mut advantages = Objective::default().advantages(&outcomes).unwrap();
+        let before = advantages.trajectory.clone();
+        advantages.weigh(&[2.0, 0.5]);
+        assert_eq!(advantages.trajectory, [2.0 * before[0], 0.5 * before[1]]);
     }
 
     #[test]

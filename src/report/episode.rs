@@ -51,11 +51,13 @@ pub fn card(record: &Record, belongs: &Belongs, pictures: &mut Pictures) -> Stri
     if !record.question.is_empty() {
         html.push_str(&format!("<h3>{}</h3>", escape(&record.question)));
     }
-    let answer = plain(&record.answer);
+    let answer = right_answer(record);
     if !answer.is_empty() {
         html.push_str(&format!("<p class=\"answer\">right answer <b>{}</b></p>", escape(&answer)));
     }
-    html.push_str("<div class=\"sides\"><div class=\"looks\">");
+    // Several pictures stand side by side above the words; one stands beside them, with the closer looks below it.
+    let class = if record.several_pictures() { "sides row" } else { "sides" };
+    html.push_str(&format!("<div class=\"{class}\"><div class=\"looks\">"));
     html.push_str(&originals(record, belongs, pictures));
     html.push_str(&views(record, belongs, pictures));
     html.push_str("</div><div class=\"talk\">");
@@ -63,6 +65,18 @@ pub fn card(record: &Record, belongs: &Belongs, pictures: &mut Pictures) -> Stri
     html.push_str(&judgement(record));
     html.push_str("</div></div></article>");
     html
+}
+
+/// The answer in words; one of boxes on several pictures says what is in which, for the boxes themselves are drawn.
+fn right_answer(record: &Record) -> String {
+    if !record.several_pictures() || record.targets.is_empty() {
+        return plain(&record.answer);
+    }
+    let what = |target: &Target| {
+        let label = if target.label.is_empty() { "the marked area" } else { &target.label };
+        format!("{label} in Image-{}", target.index() + 1)
+    };
+    record.targets.iter().map(what).collect::<Vec<_>>().join(", ")
 }
 
 /// A picture's path as the run wrote it: absolute, relative to the run folder, or relative to where the program was started.
@@ -74,11 +88,20 @@ fn locate(path: &str, root: &Path) -> PathBuf {
 fn originals(record: &Record, belongs: &Belongs, pictures: &mut Pictures) -> String {
     let mut html = String::new();
     for (index, path) in record.images.iter().enumerate() {
-        let caption = if record.images.len() > 1 { format!("image {}", index + 1) } else { "original".into() };
+        let caption = if record.several_pictures() { format!("Image-{}", index + 1) } else { "original".into() };
         match pictures.original(&locate(path, belongs.root)) {
             Ok(placed) => {
+                let first = record
+                    .views
+                    .iter()
+                    .enumerate()
+                    .find(|(i, view)| view.image == index && first_look(record, *i, view));
+                let seen = match first.and_then(|(_, view)| view.size) {
+                    Some([width, height]) if record.several_pictures() => format!(", seen as {width} × {height}"),
+                    _ => String::new(),
+                };
                 html.push_str(&format!(
-                    "<figure class=\"original\" style=\"--ratio:{:.4}\">{}<figcaption>{caption} <span>{} × {} px</span></figcaption></figure>",
+                    "<figure class=\"original\" style=\"--ratio:{:.4}\">{}<figcaption>{caption} <span>{} × {} px{seen}</span></figcaption></figure>",
                     placed.ratio(),
                     overlay(record, index, &placed, path),
                     placed.width,
@@ -112,6 +135,12 @@ fn overlay(record: &Record, image: usize, placed: &Placed, path: &str) -> String
         if let Some(bbox) = target.bbox.filter(drawable) {
             let title = if target.label.is_empty() { "target".to_owned() } else { format!("target: {}", target.label) };
             svg.push_str(&rectangle(bbox, "target", &title));
+        }
+    }
+    for said in record.said().filter(|said| said.image == image + 1) {
+        if let Some(bbox) = said.bbox.filter(drawable) {
+            let label = if said.label.is_empty() { "a box" } else { &said.label };
+            svg.push_str(&rectangle(bbox, "region", &format!("the policy says: {label}")));
         }
     }
     for (number, view) in crops(record) {
@@ -164,6 +193,9 @@ fn views(record: &Record, belongs: &Belongs, pictures: &mut Pictures) -> String 
     let mut crop = 0;
     for (index, view) in record.views.iter().enumerate() {
         let name = if first_look(record, index, view) {
+            if record.several_pictures() {
+                continue;
+            }
             "first look".to_owned()
         } else {
             crop += 1;
@@ -253,11 +285,15 @@ fn conversation(record: &Record) -> String {
 
 /// What the program read in the policy's words.
 fn readings(turn: &Turn) -> String {
+    let place = |bbox: [f64; 4]| format!("box {}", bbox.map(|side| number(side.round())).join(", "));
     let bbox = turn.bbox.map(|bbox| format!("box {}", bbox.map(number).join(", ")));
+    let boxes =
+        turn.boxes.iter().map(|said| format!("Image-{}: {}", said.image, said.bbox.map(place).unwrap_or_default()));
     [plain(&turn.action), plain(&turn.outcome), bbox.unwrap_or_default()]
-        .iter()
+        .into_iter()
+        .chain(boxes)
         .filter(|text| !text.is_empty())
-        .map(|text| format!("<code class=\"action\">{}</code>", escape(text)))
+        .map(|text| format!("<code class=\"action\">{}</code>", escape(&text)))
         .collect()
 }
 

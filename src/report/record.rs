@@ -29,7 +29,7 @@ pub struct Record {
     pub advantage: Option<f64>,
 }
 
-/// Where the answer is, for judging and showing; the policy never saw it.
+/// A box on one of the pictures: where the answer is (for judging and showing; the policy never saw it), or where the policy says it is.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 pub struct Target {
@@ -61,6 +61,8 @@ pub struct Turn {
     pub action: Value,
     pub outcome: Value,
     pub bbox: Option<[f64; 4]>,
+    /// The answer in boxes on several pictures, as it was read.
+    pub boxes: Vec<Target>,
 }
 
 impl Target {
@@ -81,11 +83,23 @@ impl Record {
 
     /// Whether the answer was right: the part of the reward that judges the answer where it has a known name, else the whole reward.
     pub fn right(&self) -> bool {
-        ["answer", "accuracy", "correct", "acc"]
+        ["answer", "accuracy", "correct", "acc", "joint"]
             .iter()
             .find_map(|name| self.rewards.get(*name)?.as_f64())
             .or(self.reward)
             .is_some_and(|score| score > 0.5)
+    }
+}
+
+impl Record {
+    /// Whether the question was about several pictures at once, not about one and closer looks at it.
+    pub fn several_pictures(&self) -> bool {
+        self.images.len() > 1
+    }
+
+    /// The boxes that the policy answered with.
+    pub fn said(&self) -> impl Iterator<Item = &Target> {
+        self.turns.iter().flat_map(|turn| &turn.boxes)
     }
 }
 

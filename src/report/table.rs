@@ -65,6 +65,22 @@ pub struct Row {
     pub about: String,
 }
 
+/// The text of a table file: one table, or a list of several.
+///
+/// # Errors
+/// None in practice: numbers that JSON lacks become null.
+pub fn tables_json(tables: &[Table]) -> anyhow::Result<Vec<u8>> {
+    Ok(match tables {
+        [one] => serde_json::to_vec_pretty(one),
+        several => serde_json::to_vec_pretty(several),
+    }?)
+}
+
+/// The tables of a table file.
+pub(super) fn read_tables(text: &str) -> serde_json::Result<Vec<Table>> {
+    if text.trim_start().starts_with('[') { serde_json::from_str(text) } else { Ok(vec![serde_json::from_str(text)?]) }
+}
+
 fn cells_or_nulls<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Cell>, D::Error> {
     let cells = Vec::<Option<Cell>>::deserialize(deserializer)?;
     Ok(cells.into_iter().map(Option::unwrap_or_default).collect())

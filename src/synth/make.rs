@@ -235,7 +235,7 @@ fn aspect(size: Size) -> f64 {
     f64::from(size.height) / f64::from(size.width)
 }
 
-fn save(rgb: &::image::RgbImage, path: &Path) -> Result<()> {
+pub(super) fn save(rgb: &::image::RgbImage, path: &Path) -> Result<()> {
     let jpeg = crate::image::encode_jpeg(rgb, JPEG_QUALITY)?;
     std::fs::write(path, jpeg).with_context(|| format!("writing the picture {}", path.display()))
 }
@@ -251,7 +251,7 @@ fn pair(row: &Row, size: Size, split: Split, index: usize, images: Vec<PathBuf>)
     // Of a region, what is seen of it by half or more.
     let objects = |(k, shot): (usize, &Shot)| -> Vec<Value> {
         let seen = shot.scene.objects.iter().filter(|o| shot.region.contains_fraction(&o.bbox) >= 0.5);
-        seen.map(|o| json!({"name": o.name, "bbox": pixels(k + 1, o.bbox).map_whole()})).collect()
+        seen.map(|o| json!({"name": o.name, "bbox": whole_pixels(pixels(k + 1, o.bbox))})).collect()
     };
     let targets: Vec<Target> = row
         .targets
@@ -259,7 +259,7 @@ fn pair(row: &Row, size: Size, split: Split, index: usize, images: Vec<PathBuf>)
         .map(|t| Target { image: t.image, bbox: pixels(t.image, t.bbox), label: Some(t.label.clone()) })
         .collect();
     let answer: Vec<Value> =
-        targets.iter().map(|t| json!({"image": t.image, "bbox": t.bbox.map_whole(), "label": t.label})).collect();
+        targets.iter().map(|t| json!({"image": t.image, "bbox": whole_pixels(t.bbox), "label": t.label})).collect();
     let mut extra = serde_json::Map::new();
     extra.insert("objects".into(), row.shots.iter().enumerate().map(objects).collect());
     extra.insert("relations".into(), row.relations.clone().into());
@@ -279,7 +279,7 @@ fn pair(row: &Row, size: Size, split: Split, index: usize, images: Vec<PathBuf>)
 fn samples(scene: &Scene, size: Size, set: Set, split: Split, index: usize, picture: &Path) -> Vec<Sample> {
     let pixels = |b: BBox| in_pixels(scene.bounds(), size, b);
     let objects: Vec<_> =
-        scene.objects.iter().map(|o| json!({"name": o.name, "bbox": pixels(o.bbox).map_whole()})).collect();
+        scene.objects.iter().map(|o| json!({"name": o.name, "bbox": whole_pixels(pixels(o.bbox))})).collect();
     World::questions(scene)
         .into_iter()
         .enumerate()
@@ -302,14 +302,8 @@ fn samples(scene: &Scene, size: Size, set: Set, split: Split, index: usize, pict
 }
 
 /// Whole numbers without a trailing `.0` in JSON.
-trait MapWhole {
-    fn map_whole(self) -> [i64; 4];
-}
-
-impl MapWhole for BBox {
-    fn map_whole(self) -> [i64; 4] {
-        <[f64; 4]>::from(self).map(|v| v.round() as i64)
-    }
+pub(super) fn whole_pixels(b: BBox) -> [i64; 4] {
+    <[f64; 4]>::from(b).map(|v| v.round() as i64)
 }
 
 #[cfg(test)]

@@ -8,11 +8,12 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
+pub mod contrast;
 pub mod draw;
 pub mod library;
 pub mod make;
@@ -76,6 +77,41 @@ pub fn assets_dir() -> Result<PathBuf> {
         "the bundled pictures were not found in {} nor beside the executable; set FOVEATE_ASSETS to the assets folder of the repository",
         source.display()
     )
+}
+
+/// A folder that is written beside its place and renamed into it when all is there: it is whole or absent.
+pub(crate) struct NewFolder {
+    partial: tempfile::TempDir,
+    out: PathBuf,
+}
+
+impl NewFolder {
+    /// # Errors
+    /// Something is at `out` already, or nothing can be written beside it.
+    pub fn beside(out: &Path) -> Result<NewFolder> {
+        let taken = out.exists() && out.read_dir().map_or(true, |mut files| files.next().is_some());
+        ensure!(!taken, "something is already at {}; remove it or choose another folder", out.display());
+        let parent = out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        std::fs::create_dir_all(parent).with_context(|| format!("making the folder {}", parent.display()))?;
+        let partial = tempfile::Builder::new()
+            .prefix(".making-")
+            .tempdir_in(parent)
+            .with_context(|| format!("making a temporary folder in {}", parent.display()))?;
+        Ok(NewFolder { partial, out: out.to_owned() })
+    }
+
+    pub fn path(&self) -> &Path {
+        self.partial.path()
+    }
+
+    pub fn finish(self) -> Result<()> {
+        if self.out.is_dir() {
+            // Empty, as `beside` has seen.
+            std::fs::remove_dir(&self.out).with_context(|| format!("replacing {}", self.out.display()))?;
+        }
+        std::fs::rename(self.partial.keep(), &self.out)
+            .with_context(|| format!("moving the finished files to {}", self.out.display()))
+    }
 }
 
 /// The random stream of item `index` under `seed`; `purpose` keeps streams of different uses apart.

@@ -1,0 +1,140 @@
+//! The default story: a small model that can find things and read close-ups, but does neither with much care, is trained twice from the
+//! same weights, with the same steps and the same reward (is the answer right?): once answering at a glance (GRPO), once looking closer
+//! first (MGPO). Then both, and the controls, on held-out questions.
+
+use std::path::Path;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+
+use super::{Folders, Request, draw, judge, minutes_and_memory, start_of, trained};
+use crate::config;
+use crate::data;
+use crate::episode::Episode;
+use crate::eval::{self, Figures};
+use crate::progress;
+use crate::rl::{self, Plan};
+use crate::run::Interrupt;
+use crate::stats;
+use crate::synth::assets_dir;
+use crate::synth::make::Set;
+use crate::tasks::crop::{Crop, Options as CropOptions, Show};
+use crate::tasks::{Options as TaskOptions, Task};
+
+const GRPO: &str = include_str!("../../configs/demo_grpo.toml");
+const MGPO: &str = include_str!("../../configs/demo_mgpo.toml");
+
+/// How much of everything.
+struct Scale {
+    train: usize,
+    test: usize,
+    /// Overrides of both plans.
+    plan: &'static [&'static str],
+}
+
+const FULL: Scale = Scale { train: 480, test: 400, plan: &[] };
+const QUICK: Scale = Scale { train: 32, test: 24, plan: &["train.steps=3", "train.prompts=4", "train.group=4"] };
+
+pub fn main(request: &Request) -> Result<()> {
+    let started = Instant::now();
+    let scale = if request.quick { &QUICK } else { &FULL };
+    let interrupt = Interrupt::install()?;
+    let folders = Folders::open(request, &["grpo", "mgpo"])?;
+
+    progress::say("1/4  drawing photographs with small numbered plates: what is on the plate under the fox?");
+    let data = draw(request, Set::Plates, scale.train, scale.test)?;
+    let test = data::read(&data.join("test.jsonl"))?;
+
+    let base = assets_dir()?.join("nano");
+    let grpo = plan("demo_grpo.toml", GRPO, request, "grpo", &data, scale)?;
+    let mgpo = plan("demo_mgpo.toml", MGPO, request, "mgpo", &data, scale)?;
+    progress::say("2/4  GRPO: answer at a glance, rewarded for the right answer");
+    train(&grpo, &interrupt, request)?;
+    progress::say(
+        "3/4  MGPO: name a region, see it enlarged, answer; rewarded for the right answer, never for the box",
+    );
+    train(&mgpo, &interrupt, request)?;
+
+    progress::say(&format!(
+        "4/4  {} held-out questions: other photographs, other pictures of the things, other digits",
+        test.len()
+    ));
+    let evals = folders.evals(&config::to_toml(&mgpo)?)?;
+    let after_grpo = rl::newest_checkpoint(&grpo.train.out)?;
+    let after_mgpo = rl::newest_checkpoint(&mgpo.train.out)?;
+    let (one_turn, two_turns) = (looking(&grpo)?, looking(&mgpo)?);
+    let showing = |show: Show| CropOptions { show, ..two_turns.clone() };
+    let entries: Vec<(&str, &Path, CropOptions)> = vec![
+        ("base, one turn", &base, one_turn.clone()),
+        ("base, two turns", &base, two_turns.clone()),
+        ("GRPO, one turn", &after_grpo, one_turn.clone()),
+        ("MGPO, two turns", &after_mgpo, two_turns.clone()),
+        ("MGPO, its box elsewhere", &after_mgpo, showing(Show::Random)),
+        ("MGPO, its box on the plate", &after_mgpo, showing(Show::Target)),
+        ("MGPO, no crop shown", &after_mgpo, showing(Show::Nothing)),
+    ];
+    let mut rows: Vec<Figures> = Vec::new();
+    let mut right: Vec<Vec<bool>> = Vec::new();
+    for (k, (name, model, options)) in entries.iter().enumerate() {
+        let task = |factor| Ok(Box::new(Crop::new(options.clone(), factor)?) as Box<dyn Task>);
+        let episodes = judge(name, model, &task, &mgpo.rollout, &test, request.seed, &interrupt)?;
+        let records: Vec<_> = episodes.iter().map(Episode::record).collect();
+        evals.write_episodes(k as u64 + 1, &records)?;
+        right.push(episodes.iter().map(|e| e.right()).collect());
+        let mut figures = Figures::of(name, &episodes, &test);
+        if options.show != Show::Region {
+            // A control changes what is shown for the box, not the box: its figures are those of the row above.
+            (figures.all.containment, figures.all.valid_box) = (None, None);
+        }
+        rows.push(figures);
+    }
+    let seconds = started.elapsed().as_secs_f64();
+    let notes = notes(&rows, &right, seconds);
+    let title = format!("What number is on the plate? {} held-out questions, 95 % intervals", test.len());
+    folders.finish(&evals, vec![eval::table(&title, &rows, &notes)], &rows, seconds, request.json)
+}
+
+/// Trains, or goes on with a run of this demo that was interrupted.
+fn train(plan: &Plan, interrupt: &Interrupt, request: &Request) -> Result<()> {
+    trained(rl::train(plan, start_of(&plan.train.out), interrupt, &mut |_, _| {}), request)
+}
+
+fn plan(name: &str, text: &str, request: &Request, run: &str, data: &Path, scale: &Scale) -> Result<Plan> {
+    let overrides: Vec<String> = scale.plan.iter().map(|s| (*s).to_owned()).collect();
+    let mut plan: Plan = config::parse(text, &overrides).with_context(|| format!("in configs/{name}"))?;
+    plan.model.path = assets_dir()?.join("nano");
+    plan.data.train = data.join("train.jsonl");
+    plan.train.out = request.out.join(run);
+    plan.train.seed = request.seed;
+    plan.resolve()
+}
+
+/// What a plan of this demo asks.
+fn looking(plan: &Plan) -> Result<CropOptions> {
+    match &plan.task {
+        TaskOptions::Crop(options) => Ok(options.clone()),
+        TaskOptions::MultiImage(_) => bail!("the plates are asked about one picture, and the plan is for several"),
+    }
+}
+
+/// What the table means, in sentences with numbers.
+fn notes(rows: &[Figures], right: &[Vec<bool>], seconds: f64) -> Vec<String> {
+    let percent = |k: usize| 100.0 * rows[k].all.accuracy.value;
+    let held = |k: usize| rows[k].all.containment.as_ref().map_or(f64::NAN, |c| 100.0 * c.value);
+    let against = |a: usize, b: usize| stats::paired(&right[a], &right[b]).p;
+    vec![
+        format!(
+            "MGPO against the base: {:+.1} points (McNemar p = {:.1e}); against one-turn GRPO: {:+.1} points (p = {:.1e}). Guessing gives 10 %.",
+            percent(3) - percent(1),
+            against(3, 1),
+            percent(3) - percent(2),
+            against(3, 2)
+        ),
+        format!(
+            "Its box contains the plate in {:.1} % of first turns, before training in {:.1} %; no box was ever rewarded.",
+            held(3),
+            held(1)
+        ),
+        minutes_and_memory(seconds),
+    ]
+}
