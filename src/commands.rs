@@ -9,6 +9,7 @@ use serde_json::json;
 use crate::chat::{Chat, Message, Part};
 use crate::config::BadConfig;
 use crate::data;
+use crate::data::convert::{Format, Options as ConvertOptions, convert};
 use crate::geometry::{Size, View};
 use crate::image::{self, Processor, decode};
 use crate::model::config::TokenIds;
@@ -56,6 +57,22 @@ pub fn score() -> Result<()> {
     Ok(())
 }
 
+/// `foveate score --bench ROWS`: predictions of another program on stdin, the benchmark's tables on stdout.
+pub fn score_bench(rows: &Path, enlarge: bool, as_json: bool) -> Result<()> {
+    let samples = data::read(rows)?;
+    let (judged, missing) = eval::mig_bench::predicted(std::io::stdin().lock(), &samples, rows, enlarge)?;
+    let tables = eval::mig_bench::tables("predictions on stdin", &judged);
+    if as_json {
+        println!("{}", json!({"tables": tables, "missing": missing}));
+    } else {
+        eval::print_tables(&tables);
+    }
+    if missing > 0 {
+        eprintln!("{missing} of {} rows have no prediction and count as wrong", samples.len());
+    }
+    Ok(())
+}
+
 #[derive(Subcommand)]
 pub enum Data {
     /// Draw a bundled data set from a seed
@@ -97,6 +114,29 @@ pub enum Data {
         share: f64,
         #[arg(long, default_value_t = 1)]
         seed: u64,
+        #[arg(long)]
+        json: bool,
+    },
+    /// Rows of a public data set as rows of our own
+    Convert {
+        /// JSON (a list) or JSON lines
+        file: PathBuf,
+        /// mig_bench (original or revised), mgrounding (MGrounding-630k) or refcoco (lmms-lab's REC rows, VLM-R1's JSON)
+        #[arg(long)]
+        from: String,
+        /// File of rows to write
+        #[arg(long)]
+        out: PathBuf,
+        /// Folder in which relative paths of pictures start [default: that of FILE]
+        #[arg(long)]
+        images: Option<PathBuf>,
+        /// OLD=NEW: paths of pictures that begin with OLD begin with NEW instead; may be given again
+        #[arg(long)]
+        remap: Vec<String>,
+        /// Replace the file of rows if it is there
+        #[arg(long)]
+        overwrite: bool,
+        /// One JSON object on stdout
         #[arg(long)]
         json: bool,
     },
@@ -153,6 +193,19 @@ impl Data {
                         eprintln!("  {n} without: {}", eval::name_of(reason).replace('_', " "));
                     }
                 }
+                Ok(())
+            }
+            Data::Convert { file, from, out, images, remap, overwrite, json } => {
+                let format = Format::named(&from)?;
+                let remap = remap.iter().map(|text| text.parse()).collect::<Result<_>>()?;
+                let made = convert(&ConvertOptions { format, input: file, out, images, remap, overwrite })?;
+                if json {
+                    println!("{}", serde_json::to_string(&made)?);
+                    return Ok(());
+                }
+                println!("{}", made.out.display());
+                eprintln!("{} rows from {} of the source, over {} pictures", made.rows, made.read, made.pictures);
+                made.notes.iter().chain(&made.left_out.lines()).for_each(|line| eprintln!("  {line}"));
                 Ok(())
             }
             Data::Contrast { rows, out, pictures, seed, json } => {

@@ -1,4 +1,4 @@
-//! `foveate demo`: a whole story on this machine, from drawing the pictures to the report. [`plates`] is the default (MGPO), [`mirg`] the one
+//! `foveate demo`: a whole story on this machine, from drawing the pictures to the report. `plates` is the default (MGPO), `mirg` the one
 //! over several pictures.
 //!
 //! The runs are those of files in `configs/`; a demo only says where things are. What must stay true: an interrupted demo goes on when it is

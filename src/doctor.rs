@@ -7,7 +7,7 @@ use serde_json::json;
 
 use crate::commands::gib;
 use crate::config;
-use crate::data::{self, Sample};
+use crate::data::Sample;
 use crate::eval;
 use crate::image::Processor;
 use crate::need::{self, Need};
@@ -15,7 +15,7 @@ use crate::progress;
 use crate::rl;
 use crate::run::Environment;
 use crate::sft;
-use crate::tasks::Task;
+use crate::tasks::{Options as TaskOptions, Task};
 
 pub fn main(path: Option<&Path>, overrides: &[String], as_json: bool) -> Result<()> {
     let machine = Environment::now();
@@ -57,11 +57,14 @@ fn needs(path: &Path, overrides: &[String]) -> Result<Need> {
     if sections.contains_key("tasks") {
         let plan: eval::Plan = config::load(path, overrides)?;
         let factor = Processor::load(&plan.model.path)?.budget.factor;
-        let tasks: Vec<Box<dyn Task>> = plan.tasks.values().map(|t| t.task(factor)).collect::<Result<_>>()?;
-        let tasks: Vec<&dyn Task> = tasks.iter().map(|t| &**t).collect();
-        let mut rows = rows_of(&plan.data.test)?;
-        rows.truncate(plan.data.limit.unwrap_or(usize::MAX));
-        return need::of_eval(&plan, &tasks, &rows);
+        let asked = plan.tasks.values().map(|options| {
+            let mut rows = rows_of(&plan.data.test, options)?;
+            rows.truncate(plan.data.limit.unwrap_or(usize::MAX));
+            Ok((options.task(factor)?, rows))
+        });
+        let asked: Vec<(Box<dyn Task>, Vec<Sample>)> = asked.collect::<Result<_>>()?;
+        let asked: Vec<(&dyn Task, &[Sample])> = asked.iter().map(|(task, rows)| (&**task, &rows[..])).collect();
+        return need::of_eval(&plan, &asked);
     }
     // A config of sft may have a task too; it counts dialogues, not questions.
     let has = |section: &str, key: &str| sections.get(section).and_then(|s| s.get(key)).is_some();
@@ -71,13 +74,13 @@ fn needs(path: &Path, overrides: &[String]) -> Result<Need> {
     }
     let plan = config::load::<rl::Plan>(path, overrides)?.resolve()?;
     let task = plan.task.task(Processor::load(&plan.model.path)?.budget.factor)?;
-    need::of_rl(&plan, &*task, &rows_of(&plan.data.train)?, true)
+    need::of_rl(&plan, &*task, &rows_of(&plan.data.train, &plan.task)?, true)
 }
 
-/// The rows, or none where they are not there yet: the question is what a run would need.
-fn rows_of(path: &Path) -> Result<Vec<Sample>> {
+/// The rows as a task asks them, or none where they are not there yet: the question is what a run would need.
+fn rows_of(path: &Path, task: &TaskOptions) -> Result<Vec<Sample>> {
     if path.exists() {
-        return data::read(path);
+        return task.read(path);
     }
     progress::say(&format!("no data yet, so every picture is taken to be large: {}", path.display()));
     Ok(Vec::new())

@@ -1,4 +1,7 @@
-//! Tasks x splits -> a table. The same turn loop as training, with its own sampling, and an interval on every number.
+//! Tasks x splits -> a table. The same turn loop as training, with its own sampling, and an interval on every number. Rows of MIG-Bench
+//! get the benchmark's own tables by task (`eval/mig_bench.rs`).
+
+pub mod mig_bench;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -17,6 +20,7 @@ use crate::image::{PictureCache, Processor};
 use crate::need;
 use crate::progress::Progress;
 use crate::report::{self, Cell, Row, TABLE, Table, Unit};
+use crate::reward::mig::Truth;
 use crate::rollout::{self, Stage};
 use crate::run::{Interrupt, Interrupted, Invocation, RunFolder, Start};
 use crate::stats;
@@ -342,25 +346,33 @@ pub fn main(invocation: &Invocation) -> Result<()> {
     );
     ensure!(plan.data.limit != Some(0), BadConfig("data.limit is 0, which leaves no question to ask".into()));
     plan.rollout.validate()?;
-    let mut samples = data::read(&plan.data.test)?;
-    samples.truncate(plan.data.limit.unwrap_or(usize::MAX));
+    let file = &plan.data.test;
+    let samples = data::read(file)?;
     let factor = Processor::load(&plan.model.path)?.budget.factor;
-    let tasks: Vec<(&String, Box<dyn Task>)> = plan
+    let asked: Vec<Asked> = plan
         .tasks
         .iter()
         .map(|(name, options)| {
+            let mut rows = options.asked(samples.clone());
+            rows.truncate(plan.data.limit.unwrap_or(usize::MAX));
             let task = options.task(factor).with_context(|| format!("[tasks.{name}]"))?;
-            check_rows(&*task, &samples, &plan.data.test).with_context(|| format!("[tasks.{name}]"))?;
-            Ok((name, task))
+            check_rows(&*task, &rows, file).with_context(|| format!("[tasks.{name}]"))?;
+            let truths = match options {
+                TaskOptions::MultiImage(_) => mig_bench::truths(&rows, file)?,
+                TaskOptions::Crop(_) => Vec::new(),
+            };
+            Ok(Asked { name, task, rows, truths })
         })
         .collect::<Result<_>>()?;
     if invocation.dry_run {
         invocation.show(&plan)?;
-        eprintln!("{} questions, {} tasks, {} answers each", samples.len(), tasks.len(), plan.eval.samples);
+        for Asked { name, rows, .. } in &asked {
+            eprintln!("{name}: {} questions, {} answers each", rows.len(), plan.eval.samples);
+        }
         return Ok(());
     }
-    let all: Vec<&dyn Task> = tasks.iter().map(|(_, task)| &**task).collect();
-    need::of_eval(&plan, &all, &samples)?.ensure_fits(&plan.model)?;
+    let all: Vec<(&dyn Task, &[Sample])> = asked.iter().map(|a| (&*a.task, &a.rows[..])).collect();
+    need::of_eval(&plan, &all)?.ensure_fits(&plan.model)?;
     let interrupt = Interrupt::install()?;
     let mut engine = Embedded::open(&plan.model, None)?;
     let (chat, pictures, processor) = (engine.chat.clone(), engine.pictures.clone(), engine.processor.clone());
@@ -376,16 +388,17 @@ pub fn main(invocation: &Invocation) -> Result<()> {
     // Claimed only now that everything a person can get wrong has been read: a failed start leaves no folder behind.
     let folder = RunFolder::create(&plan.eval.out)?;
     folder.begin(&config::to_toml(&plan)?, None)?;
-    let mut rows = Vec::new();
-    for (k, (name, task)) in tasks.iter().enumerate() {
-        let episodes = play_all(&bench, name, &**task, &mut engine, &samples)?;
+    let (mut rows, mut of_bench) = (Vec::new(), Vec::new());
+    for (k, Asked { name, task, rows: samples, truths }) in asked.iter().enumerate() {
+        let episodes = play_all(&bench, name, &**task, &mut engine, samples)?;
         let records: Vec<_> = episodes.iter().map(Episode::record).collect();
         folder.write_episodes(k as u64, &records)?;
-        rows.push(Figures::of(name, &episodes, &samples));
+        of_bench.extend(mig_bench::tables(name, &mig_bench::judged(&episodes, samples, truths)));
+        rows.push(Figures::of(name, &episodes, samples));
     }
     let title = format!("{} on {}", plan.model.path.display(), plan.data.test.display());
     let mut tables = vec![table(&title, &rows, &[])];
-    tables.extend(tables_by_task(&rows));
+    tables.extend(if of_bench.is_empty() { tables_by_task(&rows) } else { of_bench });
     folder.save(TABLE, &report::tables_json(&tables)?)?;
     if invocation.json {
         println!("{}", json!({"table": tables[0], "by_task": tables[1..], "rows": summaries(&rows)}));
@@ -393,4 +406,13 @@ pub fn main(invocation: &Invocation) -> Result<()> {
         print_tables(&tables);
     }
     Ok(())
+}
+
+/// What one `[tasks.NAME]` will ask.
+struct Asked<'a> {
+    name: &'a String,
+    task: Box<dyn Task>,
+    rows: Vec<Sample>,
+    /// Row by row, where they are of MIG-Bench and answered in boxes.
+    truths: Vec<Option<Truth>>,
 }

@@ -65,15 +65,21 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Make the bundled data sets, or check a file of rows
+    /// Make the bundled data sets, convert public ones, or check a file of rows
     #[command(subcommand)]
     Data(commands::Data),
     /// New random models, information, export
     #[command(subcommand)]
     Model(commands::Model),
-    /// Judge answers: JSON rows on stdin, JSON rows on stdout
+    /// Judge answers: JSON rows on stdin, JSON rows on stdout; or another program's predictions for a benchmark
     Score {
-        /// Accepted for uniformity; the output is JSON always
+        /// Rows of MIG-Bench, as `data convert` writes them: stdin holds lines of {"id", "prediction", "shown"?}, stdout gets the tables
+        #[arg(long, value_name = "ROWS")]
+        bench: Option<PathBuf>,
+        /// Enlarge official boxes downward, as MIG-Bench's script does for Migician and for no other model
+        #[arg(long, requires = "bench")]
+        enlarge: bool,
+        /// Tables as JSON (the output is JSON always without --bench)
         #[arg(long)]
         json: bool,
     },
@@ -184,7 +190,8 @@ fn run_command(command: Command) -> anyhow::Result<()> {
         Command::Report { runs, out, json } => commands::report(&runs, out.as_deref(), json),
         Command::Data(command) => command.run(),
         Command::Model(command) => command.run(),
-        Command::Score { json: _ } => commands::score(),
+        Command::Score { bench: Some(rows), enlarge, json } => commands::score_bench(&rows, enlarge, json),
+        Command::Score { .. } => commands::score(),
         Command::Trace(command) => command.run(),
         Command::Bench(workload) => workload.run(),
         Command::Doctor { config, overrides, json } => doctor::main(config.as_deref(), &overrides, json),

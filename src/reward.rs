@@ -6,6 +6,7 @@
 
 mod boxes;
 mod choice;
+pub mod mig;
 mod number;
 mod shaping;
 mod text;

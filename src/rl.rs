@@ -16,7 +16,7 @@ use serde_json::json;
 
 use crate::chat::{Chat, Convention};
 use crate::config::{self, BadConfig};
-use crate::data::{self, Order, Sample};
+use crate::data::{Order, Sample};
 use crate::engine::embedded::{self, Embedded};
 use crate::engine::{Group, Scores, Trainer, Weights, Who};
 use crate::episode::{BoxOutcome, Episode, Stop};
@@ -235,11 +235,11 @@ struct Ready {
 impl Ready {
     fn of(plan: &Plan) -> Result<Ready> {
         let task = plan.task.task(Processor::load(&plan.model.path)?.budget.factor)?;
-        let rows = data::read(&plan.data.train)?;
+        let rows = plan.task.read(&plan.data.train)?;
         check_rows(&*task, &rows, &plan.data.train)?;
         let mut held_out = Vec::new();
         if let Some(path) = &plan.eval.rows {
-            held_out = data::read(path)?;
+            held_out = plan.task.read(path)?;
             held_out.truncate(plan.eval.limit.unwrap_or(usize::MAX));
             check_rows(&*task, &held_out, path)?;
         }
@@ -729,6 +729,7 @@ mod tests {
             config::parse::<Plan>(mirg, &overrides).unwrap().resolve().unwrap();
         }
         config::parse::<eval::Plan>(include_str!("../configs/eval_plates.toml"), &[]).unwrap();
+        config::parse::<eval::Plan>(include_str!("../configs/eval_mig_bench.toml"), &[]).unwrap();
         config::parse::<crate::sft::Plan>(include_str!("../configs/sft_dialogues.toml"), &[]).unwrap();
         config::parse::<crate::sft::Plan>(include_str!("../configs/nano_pretrain.toml"), &[]).unwrap();
         config::parse::<crate::sft::Plan>(include_str!("../configs/mirg_sft.toml"), &[]).unwrap();

@@ -1,12 +1,14 @@
 //! `foveate score`: the judges of [`crate::reward`] on rows of JSON, one result a row.
 //!
 //! A row is `{"kind": "choice"|"text"|"number"|"box"|"multi_image", "prediction": TEXT, "answer": …, "choices"?: […],
-//! "mode"?: "strict"|"official:vstar"|"official:mme_realworld"}`, its result `{"total", "parts", "extracted"}`. What must stay true: one
-//! line out for each line in that is not blank, in order; a bad row is one line `{"error": "row N: …"}` (N counts
-//! lines from 1, blank ones too) and the rest goes on; no input at all makes it panic.
+//! "mode"?: "strict"|"official:vstar"|"official:mme_realworld"|"official:mig_bench"}`, its result `{"total", "parts", "extracted"}`. What
+//! must stay true: one line out for each line in that is not blank, in order; a bad row is one line `{"error": "row N: …"}` (N
+//! counts lines from 1, blank ones too) and the rest goes on; no input at all makes it panic.
 //!
 //! Where answers are read: from the last `\boxed{}` of the last assistant turn, else its last `<answer>`, else the turn
-//! itself, which is right only if it is nothing but an answer. Boxes and their answer share one coordinate space.
+//! itself, which is right only if it is nothing but an answer. Boxes and their answer share one coordinate space, but for MIG-Bench's
+//! own rule: there the answer is as it was published (shares of a side, or thousandths in the revised version), the prediction is in either,
+//! or in pixels of a picture shown at `"shown": [width, height]`; `"official:mig_bench:enlarged"` enlarges as that script does for Migician.
 
 use std::io::{BufRead, Write};
 
@@ -14,6 +16,8 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use crate::geometry::Size;
+use crate::reward::mig::{Item, Rule, Version};
 use crate::reward::{
     MultiImage, Official, Parts, Place, extract, last_turn, letter, mme_realworld_letter, number, same_text,
     single_box, truth, truth_box, vstar_letter,
@@ -29,6 +33,8 @@ struct Row {
     choices: Option<Vec<String>>,
     #[serde(default)]
     mode: Option<String>,
+    #[serde(default)]
+    shown: Option<[u32; 2]>,
     /// Anything the caller wants to recognise its row by; handed back.
     #[serde(default)]
     id: Option<Value>,
@@ -103,25 +109,42 @@ fn score_line(line: &[u8]) -> Result<Judgement> {
     judge(&row)
 }
 
-fn official(mode: Option<&str>) -> Result<Option<Official>> {
-    Ok(match mode {
-        None | Some("strict") => None,
-        Some("official:vstar") => Some(Official::VStar),
-        Some("official:mme_realworld") => Some(Official::MmeRealWorld),
-        Some(other) => {
-            bail!("\"mode\" is {other:?}, expected \"strict\", \"official:vstar\" or \"official:mme_realworld\"")
-        }
-    })
+/// How a row is judged.
+enum Mode {
+    Strict,
+    Choice(Official),
+    MigBench { enlarge: bool },
+}
+
+impl Mode {
+    fn of(row: &Row) -> Result<Mode> {
+        let (mode, kind) = match row.mode.as_deref() {
+            None | Some("strict") => return Ok(Mode::Strict),
+            Some("official:vstar") => (Mode::Choice(Official::VStar), "choice"),
+            Some("official:mme_realworld") => (Mode::Choice(Official::MmeRealWorld), "choice"),
+            Some("official:mig_bench") => (Mode::MigBench { enlarge: false }, "multi_image"),
+            Some("official:mig_bench:enlarged") => (Mode::MigBench { enlarge: true }, "multi_image"),
+            Some(other) => bail!(
+                "\"mode\" is {other:?}, expected \"strict\", \"official:vstar\", \"official:mme_realworld\" or \
+                 \"official:mig_bench\""
+            ),
+        };
+        let said = row.mode.as_deref().unwrap_or_default();
+        ensure!(row.kind == kind, "\"mode\" {said:?} is for kind {kind:?}, and this row's kind is {:?}", row.kind);
+        Ok(mode)
+    }
 }
 
 fn judge(row: &Row) -> Result<Judgement> {
-    let official = official(row.mode.as_deref())?;
-    ensure!(
-        official.is_none() || row.kind == "choice",
-        "\"mode\" {:?} is for kind \"choice\", and this row's kind is {:?}",
-        row.mode.as_deref().unwrap_or(""),
-        row.kind
-    );
+    let mode = Mode::of(row)?;
+    if let Mode::MigBench { enlarge } = mode {
+        return mig_bench(row, enlarge);
+    }
+    ensure!(row.shown.is_none(), "\"shown\" is for mode \"official:mig_bench\"; elsewhere boxes share one space");
+    let official = match mode {
+        Mode::Choice(official) => Some(official),
+        Mode::Strict | Mode::MigBench { .. } => None,
+    };
     let declared = extract(&row.prediction, Place::Declared).filter(|answer| !answer.is_empty());
     let (parts, extracted) = match row.kind.as_str() {
         "choice" => choice(row, official, declared)?,
@@ -155,6 +178,23 @@ fn judge(row: &Row) -> Result<Judgement> {
     };
     let total = parts.iter().map(|(_, value)| value).sum();
     Ok(Judgement { id: row.id.clone(), total, parts, extracted })
+}
+
+/// MIG-Bench's published rule: the first box of the text, whichever picture it is on. The total is Acc@0.5.
+fn mig_bench(row: &Row, enlarge: bool) -> Result<Judgement> {
+    let answer = row.answer.get("box").or(row.answer.get("bbox")).unwrap_or(&row.answer);
+    let published: [f64; 4] = serde_json::from_value(answer.clone()).ok().with_context(|| {
+        format!("\"answer\" is {}, expected [x1,y1,x2,y2] or {{\"box\": [x1,y1,x2,y2]}}", row.answer)
+    })?;
+    let shown = row.shown.map(|[width, height]| Size { width, height });
+    ensure!(shown.is_none_or(|size| size.area() > 0), "\"shown\" is {:?}, expected [width, height]", row.shown);
+    let rule = Rule { version: Version::of([&published]), enlarge, shown };
+    let found = rule.read(last_turn(&row.prediction));
+    let item = Item { image: 1, published };
+    let iou = item.official_iou(found);
+    let at = |least: f64| f64::from(u8::from(iou >= least));
+    let parts = Parts::from([("acc@0.5", at(0.5)), ("acc@0.7", at(0.7)), ("acc@0.3", at(0.3)), ("iou", iou)]);
+    Ok(Judgement { id: row.id.clone(), total: at(0.5), parts, extracted: json!(found) })
 }
 
 fn choice(row: &Row, official: Option<Official>, declared: Option<&str>) -> Result<(Parts, Value)> {
@@ -234,6 +274,31 @@ mod tests {
         assert_eq!(total(row("official:mme_realworld", "B")), 1.0);
         let (_, out) = score(&row("official:nobody", "A").to_string());
         assert!(out[0]["error"].as_str().unwrap().contains("official:nobody"));
+    }
+
+    #[test]
+    fn mig_bench_reads_the_first_box_in_any_unit_and_no_picture() {
+        let judged = |said: &str, answer: Value, more: Value| {
+            let mut row =
+                json!({"kind": "multi_image", "mode": "official:mig_bench", "prediction": said, "answer": answer});
+            row.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            let (_, out) = score(&row.to_string());
+            (out[0]["total"].as_f64(), out[0]["parts"]["iou"].as_f64(), out[0]["extracted"].clone())
+        };
+        let (original, revised) = (json!([0.25, 0.25, 0.5, 0.5]), json!({"image": 2, "box": [250, 250, 500, 500]}));
+        let whole = (Some(1.0), Some(1.0), original.clone());
+        assert_eq!(judged("<|box_start|>(250,250),(500,500)<|box_end|>", original.clone(), json!({})), whole);
+        assert_eq!(judged("[0.25, 0.25, 0.5, 0.5]", original.clone(), json!({})), whole);
+        let shown = json!({"shown": [800, 400]});
+        assert_eq!(judged(r#"[{"image": 9, "bbox_2d": [200, 100, 400, 200]}]"#, original.clone(), shown), whole);
+        assert_eq!(judged("(250,250),(500,500)", revised.clone(), json!({})).0, Some(1.0));
+        assert_eq!(judged("[0.25, 0.25, 0.5, 0.5]", revised, json!({})).0, Some(0.0));
+        assert_eq!(judged("(250,250),(500,500)", json!([0.5, 0.5, 0.25, 0.25]), json!({})).0, Some(0.0), "upside down");
+        let enlarged = json!({"mode": "official:mig_bench:enlarged"});
+        assert_eq!(judged("(250,200),(500,500)", json!([0.25, 0.21, 0.5, 0.55]), enlarged).1, Some(1.0));
+        let (_, out) =
+            score(r#"{"kind": "box", "mode": "official:mig_bench", "prediction": "", "answer": [0, 0, 1, 1]}"#);
+        assert!(out[0]["error"].as_str().unwrap().contains("is for kind \"multi_image\""), "{}", out[0]);
     }
 
     #[test]
@@ -322,6 +387,13 @@ mod tests {
                 ("multi_image", json!([{"image": 1, "bbox": [0, 0, 1, 1]}])),
             ] {
                 let mut row = json!({"kind": kind, "prediction": prediction, "answer": answer});
+                if kind == "multi_image" {
+                    let mut published = row.clone();
+                    published["mode"] = json!("official:mig_bench:enlarged");
+                    published["answer"] = json!([0, 0, 1, 1]);
+                    let (_, out) = score(&published.to_string());
+                    prop_assert!(out[0]["total"].is_f64(), "{} → {}", published, out[0]);
+                }
                 if kind == "choice" {
                     row["mode"] = json!(mode);
                     row["choices"] = json!(if choices.is_empty() { vec!["A".to_string()] } else { choices.clone() });

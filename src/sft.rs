@@ -13,7 +13,7 @@ use serde_json::json;
 
 use crate::chat::{Chat, Content, Convention, Message, Part};
 use crate::config::{self, BadConfig};
-use crate::data::{self, Dialogue, Order, Sample, read_dialogues};
+use crate::data::{Dialogue, Order, Sample, read_dialogues};
 use crate::engine::embedded::{self, EarlyHints, Embedded};
 use crate::engine::{Trainer, Weights};
 use crate::episode::Stream;
@@ -207,8 +207,8 @@ enum Source {
 impl Source {
     fn open(plan: &Plan, processor: &Processor) -> Result<Source> {
         let (data, seed) = (&plan.data, plan.train.seed);
-        if let Some(task) = &plan.task {
-            let (Some(path), TaskOptions::MultiImage(options)) = (&data.train, task) else {
+        if let Some(kind) = &plan.task {
+            let (Some(path), TaskOptions::MultiImage(options)) = (&data.train, kind) else {
                 return Err(BadConfig(
                     "[task] in a config of sft asks the rows of data.train, and its kind must be multi_image".into(),
                 )
@@ -216,7 +216,7 @@ impl Source {
             };
             let task = MultiImageTask::new(options.clone(), processor.budget.factor)?;
             let writing = Writing { convention: Convention::of("qwen2_5_vl")?, reason: data.reason, snap: data.snap };
-            let rows = data::read(path)?;
+            let rows = kind.read(path)?;
             check_rows(&task, &rows, path)?;
             for row in &rows {
                 task.written_reason(row, &writing).with_context(|| format!("row {} of {}", row.id, path.display()))?;

@@ -1,8 +1,9 @@
 //! Rows of data: what is asked about which pictures, and what the answer is.
 //!
-//! It hides the file format (JSON lines, one row a line) behind [`Sample`]. Pictures stay closed files here. What must stay
-//! true: a row is either wholly valid or refused with its file, its number and the key at fault; paths in a file are
-//! relative to that file and absolute (or relative to the working directory) in a `Sample`; boxes are in original pixels.
+//! It hides the file format (JSON lines, one row a line) behind [`Sample`]; other formats become this one first ([`convert`]).
+//! Pictures stay closed files here. What must stay true: a row is either wholly valid or refused with its file, its number and the key at
+//! fault; paths in a file are relative to that file and absolute (or relative to the working directory) in a `Sample`; boxes are
+//! in original pixels.
 //!
 //! ```json
 //! {"id": "plates-test-00000-0", "images": ["images/test_00000.jpg"], "question": "What number is on the plate under the fox?",
@@ -20,8 +21,12 @@ use serde_json::{Map, Value, json};
 
 use crate::geometry::{BBox, MAX_PICTURE_ASPECT, Size};
 
+pub mod convert;
 mod dialogue;
+mod mgrounding;
+mod mig_bench;
 mod order;
+mod refcoco;
 mod row;
 
 pub use dialogue::{Dialogue, read_dialogues};
@@ -44,6 +49,11 @@ pub struct Sample {
     pub extra: Map<String, Value>,
 }
 
+/// Key of a row whose annotation cannot be right: it may be asked, and nothing is right.
+pub const FAULTY: &str = "faulty";
+/// Key of a row that is one of a set: the set's name and the question that asks for all of it at once, `{"set", "question"}`.
+pub const ALL: &str = "all";
+
 /// The id of a question that comes from no file.
 const QUESTION: &str = "question";
 
@@ -51,6 +61,11 @@ impl Sample {
     /// How errors speak of it.
     pub fn named(&self) -> String {
         if self.id == QUESTION { "the question".into() } else { format!("row {}", self.id) }
+    }
+
+    /// Whether the row itself says that its annotation cannot be right.
+    pub fn faulty(&self) -> bool {
+        self.extra.get(FAULTY) == Some(&Value::Bool(true))
     }
 
     /// A question of one's own, without a known answer.

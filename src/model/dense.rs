@@ -269,9 +269,9 @@ impl DenseHead {
     /// Words of a prompt that name one object of its pictures are asked, with the three rows behind them, where that object is:
     /// x1 of the word's own row, then y1, x2, y2. Nothing is ever sampled from a prompt's rows, so they are free to answer;
     /// finding the thing that a word names is then one step of attention, and the answer later a second. In the same way the word
-    /// "number" is asked for the digit, where the picture shows one. Of several pictures, the row behind the sides is asked for the
-    /// picture's number, and so are some of each picture's own rows, these in the middle of the model: asked at its end they find out too
-    /// late which picture they are of for other rows to look it up, and the model finds the thing and not where it found it (LOG.md).
+    /// "number" is asked for the digit, where the picture shows one. Of several pictures, some rows of each are asked for its number, and
+    /// the words for that of the picture they were found in. Both in the middle of the model: asked at the end alone, a row finds out too
+    /// late for others to look it up, and the model finds the thing but not in which picture (LOG.md).
     pub fn hints(&self, prompt: &[u32], shown: &[Shown]) -> Asked {
         let (mut hints, mut places) = (Vec::new(), Vec::new());
         let objects = || shown.iter().enumerate().flat_map(|(k, view)| view.objects.iter().map(move |o| (k + 1, o)));
@@ -430,9 +430,9 @@ mod tests {
         let cat = [("cat".to_owned(), BBox { x1: 7.0, y1: 7.0, x2: 21.0, y2: 21.0 })];
         let shown = [Shown { objects: &[], rows: 0..8 }, Shown { objects: &cat, rows: 8..12 }];
         let prompt = [[5; 12].as_slice(), &[10, 5, 5, 5, 5]].concat();
-        let of_word = [(12, 1), (13, 1), (14, 3), (15, 3), (16, 8)];
+        let of_word = [(12, 1), (13, 1), (14, 3), (15, 3)];
         let of_pictures = [(0, 7), (2, 7), (4, 7), (6, 7), (8, 8), (9, 8), (10, 8), (11, 8)];
-        assert_eq!(head.hints(&prompt, &shown), Asked { words: of_word.into(), pictures: of_pictures.into() });
+        assert_eq!(head.hints(&prompt, &shown), Asked { words: of_word.into(), pictures: of_pictures.into(), places: vec![(12, 8)] });
     }
 
     #[test]

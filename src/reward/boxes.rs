@@ -136,7 +136,7 @@ pub fn multi_image(predicted: &[Named], truth: &[Named], settings: &MultiImage) 
 }
 
 /// Boxes assigned to targets one to one, so that the sum of 1\[image equal\] + IoU is largest.
-fn pairs<'a>(predicted: &'a [Named], truth: &'a [Named]) -> Vec<(&'a Named, &'a Named)> {
+pub(super) fn pairs<'a>(predicted: &'a [Named], truth: &'a [Named]) -> Vec<(&'a Named, &'a Named)> {
     let candidates = predicted.get(..MOST_BOXES).unwrap_or(predicted);
     let worth = |p: &Named, t: &Named| f64::from(u8::from(p.image == t.image)) + p.bbox.iou(&t.bbox);
     let weights: Vec<Vec<f64>> = candidates.iter().map(|p| truth.iter().map(|t| worth(p, t)).collect()).collect();

@@ -1,6 +1,7 @@
 //! What may be asked, shown and rewarded. A [`Task`] never meets a tensor or a token: it opens a conversation in words and
 //! views, replies to what the policy said, and judges the finished episode. The turn loop (`rollout.rs`) does the rest.
 
+pub mod asking;
 pub mod crop;
 pub mod multi_image;
 pub mod template;
@@ -13,7 +14,7 @@ use serde::de::{Deserialize, Deserializer, Error as _};
 
 use crate::chat::{Action, Convention, Part};
 use crate::config::BadConfig;
-use crate::data::Sample;
+use crate::data::{self, Sample};
 use crate::episode::{BoxOutcome, Episode, Stop};
 use crate::geometry::{BBox, Budget, Size, View};
 use crate::reward::{Named, Parts};
@@ -134,6 +135,22 @@ impl Options {
             Options::Crop(options) => Box::new(crop::Crop::new(options.clone(), factor)?),
             Options::MultiImage(options) => Box::new(multi_image::MultiImageTask::new(options.clone(), factor)?),
         })
+    }
+
+    /// The rows of a file as this task asks them.
+    ///
+    /// # Errors
+    /// Those of [`data::read`].
+    pub fn read(&self, path: &Path) -> Result<Vec<Sample>> {
+        Ok(self.asked(data::read(path)?))
+    }
+
+    /// Rows as this task asks them: those of a file, or others (`[task] ask`).
+    pub fn asked(&self, rows: Vec<Sample>) -> Vec<Sample> {
+        match self {
+            Options::Crop(_) | Options::MultiImage(multi_image::Options { ask: None, .. }) => rows,
+            Options::MultiImage(multi_image::Options { ask: Some(ask), .. }) => ask.rows(rows),
+        }
     }
 
     pub fn max_pixels(&self) -> u64 {

@@ -2,12 +2,14 @@
 //! which says which picture it lies in. Rewarded are the picture and the object (spec 2.3; MG-Thinker, arXiv 2609.37374).
 //!
 //! It hides the wording, the reading of an answer into boxes of the original pictures, and how the parts of the reward are weighed.
-//! What must stay true: a box is read in the view of the picture that it names; an answer that cannot be read earns nothing
-//! in any part; the parts beside the reward (`iou`, `joint`) are for tables and never rewarded.
+//! What must stay true: a box is read in the view of the picture that it names; an answer that cannot be read, or is asked for by a row
+//! whose annotation cannot be right, earns nothing in any part; the parts beside the reward (`iou`, `joint`) are for tables
+//! and never rewarded.
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
+use super::asking::Ask;
 use super::template::{self, finished};
 use super::{Context, Opening, Reading, Reply, Shown, Task, view_budget};
 use crate::chat::{Action, Convention, Part};
@@ -29,6 +31,9 @@ pub struct Options {
     pub min_pixels: u64,
     /// More pictures than this in a row are refused.
     pub most_images: usize,
+    /// `poll`: each picture is asked about alone. `all`: what is asked of the same pictures is asked at once. Without it, rows are
+    /// asked as they stand.
+    pub ask: Option<Ask>,
     pub weights: PartWeights,
     pub reward: MultiImage,
 }
@@ -40,6 +45,7 @@ impl Default for Options {
             max_pixels: 401_408,
             min_pixels: 12_544,
             most_images: 16,
+            ask: None,
             weights: PartWeights::default(),
             reward: MultiImage::default(),
         }
@@ -213,7 +219,7 @@ impl Task for MultiImageTask {
             self.options.most_images
         );
         ensure!(
-            !sample.targets.is_empty() || sample.answer.trim() == "[]",
+            !sample.targets.is_empty() || sample.answer.trim() == "[]" || sample.faulty(),
             "the row has no targets; where nothing is to be found, its answer must be \"[]\""
         );
         Ok(())
@@ -238,7 +244,7 @@ impl Task for MultiImageTask {
         let truth: Vec<Named> = sample.targets.iter().map(named).collect();
         let last = episode.turns.iter().rev().find(|t| t.role == "assistant");
         let said = last.and_then(|turn| Some((turn, turn.boxes.as_ref()?)));
-        let Some((turn, boxes)) = said else {
+        let Some((turn, boxes)) = said.filter(|_| !sample.faulty()) else {
             return ["format", "image", "object", "iou", "joint"].map(|part| (part, 0.0)).into();
         };
         let mut parts = Parts::from([("format", self.options.reward.format(&turn.text))]);
@@ -276,6 +282,7 @@ fn read(boxes: Vec<Named>, context: &Context) -> Vec<Named> {
 mod tests {
     use super::*;
     use crate::chat::Reading as Reader;
+    use crate::data::FAULTY;
     use crate::episode::{Stream, Turn};
     use serde_json::Map;
 
@@ -299,8 +306,11 @@ mod tests {
 
     /// Two pictures of 400 x 400, shown as 112 x 112, and what is said about them.
     fn judged(task: &MultiImageTask, said: &str) -> (Parts, f64, Stop) {
+        judged_on(task, sample(), said)
+    }
+
+    fn judged_on(task: &MultiImageTask, sample: Sample, said: &str) -> (Parts, f64, Stop) {
         let sizes = [Size::new(400, 400), Size::new(400, 400)];
-        let sample = sample();
         let views = task.open(&sample, &sizes).unwrap().user.views;
         assert_eq!(views[1].size, Size::new(112, 112));
         let convention = Convention::Qwen25;
@@ -391,6 +401,17 @@ mod tests {
     }
 
     #[test]
+    fn nothing_is_right_where_the_annotation_cannot_be() {
+        let mut sample = sample();
+        sample.targets.clear();
+        sample.extra.insert(FAULTY.into(), true.into());
+        for said in ["<answer>[]</answer>", r#"<answer>[{"image": 2, "bbox_2d": [28, 0, 56, 28]}]</answer>"#] {
+            let (parts, reward, _) = judged_on(&task(small()), sample.clone(), said);
+            assert_eq!((parts.get("image"), parts.get("joint"), reward), (Some(0.0), Some(0.0), 0.0), "{said}");
+        }
+    }
+
+    #[test]
     fn rows_that_cannot_be_asked_are_refused() {
         let task = task(small());
         let with = |change: fn(&mut Sample)| {
@@ -401,6 +422,7 @@ mod tests {
         assert!(with(|_| ()).is_ok());
         assert!(with(|s| s.targets.clear()).unwrap_err().to_string().contains("no targets"));
         assert!(with(|s| (s.targets.clear(), s.answer = "[]".into()).1).is_ok());
+        assert!(with(|s| (s.targets.clear(), s.extra.insert(FAULTY.into(), true.into())).0).is_ok());
         assert!(with(|s| s.images.clear()).unwrap_err().to_string().contains("0 pictures"));
         assert!(with(|s| s.images = vec!["x.png".into(); 20]).unwrap_err().to_string().contains("20 pictures"));
     }

@@ -24,6 +24,20 @@ fn foveate(dir: &Path, args: &[&str]) -> Output {
         .unwrap()
 }
 
+/// The same with something to read.
+fn fed(dir: &Path, args: &[&str], input: &str) -> Output {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_foveate"))
+        .current_dir(dir)
+        .args(args)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+    child.wait_with_output().unwrap()
+}
+
 fn text(bytes: &[u8]) -> String {
     String::from_utf8(bytes.to_vec()).unwrap()
 }
@@ -447,16 +461,8 @@ fn trace_writes_the_promised_tensors() {
 
 #[test]
 fn score_names_a_bad_row_and_goes_on() {
-    let mut child = Command::new(env!("CARGO_BIN_EXE_foveate"))
-        .args(["score", "--json"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
     let rows = "{\"kind\": \"number\", \"prediction\": \"\\\\boxed{7}\", \"answer\": \"7\"}\n{\"kind\": \"colour\", \"prediction\": \"\", \"answer\": \"\"}\nnonsense\n{\"kind\": \"choice\", \"prediction\": \"\\\\boxed{B}\", \"answer\": \"A\"}\n";
-    child.stdin.take().unwrap().write_all(rows.as_bytes()).unwrap();
-    let out = child.wait_with_output().unwrap();
+    let out = fed(Path::new("."), &["score", "--json"], rows);
     assert_eq!(out.status.code(), Some(1));
     let lines: Vec<Value> = text(&out.stdout).lines().map(json).collect();
     assert_eq!(lines.len(), 4);
@@ -599,4 +605,89 @@ fn a_run_without_room_is_refused_with_the_number() {
     assert!(!dir.join("run").exists());
     // Before there is any data.
     assert!(good(dir, &["doctor", "rl.toml", "data.train=not_there.jsonl"]).contains("total"));
+}
+
+/// From the benchmark's own file to its table, by polling and by asking at once, and for another program's predictions.
+#[test]
+fn mig_bench_goes_from_its_file_to_its_table() {
+    let world = world();
+    let dir = world.path();
+    let item = |task: &str, question: &str, answer: &str| {
+        format!(
+            r#"{{"task": "{task}", "images": ["./MIG-Bench/one.png", "./MIG-Bench/two.png"], "question": "{question}", "answer": {answer}, "additional_info": "", "need_format": true}}"#
+        )
+    };
+    let common = |n: usize, answer: &str| item("common_object", &format!("Locate it in the {n}th image. "), answer);
+    let diff = item("diff", "Compare these two images.", "[0.25, 0.25, 0.5, 0.5]");
+    let items = [common(1, "[0.3, 0.4, 0.1, 0.2]"), common(2, "[0.1, 0.1, 0.5, 0.5]"), diff.clone()];
+    std::fs::write(dir.join("MIG_data.json"), format!("[{}]", items.join(","))).unwrap();
+    let convert = ["data", "convert", "MIG_data.json", "--from", "mig_bench", "--out", "mig.jsonl"];
+    let before = files(dir);
+    refused(dir, &convert, 1, &["row 1", "MIG-Bench/one.png", "--remap", "MIG_data.json"]);
+    refused(dir, &[&convert[..], &["--remap", "MIG-Bench"]].concat(), 2, &["--remap MIG-Bench", "OLD=NEW"]);
+    refused(
+        dir,
+        &["data", "convert", "MIG_data.json", "--from", "coco", "--out", "x"],
+        2,
+        &["--from coco", "mig_bench"],
+    );
+    assert_eq!(files(dir), before, "nothing was written");
+    let remapped = [&convert[..], &["--remap", "./MIG-Bench/="]].concat();
+    let made = json(&good(dir, &[&remapped[..], &["--json"]].concat()));
+    assert_eq!((&made["rows"], &made["pictures"]), (&3.into(), &2.into()));
+    assert_eq!(made["notes"][0], "original annotations, 1 impossible boxes among them");
+    refused(dir, &remapped, 1, &["--overwrite", "mig.jsonl"]);
+    good(dir, &[&remapped[..], &["--overwrite"]].concat());
+    let written = std::fs::read_to_string(dir.join("mig.jsonl")).unwrap();
+    assert!(written.contains(r#""images":["one.png","two.png"]"#), "{written}");
+    good(dir, &["data", "check", "mig.jsonl"]);
+
+    let task = |ask: &str| {
+        format!(
+            "[tasks.{ask}]\nkind='multi_image'\nask='{ask}'\ntemplate='mirg_short'\nmax_pixels=6272\nmin_pixels=3136\n"
+        )
+    };
+    let play = format!(
+        "[model]\npath='model'\n[data]\ntest='mig.jsonl'\n[rollout]\nmax_new_tokens=4\nmax_tokens=512\n{}{}[eval]\nout='eval'\n",
+        task("all"),
+        task("poll")
+    );
+    std::fs::write(dir.join("eval.toml"), play).unwrap();
+    let played = json(&good(dir, &["eval", "eval.toml", "--json"]));
+    assert_eq!((&played["rows"]["all"]["questions"], &played["rows"]["poll"]["questions"]), (&2.into(), &3.into()));
+    let titles = |tables: &Value| -> Vec<String> {
+        tables.as_array().unwrap().iter().map(|t| t["title"].as_str().unwrap().to_owned()).collect()
+    };
+    let title = |rest: &str| format!("MIG-Bench, original annotations: {rest}");
+    assert_eq!(titles(&played["by_task"]), ["all", "all, cleaned", "poll", "poll, cleaned"].map(title));
+    let common = |k: usize| played["by_task"][k]["rows"][2].clone();
+    // Two items either way; the published rule has no figure for an answer of several boxes.
+    assert_eq!((&common(0)["cells"][0]["value"], &common(0)["cells"][4]["n"]), (&Value::Null, &2.into()));
+    assert_eq!((&common(2)["cells"][0]["n"], &common(3)["cells"][0]["n"]), (&2.into(), &1.into()));
+    let page = good(dir, &["report", "eval"]);
+    assert!(std::fs::read_to_string(dir.join(page.trim())).unwrap().contains("Co-Re"));
+
+    let right = r#"{"id": "mig-original-0003", "prediction": "<|box_start|>(250,250),(500,500)<|box_end|>"}"#;
+    let out = fed(dir, &["score", "--bench", "mig.jsonl", "--json"], right);
+    let tables = json(&text(&out.stdout));
+    assert_eq!((out.status.code(), &tables["missing"]), (Some(0), &2.into()));
+    assert_eq!(tables["tables"][0]["rows"][0]["cells"][0]["value"], 100.0);
+    assert_eq!(tables["tables"][0]["rows"][2]["cells"][0]["value"], 0.0);
+    let bad = fed(dir, &["score", "--bench", "mig.jsonl"], &right.replace("0003", "0009"));
+    assert!(bad.status.code() == Some(1) && text(&bad.stderr).contains("prediction 1: there is no row"), "{bad:?}");
+
+    // Both versions in one file would share every column.
+    let revised = diff.replace("[0.25, 0.25, 0.5, 0.5]", "[250, 250, 500, 500]");
+    std::fs::write(dir.join("MIG_data.json"), revised).unwrap();
+    let convert =
+        ["data", "convert", "MIG_data.json", "--from", "mig_bench", "--out", "revised.jsonl", "--images", "."];
+    good(dir, &[&convert[..], &["--remap", "MIG-Bench=."]].concat());
+    let both = written + &std::fs::read_to_string(dir.join("revised.jsonl")).unwrap();
+    std::fs::write(dir.join("both.jsonl"), both).unwrap();
+    refused(
+        dir,
+        &["eval", "eval.toml", "data.test=both.jsonl", "eval.out=e2"],
+        1,
+        &["never share a column", "both.jsonl"],
+    );
 }
