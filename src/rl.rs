@@ -662,7 +662,9 @@ mod tests {
         for text in [include_str!("../configs/demo_mgpo.toml"), include_str!("../configs/demo_grpo.toml")] {
             config::parse::<Plan>(text, &[]).unwrap().resolve().unwrap();
         }
-        config::parse::<eval::Plan>(include_str!("../configs/eval_plates.toml"), &[]).unwrap();
+        for text in [include_str!("../configs/eval_plates.toml"), include_str!("../configs/mirg_gain.toml")] {
+            config::parse::<eval::Plan>(text, &[]).unwrap();
+        }
         config::parse::<crate::sft::Plan>(include_str!("../configs/sft_dialogues.toml"), &[]).unwrap();
         config::parse::<crate::sft::Plan>(include_str!("../configs/nano_pretrain.toml"), &[]).unwrap();
         config::parse::<crate::sft::Plan>(include_str!("../configs/mirg_sft.toml"), &[]).unwrap();

@@ -550,6 +550,28 @@ fn pairs_go_from_drawing_to_the_report() {
     );
     std::fs::write(dir.join("eval.toml"), play).unwrap();
     assert_eq!(json(&good(dir, &["eval", "eval.toml", "--json"]))["rows"]["all"]["questions"], 6);
+    // What the traces are worth to the model: three rows, answered without and with them.
+    let gain = format!(
+        "[model]\npath='model'\n[data]\ntest='traces/sft.jsonl'\nlimit=3\n[rollout]\nmax_new_tokens=6\nmax_tokens=1024\n{}{}[eval]\nout='gain'\n",
+        task.replace("[task]", "[tasks.direct]").replace("mirg_short", "mirg_direct"),
+        task.replace("[task]", "[tasks.reasoned]").replace("mirg_short", "mirg_traced")
+    );
+    std::fs::write(dir.join("gain.toml"), gain).unwrap();
+    good(dir, &["eval", "gain.toml"]);
+    refused(
+        dir,
+        &["eval", "gain.toml", "data.test=pairs/train.jsonl", "eval.out=x"],
+        1,
+        &["trajectory", "tasks.reasoned"],
+    );
+    let again = ["data", "trajectories", "pairs/train.jsonl", "--out", "better", "--share", "1", "--json"];
+    let better = ["--direct", "gain/episodes/0.jsonl", "--reasoned", "gain/episodes/1.jsonl"];
+    let made = json(&good(dir, &[&again[..], &better].concat()));
+    assert_eq!(
+        made["report"]["rejected"],
+        json(r#"{"unmeasured": 9, "no_gain": 3}"#),
+        "nobody learnt anything: {made}"
+    );
     assert!(good(dir, &["report", "run"]).contains("report.html"));
     // A kind that there is not, and a key of the other kind.
     refused(dir, &["rl", "rl.toml", "task.kind=video"], 2, &["task.kind", "video", "multi_image"]);
