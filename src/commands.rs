@@ -1,5 +1,7 @@
 //! The small commands: data, model, trace. Each is a few lines around a library call.
 
+mod trajectories;
+
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
@@ -18,9 +20,10 @@ use crate::model::trace::{Greedy, trace};
 use crate::model::{Config, Dtype, Layout, Trainable, Vlm, presets};
 use crate::progress::Progress;
 use crate::run::Environment;
+use crate::synth::contrast;
 use crate::synth::make::{MakeOptions, Set, make};
-use crate::synth::{contrast, trajectories};
 use crate::{eval, report, score};
+use trajectories::Trajectories;
 
 /// More threads than this only cost: tens of thousands take minutes to start.
 const MOST_THREADS: usize = 1024;
@@ -100,23 +103,7 @@ pub enum Data {
         json: bool,
     },
     /// Reasoning traces for annotated rows of several pictures: DIR/sft.jsonl to fine-tune on, DIR/rl.jsonl with the other rows
-    Trajectories {
-        /// JSONL rows with `objects` and `relations`, such as those of `data make pairs`
-        rows: PathBuf,
-        /// Folder to write
-        #[arg(long)]
-        out: PathBuf,
-        /// At most so many traces a task
-        #[arg(long)]
-        per_task: Option<usize>,
-        /// Share of the rows that traces are made for
-        #[arg(long, default_value_t = 0.5)]
-        share: f64,
-        #[arg(long, default_value_t = 1)]
-        seed: u64,
-        #[arg(long)]
-        json: bool,
-    },
+    Trajectories(Box<Trajectories>),
     /// Rows of a public data set as rows of our own
     Convert {
         /// JSON (a list) or JSON lines
@@ -181,20 +168,7 @@ impl Data {
                 }
                 Ok(())
             }
-            Data::Trajectories { rows, out, per_task, share, seed, json } => {
-                let report =
-                    trajectories::build(&trajectories::Options { rows, out: out.clone(), per_task, share, seed })?;
-                if json {
-                    println!("{}", json!({"out": out, "report": report}));
-                } else {
-                    println!("{}", out.display());
-                    eprintln!("{} rows: {} with a trace, {} kept for RL", report.rows, report.kept, report.for_rl);
-                    for (reason, n) in &report.rejected {
-                        eprintln!("  {n} without: {}", eval::name_of(reason).replace('_', " "));
-                    }
-                }
-                Ok(())
-            }
+            Data::Trajectories(command) => command.run(),
             Data::Convert { file, from, out, images, remap, overwrite, json } => {
                 let format = Format::named(&from)?;
                 let remap = remap.iter().map(|text| text.parse()).collect::<Result<_>>()?;

@@ -728,8 +728,13 @@ mod tests {
         {
             config::parse::<Plan>(mirg, &overrides).unwrap().resolve().unwrap();
         }
-        config::parse::<eval::Plan>(include_str!("../configs/eval_plates.toml"), &[]).unwrap();
-        config::parse::<eval::Plan>(include_str!("../configs/eval_mig_bench.toml"), &[]).unwrap();
+        for text in [
+            include_str!("../configs/eval_plates.toml"),
+            include_str!("../configs/eval_mig_bench.toml"),
+            include_str!("../configs/mirg_gain.toml"),
+        ] {
+            config::parse::<eval::Plan>(text, &[]).unwrap();
+        }
         config::parse::<crate::sft::Plan>(include_str!("../configs/sft_dialogues.toml"), &[]).unwrap();
         config::parse::<crate::sft::Plan>(include_str!("../configs/nano_pretrain.toml"), &[]).unwrap();
         config::parse::<crate::sft::Plan>(include_str!("../configs/mirg_sft.toml"), &[]).unwrap();

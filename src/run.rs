@@ -16,7 +16,7 @@ mod process;
 use checkpoint::Draft;
 pub use checkpoint::{Checkpoint, STATE};
 pub use metrics::{Metrics, MetricsFile, MetricsLog};
-pub use process::{EXIT_INTERRUPTED, Environment, Interrupt, Interrupted, Invocation, Stopwatch, peak_rss};
+pub use process::{EXIT_INTERRUPTED, Environment, Interrupt, Interrupted, Invocation, Stopwatch, now, peak_rss};
 
 use anyhow::{Context, Result, bail};
 use serde::{Serialize, de::DeserializeOwned};

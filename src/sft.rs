@@ -515,6 +515,7 @@ fn update(
     let mut by_task: std::collections::BTreeMap<String, (f64, usize)> = Default::default();
     let mut fit = Fit::default();
     let merge = engine.processor.merge;
+    let side = f64::from(engine.processor.budget.factor);
     let asked: Vec<dense::Asked> = match &head {
         Some((_, head)) if hint_weight > 0.0 => examples
             .iter()
@@ -524,6 +525,8 @@ fn update(
                 let shown = shown.map(|(image, objects)| dense::Shown {
                     objects,
                     rows: image.first..image.first + image.grid.tokens(merge),
+                    columns: (image.grid.w / merge) as usize,
+                    side,
                 });
                 head.hints(&e.stream.ids[..prompt], &shown.collect::<Vec<_>>())
             })
@@ -531,21 +534,25 @@ fn update(
         _ => examples.iter().map(|_| dense::Asked::default()).collect(),
     };
     let count = |of: fn(&dense::Asked) -> &Vec<(usize, u32)>| asked.iter().map(|a| of(a).len()).sum::<usize>().max(1);
-    let counts = [count(|a| &a.words), count(|a| &a.pictures), count(|a| &a.places)];
-    let [weight, of_pictures, of_places] = counts.map(|n| hint_weight / n as f32);
+    let early: [(&str, usize, fn(&dense::Asked) -> &Vec<(usize, u32)>); 3] = [
+        ("pictures", dense::PICTURES_BLOCK, |asked| &asked.pictures),
+        ("names", dense::NAMES_BLOCK, |asked| &asked.names),
+        ("places", dense::PLACES_BLOCK, |asked| &asked.places),
+    ];
     let last = engine.model.config.text.layers - 1;
-    let mut hints = embedded::Hints {
-        rows: Vec::new(),
-        weight,
-        early: [(dense::PICTURES_BLOCK, of_pictures), (dense::PLACES_BLOCK, of_places)]
-            .map(|(block, weight)| EarlyHints { block: block.min(last), rows: Vec::new(), weight })
-            .into(),
+    let words = count(|asked| &asked.words);
+    let hints = embedded::Hints {
+        rows: asked.iter().map(|asked| asked.words.clone()).collect(),
+        weight: hint_weight / words as f32,
+        early: early
+            .iter()
+            .map(|(_, block, of)| EarlyHints {
+                block: *block.min(&last),
+                rows: asked.iter().map(|asked| of(asked).clone()).collect(),
+                weight: hint_weight / count(*of) as f32,
+            })
+            .collect(),
     };
-    for asked in asked {
-        hints.rows.push(asked.words);
-        hints.early[0].rows.push(asked.pictures);
-        hints.early[1].rows.push(asked.places);
-    }
     let hinted = engine.accumulate_examples(
         examples,
         &mut |i, scores| {
@@ -583,9 +590,9 @@ fn update(
     let rate = engine.learning_rate();
     let norm = engine.step(rate)?;
     if hint_weight > 0.0 {
-        let sums = [hinted.rows, hinted.early[0], hinted.early[1]];
-        for ((name, sum), n) in ["hints", "pictures", "places"].iter().zip(sums).zip(counts) {
-            metrics.insert(format!("dense/{name}"), json!(sum / n as f64));
+        metrics.insert("dense/hints".into(), json!(hinted.rows / words as f64));
+        for ((name, _, of), sum) in early.iter().zip(hinted.early) {
+            metrics.insert(format!("dense/{name}"), json!(sum / count(*of) as f64));
         }
     }
     if let Some((options, head)) = head

@@ -227,7 +227,7 @@ fn picture_problems(row: usize, sample: &Sample, sizes: &HashMap<&PathBuf, Resul
 }
 
 /// Width and height as shown, that is after the EXIF orientation; with `decode` the whole picture is read.
-fn picture_size(path: &Path, decode: bool) -> Result<Size> {
+pub(crate) fn picture_size(path: &Path, decode: bool) -> Result<Size> {
     use ::image::ImageDecoder;
     if !path.exists() {
         bail!("there is no picture at {}", path.display());

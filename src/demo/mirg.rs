@@ -64,7 +64,7 @@ pub fn main(request: &Request) -> Result<()> {
     let test = data::read(&data.join("test.jsonl"))?;
 
     progress::say("2/5  composing reasoning traces from the annotation");
-    let traces = build_traces(request, &data)?;
+    let traces = build_traces(request, &data, &interrupt)?;
 
     let base = assets_dir()?.join("nano");
     let mut models: Vec<(&str, PathBuf)> = vec![("base", base.clone())];
@@ -119,7 +119,7 @@ fn parsed<T: serde::de::DeserializeOwned>(name: &str, text: &str, scale: &[&str]
 }
 
 /// Traces for some of the rows; the same seed gives the same.
-fn build_traces(request: &Request, data: &Path) -> Result<PathBuf> {
+fn build_traces(request: &Request, data: &Path, interrupt: &Interrupt) -> Result<PathBuf> {
     let out = request.out.join("traces");
     if out.exists() {
         std::fs::remove_dir_all(&out).with_context(|| format!("removing the earlier traces: {}", out.display()))?;
@@ -130,8 +130,10 @@ fn build_traces(request: &Request, data: &Path) -> Result<PathBuf> {
         per_task: None,
         share: SHARE,
         seed: request.seed,
+        teacher: trajectories::Teacher::Rules,
+        episodes: None,
     };
-    let report = trajectories::build(&options)?;
+    let report = trajectories::build(&options, interrupt)?;
     progress::say(&format!("     {} rows have a trace, {} are kept for RL", report.kept, report.for_rl));
     Ok(out)
 }

@@ -71,6 +71,9 @@ pub struct View<'a> {
 pub struct Shown<'a> {
     pub objects: &'a [(String, BBox)],
     pub rows: std::ops::Range<usize>,
+    /// Visual tokens side by side, and the side of one in pixels.
+    pub columns: usize,
+    pub side: f64,
 }
 
 /// Rows of a prompt and the tokens that they are asked for.
@@ -79,12 +82,15 @@ pub struct Asked {
     pub words: Vec<(usize, u32)>,
     /// A picture's own rows, for its number, before block [`PICTURES_BLOCK`].
     pub pictures: Vec<(usize, u32)>,
+    /// The row in the middle of each object, for its name, before block [`NAMES_BLOCK`].
+    pub names: Vec<(usize, u32)>,
     /// Words that name an object, for the number of its picture, before block [`PLACES_BLOCK`].
     pub places: Vec<(usize, u32)>,
 }
 
 pub const PICTURES_BLOCK: usize = 1;
-pub const PLACES_BLOCK: usize = 4;
+pub const NAMES_BLOCK: usize = 3;
+pub const PLACES_BLOCK: usize = 5;
 
 /// How many of a picture's rows are asked for its number.
 const ASKED_ROWS: usize = 4;
@@ -286,22 +292,28 @@ impl DenseHead {
                 places.extend(self.picture(image, shown.len()).map(|token| (row, token)));
             }
         }
-        let names = objects().filter_map(|(_, (name, _))| self.words.names.get(name));
-        let digits: Vec<u32> = names.copied().filter(|token| self.words.digits.contains(token)).collect();
+        let labels = objects().filter_map(|(_, (name, _))| self.words.names.get(name));
+        let digits: Vec<u32> = labels.copied().filter(|token| self.words.digits.contains(token)).collect();
         if let [digit] = digits[..] {
             let number = prompt.iter().enumerate().filter(|(_, id)| **id == self.words.number);
             hints.extend(number.map(|(row, _)| (row, digit)));
         }
-        let mut pictures = Vec::new();
+        let (mut pictures, mut names) = (Vec::new(), Vec::new());
         for (k, view) in shown.iter().enumerate() {
             let rows = view.rows.clone().step_by((view.rows.len() / ASKED_ROWS).max(1));
+            names.extend(view.objects.iter().filter_map(|(name, bbox)| {
+                let (x, y) = bbox.center();
+                let row = view.rows.start + (y / view.side) as usize * view.columns + (x / view.side) as usize;
+                let token = *self.words.names.get(name)?;
+                (view.rows.contains(&row) && !self.words.digits.contains(&token)).then_some((row, token))
+            }));
             pictures.extend(
                 self.picture(k + 1, shown.len())
                     .into_iter()
                     .flat_map(|token| rows.clone().map(move |row| (row, token))),
             );
         }
-        Asked { words: hints, pictures, places }
+        Asked { words: hints, pictures, names, places }
     }
 
     /// The token of a picture's number, where there are several.
@@ -416,8 +428,9 @@ mod tests {
     #[test]
     fn words_that_name_one_object_are_asked_for_its_place() {
         let fox = |x: f64| ("cat".to_owned(), BBox { x1: x, y1: 7.0, x2: x + 14.0, y2: 21.0 });
-        let hints =
-            |prompt: &[u32], objects: &[(String, BBox)]| head().hints(prompt, &[Shown { objects, rows: 0..0 }]).words;
+        let hints = |prompt: &[u32], objects: &[(String, BBox)]| {
+            head().hints(prompt, &[Shown { objects, rows: 0..0, columns: 1, side: 28.0 }]).words
+        };
         assert_eq!(hints(&[5, 10, 5, 5, 5, 5], &[fox(7.0)]), [(1, 1), (2, 1), (3, 3), (4, 3)]);
         assert!(hints(&[5, 10, 5, 5, 5, 5], &[fox(7.0), fox(28.0)]).is_empty(), "two of them: which one?");
         assert!(hints(&[5, 5, 5, 10, 5], &[fox(7.0)]).is_empty(), "no rows behind the word");
@@ -428,11 +441,16 @@ mod tests {
         let mut head = head();
         head.words.names.extend([("digit:1".into(), 7), ("digit:2".into(), 8)]);
         let cat = [("cat".to_owned(), BBox { x1: 7.0, y1: 7.0, x2: 21.0, y2: 21.0 })];
-        let shown = [Shown { objects: &[], rows: 0..8 }, Shown { objects: &cat, rows: 8..12 }];
+        let (columns, side) = (2, 14.0);
+        let shown =
+            [Shown { objects: &[], rows: 0..8, columns, side }, Shown { objects: &cat, rows: 8..12, columns, side }];
         let prompt = [[5; 12].as_slice(), &[10, 5, 5, 5, 5]].concat();
         let of_word = [(12, 1), (13, 1), (14, 3), (15, 3)];
         let of_pictures = [(0, 7), (2, 7), (4, 7), (6, 7), (8, 8), (9, 8), (10, 8), (11, 8)];
-        assert_eq!(head.hints(&prompt, &shown), Asked { words: of_word.into(), pictures: of_pictures.into(), places: vec![(12, 8)] });
+        assert_eq!(
+            head.hints(&prompt, &shown),
+            Asked { words: of_word.into(), pictures: of_pictures.into(), places: vec![(12, 8)] }
+        );
     }
 
     #[test]

@@ -37,10 +37,10 @@ impl Interrupt {
         // ctrlc runs this on a thread of its own, not in the signal handler, so printing is allowed.
         ctrlc::set_handler(move || {
             if asked.swap(true, Ordering::SeqCst) {
-                progress::say("stopped at once; the last checkpoint holds what can be resumed");
+                progress::say("stopped at once; what was written until now can be gone on from");
                 std::process::exit(EXIT_INTERRUPTED);
             }
-            progress::say("finishing the step, then writing a checkpoint; press again to stop at once");
+            progress::say("finishing what is under way; press again to stop at once");
         })
         .context("taking over Ctrl-C")?;
         Ok(INSTALLED.get_or_init(|| interrupt).clone())
@@ -93,6 +93,14 @@ impl Interrupted {
         Interrupted(format!(
             "interrupted; the same command goes on where the training stopped (--overwrite starts over): {}",
             out.display()
+        ))
+    }
+
+    /// Among the calls of a teacher, which are recorded in `calls`.
+    pub fn in_calls(calls: &std::path::Path) -> Interrupted {
+        Interrupted(format!(
+            "interrupted; the same command goes on and pays for no answer twice, they are in {}",
+            calls.display()
         ))
     }
 
@@ -212,12 +220,11 @@ pub struct Environment {
 impl Environment {
     /// Reads the machine and the process.
     pub fn now() -> Self {
-        let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         Environment {
             version: env!("CARGO_PKG_VERSION").into(),
             commit: option_env!("FOVEATE_COMMIT").map(str::to_owned),
             command: std::env::args().collect(),
-            started: utc(seconds),
+            started: now(),
             system: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
             cpu: cpu(),
             threads: rayon::current_num_threads(),
@@ -268,6 +275,11 @@ fn cpu() -> String {
 fn meminfo(key: &str) -> Option<u64> {
     let line = proc_line("/proc/meminfo", key)?;
     Some(line.split_whitespace().next()?.parse::<u64>().ok()? * 1024)
+}
+
+/// The time as it stands in records, UTC, `2026-01-31T12:00:00Z`.
+pub fn now() -> String {
+    utc(SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()))
 }
 
 /// Seconds since 1970 as a UTC timestamp. Days to date after Howard Hinnant, "chrono-compatible low-level date algorithms".

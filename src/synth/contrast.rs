@@ -375,7 +375,7 @@ mod tests {
             // JPEG moves a smooth ramp by a few levels.
             assert!((f64::from(corner[0]) - expected.0 % 256.0).abs() < 6.0, "{} {corner:?} {expected:?}", row.id);
             assert!((f64::from(corner[1]) - expected.1).abs() < 6.0, "{} {corner:?} {expected:?}", row.id);
-            let facts = Facts::of(&row).unwrap().unwrap();
+            let facts = Facts::of(&row).unwrap();
             let trace = by_rules(&row, &facts, 1);
             assert_eq!(judge(&trace, &row), Ok(()), "{trace}");
         }

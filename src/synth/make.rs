@@ -375,7 +375,7 @@ mod tests {
                 let row = pairs.row(3, index).unwrap();
                 let images = (1..=row.shots.len()).map(|k| PathBuf::from(format!("{k}.jpg"))).collect();
                 let sample = pair(&row, size, split, index as usize, images);
-                let trace = by_rules(&sample, &Facts::of(&sample).unwrap().unwrap(), 1);
+                let trace = by_rules(&sample, &Facts::of(&sample).unwrap(), 1);
                 assert_eq!(judge(&trace, &sample), Ok(()), "{}: {trace}", sample.question);
             }
         }

@@ -20,6 +20,7 @@ pub mod make;
 pub mod pairs;
 pub mod pretrain;
 pub mod recipe;
+pub mod teacher;
 pub mod trajectories;
 pub mod world;
 

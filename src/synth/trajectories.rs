@@ -1,14 +1,18 @@
 //! From annotated rows to reasoning dialogues: `foveate data trajectories`.
 //!
 //! A row knows what stands where in each picture (`objects`) and how the pictures hang together (`relations`); a teacher writes from
-//! that what a careful reader would say before answering, and filters throw out traces that give the answer away, name no picture
-//! or say what another says already (spec 2.3). The trace goes into the row (`trajectory`); the answer does not: it is written when
-//! the row is shown, in the numbers of the model that learns it. It hides wording and chance. What must stay true: a trace holds no number
-//! but those of pictures, so it cannot leak a coordinate of any convention; every sentence about an object names a picture; the
-//! same row and seed give the same trace.
+//! that what a careful reader would say before answering: rules, here, or a model behind an endpoint ([`super::teacher`]). Filters throw
+//! out traces that give the answer away, name no picture, do not help or say what another says already (`filters.rs`, `gain.rs`;
+//! spec 2.3). The trace goes into the row (`trajectory`); the answer does not: it is written when the row is shown, in the numbers of
+//! the model that learns it. It hides wording and chance. What must stay true: a trace holds no number but those of pictures, so it
+//! cannot leak a coordinate of any convention; every sentence about an object names a picture; the same rows, seed and answers
+//! of a teacher give the same files.
 
-use std::collections::{BTreeMap, HashSet};
-use std::path::{Path, PathBuf};
+mod filters;
+mod gain;
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 use rand::Rng;
@@ -17,15 +21,18 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::stream;
+use super::teacher::{self, Endpoint};
+use super::{NewFolder, stream};
 use crate::data::{self, Sample};
 use crate::geometry::BBox;
+use crate::run::Interrupt;
+use filters::Seen;
+pub use filters::{Rejected, judge};
+use gain::Gains;
 
 const PURPOSE: u64 = 4;
 /// The key of a row that holds its trace.
 pub const TRAJECTORY: &str = "trajectory";
-/// Share of three-word runs that two traces of the same pictures may have in common.
-const ALIKE: f64 = 0.9;
 
 /// What is known between the pictures of a row; pictures count from 1.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
@@ -63,7 +70,7 @@ pub struct Object {
     pub bbox: BBox,
 }
 
-/// What a teacher may use.
+/// What a teacher may use, beside the row itself.
 #[derive(Clone, Debug)]
 pub struct Facts {
     pub objects: Vec<Vec<Object>>,
@@ -71,11 +78,11 @@ pub struct Facts {
 }
 
 impl Facts {
-    /// Of a row; a row without annotation has no facts.
+    /// Of a row; without annotation both lists are empty.
     ///
     /// # Errors
     /// Annotation that cannot be read, or that names a picture which is not there.
-    pub fn of(sample: &Sample) -> Result<Option<Facts>> {
+    pub fn of(sample: &Sample) -> Result<Facts> {
         let read = |key: &str| sample.extra.get(key).cloned().unwrap_or(Value::Array(Vec::new()));
         let named = |key: &str| format!("row {}, key {key:?}", sample.id);
         let objects: Vec<Vec<Object>> = serde_json::from_value(read("objects")).with_context(|| {
@@ -97,7 +104,7 @@ impl Facts {
                 sample.images.len()
             );
         }
-        Ok((!relations.is_empty()).then_some(Facts { objects, relations }))
+        Ok(Facts { objects, relations })
     }
 }
 
@@ -289,71 +296,38 @@ fn is_plural(name: &str) -> bool {
     name.ends_with('s') && !name.ends_with("us") && !name.ends_with("ss")
 }
 
-/// Why a trace is not kept.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Rejected {
-    /// The row has no annotation to reason from.
-    NoFacts,
-    /// Empty, or with the tags of an answer in it.
-    Format,
-    /// It holds a number that is not a picture's.
-    Leak,
-    /// A sentence speaks of a target and of no picture.
-    UnnamedImage,
-    /// The picture of a target is never named.
-    TargetImage,
-    /// The conclusion stands at the start.
-    ConclusionFirst,
-    /// Nearly the words of another trace of the same pictures.
-    NearDuplicate,
-    /// Its task has enough.
-    Balance,
+/// Who writes the traces.
+#[derive(Clone, Debug, Default)]
+pub enum Teacher {
+    /// Composed from the row's facts; no model, no network.
+    #[default]
+    Rules,
+    /// A model that sees the pictures, behind an OpenAI-compatible server.
+    Endpoint(teacher::Options),
 }
 
-/// Holds a trace against its row; what it says of coordinates, pictures and order. The first fault.
-pub fn judge(trace: &str, sample: &Sample) -> Result<(), Rejected> {
-    let trace = trace.trim();
-    if trace.is_empty() || ["<think>", "</think>", "<answer>", "</answer>"].iter().any(|tag| trace.contains(tag)) {
-        return Err(Rejected::Format);
+impl Teacher {
+    fn name(&self) -> &str {
+        match self {
+            Teacher::Rules => "rules",
+            Teacher::Endpoint(options) => &options.model,
+        }
     }
-    let (bare, named) = without_image_names(trace);
-    if bare.bytes().any(|b| b.is_ascii_digit()) {
-        return Err(Rejected::Leak);
-    }
-    if sample.targets.iter().any(|t| !named.contains(&t.image)) {
-        return Err(Rejected::TargetImage);
-    }
-    let sentences: Vec<&str> =
-        trace.split_inclusive(['.', '!', '?']).map(str::trim).filter(|s| !s.is_empty()).collect();
-    let labels: Vec<&str> = sample.targets.iter().filter_map(|t| t.label.as_deref()).collect();
-    let speaks = |s: &&str| labels.iter().any(|label| s.contains(label));
-    if sentences.iter().any(|s| speaks(s) && !s.contains("Image-")) {
-        return Err(Rejected::UnnamedImage);
-    }
-    let concludes = |s: &str| {
-        let lower = s.to_lowercase();
-        ["so ", "therefore", "the answer", "hence", "thus "].iter().any(|word| lower.starts_with(word))
-    };
-    match sentences.as_slice() {
-        [first, _, ..] if concludes(first) => Err(Rejected::ConclusionFirst),
-        _ => Ok(()),
+
+    /// Whether there is enough to reason from: rules need to know how the pictures hang together, a model can see for itself.
+    fn can_use(&self, row: &Sample, facts: &Facts) -> bool {
+        match self {
+            Teacher::Rules => !facts.relations.is_empty(),
+            Teacher::Endpoint(_) => !facts.relations.is_empty() || !row.targets.is_empty(),
+        }
     }
 }
 
-/// The text without its "Image-k", and which k there were.
-fn without_image_names(text: &str) -> (String, HashSet<usize>) {
-    let mut rest = text;
-    let (mut bare, mut named) = (String::new(), HashSet::new());
-    while let Some(at) = rest.find("Image-") {
-        bare.push_str(&rest[..at]);
-        rest = &rest[at + "Image-".len()..];
-        let digits = rest.bytes().take_while(u8::is_ascii_digit).count();
-        named.extend(rest[..digits].parse::<usize>().ok());
-        rest = &rest[digits..];
-    }
-    bare.push_str(rest);
-    (bare, named)
+/// Records of the same rows, answered without and with the traces that are to be judged by them.
+#[derive(Clone, Debug)]
+pub struct Episodes {
+    pub direct: PathBuf,
+    pub reasoned: PathBuf,
 }
 
 #[derive(Clone, Debug)]
@@ -366,64 +340,112 @@ pub struct Options {
     /// Share of the rows that traces are made for; the others are kept for RL.
     pub share: f64,
     pub seed: u64,
+    pub teacher: Teacher,
+    /// With them, a trace must make the answer better.
+    pub episodes: Option<Episodes>,
 }
 
 /// What became of the rows.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Report {
+    /// `rules`, or the model's name.
+    pub teacher: String,
     pub rows: usize,
     pub kept: usize,
     pub for_rl: usize,
     pub kept_by_task: BTreeMap<String, usize>,
     pub rejected: BTreeMap<Rejected, usize>,
+    /// What an endpoint took. Not in the file: it differs between a run and its repetition, and nothing else does.
+    #[serde(skip)]
+    pub spent: Option<teacher::Spent>,
 }
 
 /// Builds traces for the rows of a file and writes three files; what has no trace goes to `rl.jsonl`.
 ///
 /// # Errors
-/// Rows that cannot be read, annotation that makes no sense (with its row), a folder that holds something already.
-pub fn build(options: &Options) -> Result<Report> {
+/// Rows that cannot be read, annotation that makes no sense (with its row), a folder that holds something already; an endpoint that
+/// refuses, or an interrupt: then what was answered is on record, and the same call goes on.
+pub fn build(options: &Options, interrupt: &Interrupt) -> Result<Report> {
     ensure!((0.0..=1.0).contains(&options.share), "--share {}: expected 0 to 1", options.share);
-    let taken = options.out.exists() && options.out.read_dir().map_or(true, |mut files| files.next().is_some());
-    ensure!(!taken, "something is already at {}; remove it or choose another folder", options.out.display());
+    let folder = NewFolder::beside(&options.out)?;
     let rows = data::read(&options.rows)?;
-    let mut report = Report { rows: rows.len(), ..Report::default() };
-    let (mut sft, mut rl) = (Vec::new(), Vec::new());
+    let facts = rows.iter().map(Facts::of).collect::<Result<Vec<_>>>()?;
+    let gains = options.episodes.as_ref().map(|e| Gains::read(&e.direct, &e.reasoned, &rows)).transpose()?;
+    let endpoint = match &options.teacher {
+        Teacher::Rules => None,
+        Teacher::Endpoint(server) => Some(Endpoint::open(server, interrupt)?),
+    };
+    let chosen = |i: usize| stream(options.seed, PURPOSE + 1, i as u64).random::<f64>() < options.share;
+    let chosen: Vec<bool> = (0..rows.len()).map(chosen).collect();
+    let task = |i: usize| rows[i].task.as_deref().unwrap_or("none");
+    let usable = |i: usize| options.teacher.can_use(&rows[i], &facts[i]);
+
+    let mut report = Report { teacher: options.teacher.name().into(), rows: rows.len(), ..Report::default() };
+    let mut kept: Vec<Option<String>> = vec![None; rows.len()];
     let mut seen = Seen::default();
-    for (i, mut row) in rows.into_iter().enumerate() {
-        if stream(options.seed, PURPOSE + 1, i as u64).random::<f64>() >= options.share {
-            rl.push(row);
-            continue;
-        }
-        let task = row.task.clone().unwrap_or_else(|| "none".into());
-        let full = options.per_task.is_some_and(|most| report.kept_by_task.get(&task).is_some_and(|n| *n >= most));
-        let trace = match Facts::of(&row)? {
-            _ if full => Err(Rejected::Balance),
-            None => Err(Rejected::NoFacts),
-            Some(facts) => {
-                let trace = by_rules(&row, &facts, options.seed);
-                judge(&trace, &row).and_then(|()| seen.add(&row, &trace)).map(|()| trace)
+    let mut from = 0;
+    while from < rows.len() {
+        let room =
+            |task: &str| options.per_task.map_or(usize::MAX, |most| most - report.kept_by_task.get(task).unwrap_or(&0));
+        // Traces cost. They are asked for as far as it is certain that their task has room, whatever becomes of those before them.
+        let mut left: HashMap<&str, usize> = HashMap::new();
+        let mut asked = Vec::new();
+        let mut end = from;
+        while end < rows.len() {
+            if chosen[end] && usable(end) && room(task(end)) > 0 {
+                match left.entry(task(end)).or_insert_with(|| room(task(end))) {
+                    0 => break,
+                    left => *left -= 1,
+                }
+                asked.push(end);
             }
+            end += 1;
+        }
+        let traces = match &endpoint {
+            None => asked.iter().map(|&i| Ok(by_rules(&rows[i], &facts[i], options.seed))).collect(),
+            Some(endpoint) => endpoint.traces(&asked.iter().map(|&i| (&rows[i], &facts[i])).collect::<Vec<_>>())?,
         };
+        let mut traces: HashMap<usize, Result<String, Rejected>> = asked.into_iter().zip(traces).collect();
+        for i in (from..end).filter(|&i| chosen[i]) {
+            let row = &rows[i];
+            let passed = |trace: String| {
+                judge(&trace, row)?;
+                gains.as_ref().map_or(Ok(()), |gains| gains.judge(&row.id))?;
+                seen.add(row, &trace)?;
+                Ok(trace)
+            };
+            let trace = match traces.remove(&i) {
+                Some(trace) => trace.and_then(passed),
+                None if usable(i) => Err(Rejected::Balance),
+                None => Err(Rejected::NoFacts),
+            };
+            match trace {
+                Ok(trace) => {
+                    *report.kept_by_task.entry(task(i).to_owned()).or_default() += 1;
+                    kept[i] = Some(trace);
+                }
+                Err(reason) => *report.rejected.entry(reason).or_default() += 1,
+            }
+        }
+        from = end;
+    }
+    let (mut sft, mut rl) = (Vec::new(), Vec::new());
+    for (mut row, trace) in rows.into_iter().zip(kept) {
         match trace {
-            Ok(trace) => {
+            Some(trace) => {
                 row.extra.insert(TRAJECTORY.into(), trace.into());
-                *report.kept_by_task.entry(task).or_default() += 1;
                 sft.push(row);
             }
-            Err(reason) => {
-                *report.rejected.entry(reason).or_default() += 1;
-                rl.push(row);
-            }
+            None => rl.push(row),
         }
     }
     (report.kept, report.for_rl) = (sft.len(), rl.len());
-    let parent = options.out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    std::fs::create_dir_all(parent).with_context(|| format!("making the folder {}", parent.display()))?;
-    let partial = tempfile::Builder::new()
-        .prefix(".trajectories-")
-        .tempdir_in(parent)
-        .with_context(|| format!("making a temporary folder in {}", parent.display()))?;
+    report.spent = endpoint.map(|endpoint| endpoint.spent());
+    write(folder, sft, rl, &report)?;
+    Ok(report)
+}
+
+fn write(folder: NewFolder, sft: Vec<Sample>, rl: Vec<Sample>, report: &Report) -> Result<()> {
     // Pictures stay where they are: the rows name them from here.
     let absolute = |mut rows: Vec<Sample>| -> Result<Vec<Sample>> {
         for path in rows.iter_mut().flat_map(|row| &mut row.images) {
@@ -431,37 +453,11 @@ pub fn build(options: &Options) -> Result<Report> {
         }
         Ok(rows)
     };
-    data::write(&partial.path().join("sft.jsonl"), &absolute(sft)?)?;
-    data::write(&partial.path().join("rl.jsonl"), &absolute(rl)?)?;
-    let json = serde_json::to_vec_pretty(&report).context("writing the report")?;
-    std::fs::write(partial.path().join("report.json"), json).context("writing report.json")?;
-    if options.out.is_dir() {
-        std::fs::remove_dir(&options.out).with_context(|| format!("replacing {}", options.out.display()))?;
-    }
-    std::fs::rename(partial.keep(), &options.out)
-        .with_context(|| format!("moving the finished files to {}", options.out.display()))?;
-    Ok(report)
-}
-
-/// Traces so far, by the pictures they speak of.
-#[derive(Default)]
-struct Seen(std::collections::HashMap<Vec<PathBuf>, Vec<HashSet<String>>>);
-
-impl Seen {
-    fn add(&mut self, sample: &Sample, trace: &str) -> Result<(), Rejected> {
-        let words: Vec<&str> = trace.split_whitespace().collect();
-        let runs: HashSet<String> = words.windows(3).map(|run| run.join(" ")).collect();
-        let others = self.0.entry(sample.images.clone()).or_default();
-        let alike = |other: &HashSet<String>| {
-            let common = runs.intersection(other).count();
-            common as f64 >= ALIKE * runs.union(other).count().max(1) as f64
-        };
-        if others.iter().any(alike) {
-            return Err(Rejected::NearDuplicate);
-        }
-        others.push(runs);
-        Ok(())
-    }
+    data::write(&folder.path().join("sft.jsonl"), &absolute(sft)?)?;
+    data::write(&folder.path().join("rl.jsonl"), &absolute(rl)?)?;
+    let json = serde_json::to_vec_pretty(report).context("writing the report")?;
+    std::fs::write(folder.path().join("report.json"), json).context("writing report.json")?;
+    folder.finish()
 }
 
 #[cfg(test)]
@@ -470,7 +466,7 @@ mod tests {
     use crate::data::Target;
     use serde_json::json;
 
-    fn row(relations: Value, objects: Value) -> Sample {
+    pub(super) fn row(relations: Value, objects: Value) -> Sample {
         let target = Target { image: 2, bbox: BBox::new(10.0, 20.0, 30.0, 40.0), label: Some("fox".into()) };
         let extra = serde_json::Map::from_iter([("relations".to_owned(), relations), ("objects".to_owned(), objects)]);
         Sample {
@@ -493,7 +489,7 @@ mod tests {
             [{"name": "fox", "bbox": [10, 20, 30, 40]}, {"name": "apple", "bbox": [50, 0, 60, 10]}, {"name": "fox", "bbox": [70, 20, 90, 40]}]
         ]);
         let row = row(json!([{"relation": "same_object", "reference": 1, "target": 2, "name": "fox"}]), objects);
-        let trace = by_rules(&row, &Facts::of(&row).unwrap().unwrap(), 1);
+        let trace = by_rules(&row, &Facts::of(&row).unwrap(), 1);
         assert!(trace.starts_with("Image-1 shows a fox.") && trace.contains("two foxes and an apple"), "{trace}");
         assert!(trace.contains("left fox of Image-2"), "{trace}");
         assert_eq!(judge(&trace, &row), Ok(()));
@@ -504,21 +500,6 @@ mod tests {
         assert_eq!(listed(&["cactus"]), "a cactus");
         assert_eq!(listed(&["grapes", "apple", "fox", "fox"]), "grapes, an apple and two foxes");
         assert_eq!(listed(&["cactus", "cactus", "cactus"]), "several cactuses");
-    }
-
-    #[test]
-    fn faults_have_classes() {
-        let row = row(json!([]), json!([]));
-        let fault = |trace: &str| judge(trace, &row).err();
-        assert_eq!(fault("Image-1 shows a fox. The fox of Image-1 is in Image-2."), None);
-        assert_eq!(fault(" "), Some(Rejected::Format));
-        assert_eq!(fault("a </think> b Image-2"), Some(Rejected::Format));
-        assert_eq!(fault("The fox of Image-2 is at 10."), Some(Rejected::Leak));
-        assert_eq!(fault("The fox of Image-2 is at (0.25)."), Some(Rejected::Leak));
-        assert_eq!(fault("The fox is in Image-1."), Some(Rejected::TargetImage));
-        assert_eq!(fault("There is a fox. Image-2 has it."), Some(Rejected::UnnamedImage));
-        assert_eq!(fault("So the fox is in Image-2. Image-1 has none."), Some(Rejected::ConclusionFirst));
-        assert!(Facts::of(&row).unwrap().is_none());
     }
 
     #[test]

@@ -23,8 +23,8 @@ use crate::synth::trajectories::TRAJECTORY;
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Options {
-    /// Wording: `mirg` (think, then answer), `mirg_direct` (answer at once), `mirg_short` (few words, for small models), or the
-    /// path of a template file.
+    /// Wording: `mirg` (think, then answer), `mirg_direct` (answer at once), `mirg_traced` (answer from the row's own trajectory, to
+    /// see whether it helps), `mirg_short` (few words, for small models), or the path of a template file.
     pub template: String,
     /// Pixel budget of every picture, in pixels after resizing.
     pub max_pixels: u64,
@@ -75,15 +75,18 @@ struct Wording {
     system: Option<String>,
     /// Before each picture; `{k}` is its number.
     image: String,
-    /// After the pictures.
+    /// After the pictures; `{trajectory}`, if it is there, is the row's.
     ask: String,
 }
+
+const TRAJECTORY_SLOT: &str = "{trajectory}";
 
 impl Wording {
     fn load(name: &str) -> Result<Wording> {
         let built_in = [
             ("mirg", include_str!("templates/mirg.toml")),
             ("mirg_direct", include_str!("templates/mirg_direct.toml")),
+            ("mirg_traced", include_str!("templates/mirg_traced.toml")),
             ("mirg_short", include_str!("templates/mirg_short.toml")),
         ];
         let (wording, origin): (Wording, _) = template::read(name, &built_in)?;
@@ -121,8 +124,15 @@ impl MultiImageTask {
         Ok(MultiImageTask { options, wording, budget })
     }
 
+    fn shows_trajectory(&self) -> bool {
+        self.wording.ask.contains(TRAJECTORY_SLOT)
+    }
+
     /// The words around the pictures, with a place for each.
-    pub fn question(&self, question: &str, images: usize) -> Vec<Part> {
+    ///
+    /// # Errors
+    /// The wording shows the row's trajectory, and there is none.
+    fn question(&self, sample: &Sample, images: usize) -> Result<Vec<Part>> {
         let mut parts = Vec::with_capacity(2 * images + 1);
         for k in 1..=images {
             // One text between two pictures: the end of the last line and the start of the next.
@@ -134,8 +144,13 @@ impl MultiImageTask {
             parts.push(Part::image());
             push(&mut parts, after);
         }
-        push(&mut parts, &self.wording.ask.replace("{question}", &finished(question)));
-        parts
+        let ask = match self.shows_trajectory() {
+            true => self.wording.ask.replace(TRAJECTORY_SLOT, trajectory(sample)?),
+            false => self.wording.ask.clone(),
+        };
+        let ask = ask.replace("{question}", &finished(&sample.question));
+        push(&mut parts, &ask);
+        Ok(parts)
     }
 }
 
@@ -178,14 +193,13 @@ impl MultiImageTask {
         if !writing.reason {
             return Ok(None);
         }
-        let trace = sample.extra.get(TRAJECTORY).and_then(serde_json::Value::as_str);
-        trace.map(Some).with_context(|| {
-            format!(
-                "there is no text under \"{TRAJECTORY}\"; `foveate data trajectories` writes it, or set data.reason = false to \
-                 learn the answers alone"
-            )
-        })
+        trajectory(sample).map(Some).context("set data.reason = false to learn the answers alone")
     }
+}
+
+fn trajectory(sample: &Sample) -> Result<&str> {
+    let trace = sample.extra.get(TRAJECTORY).and_then(serde_json::Value::as_str);
+    trace.with_context(|| format!("there is no text under \"{TRAJECTORY}\"; `foveate data trajectories` writes it"))
 }
 
 /// Appends words to those that stand last.
@@ -222,6 +236,9 @@ impl Task for MultiImageTask {
             !sample.targets.is_empty() || sample.answer.trim() == "[]" || sample.faulty(),
             "the row has no targets; where nothing is to be found, its answer must be \"[]\""
         );
+        if self.shows_trajectory() {
+            trajectory(sample)?;
+        }
         Ok(())
     }
 
@@ -230,7 +247,7 @@ impl Task for MultiImageTask {
             View::whole(k, *size, self.budget).with_context(|| format!("picture {} of {}", k + 1, sizes.len()))
         };
         let views = sizes.iter().enumerate().map(view).collect::<Result<Vec<_>>>()?;
-        let user = Shown { parts: self.question(&sample.question, views.len()), views };
+        let user = Shown { parts: self.question(sample, views.len())?, views };
         Ok(Opening { system: self.wording.system.clone(), user })
     }
 
@@ -355,6 +372,23 @@ mod tests {
         let text: String = opening.user.parts.iter().map(Part::readable).collect();
         assert_eq!(text, "Image-1: [image]\nImage-2: [image]\nQuestion: Where is the cup.");
         assert_eq!(opening.user.views.len(), 2);
+    }
+
+    #[test]
+    fn a_template_can_show_the_trajectory_of_the_row() {
+        let task = task(Options { template: "mirg_traced".into(), ..small() });
+        let mut row = sample();
+        let missing = task.check(&row).unwrap_err().to_string();
+        assert!(missing.contains("\"trajectory\"") && missing.contains("data trajectories"), "{missing}");
+        row.question = "Where is {trajectory}".into();
+        row.extra.insert(TRAJECTORY.into(), "Image-2 has it.".into());
+        task.check(&row).unwrap();
+        let opening = task.open(&row, &[Size::new(400, 400), Size::new(300, 300)]).unwrap();
+        let text: String = opening.user.parts.iter().map(Part::readable).collect();
+        assert!(
+            text.contains("Question: Where is {trajectory}.\nA careful reader thought: Image-2 has it.\n"),
+            "{text}"
+        );
     }
 
     #[test]

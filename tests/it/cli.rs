@@ -307,7 +307,10 @@ fn ask_shows_every_turn_and_names_a_bad_picture() {
         refused(dir, &ask(image), 1, words);
     }
     refused(dir, &[&ask("one.png")[..], &["--turns", "0"]].concat(), 2, &["turns"]);
-    refused(dir, &[&ask("one.png")[..], &["--image", "two.png"]].concat(), 2, &["2 pictures", "one at a time"]);
+    refused(dir, &[&ask("one.png")[..], &["--image", "two.png", "--free"]].concat(), 2, &["--free", "one picture"]);
+    let both = json(&good(dir, &[&ask("one.png")[..], &["--image", "two.png", "--json"]].concat()));
+    assert_eq!((both["views"].as_array().unwrap().len(), &both["views"][1]["image"]), (2, &1.into()));
+    assert!(both["turns"][0]["text"].as_str().unwrap().contains("Image-2: "), "{both}");
     refused(dir, &[&ask("thread.png")[..], &["--turns", "1"]].concat(), 1, &["the question (thread.png)"]);
     let answer = json(&good(dir, &[&ask("dot.png")[..], &["--json"]].concat()));
     assert_eq!((&answer["views"][0]["region"], &answer["stop"]), (&json("[0.0,0.0,1.0,1.0]"), &"truncated".into()));
@@ -556,6 +559,28 @@ fn pairs_go_from_drawing_to_the_report() {
     );
     std::fs::write(dir.join("eval.toml"), play).unwrap();
     assert_eq!(json(&good(dir, &["eval", "eval.toml", "--json"]))["rows"]["all"]["questions"], 6);
+    // What the traces are worth to the model: three rows, answered without and with them.
+    let gain = format!(
+        "[model]\npath='model'\n[data]\ntest='traces/sft.jsonl'\nlimit=3\n[rollout]\nmax_new_tokens=6\nmax_tokens=1024\n{}{}[eval]\nout='gain'\n",
+        task.replace("[task]", "[tasks.direct]").replace("mirg_short", "mirg_direct"),
+        task.replace("[task]", "[tasks.reasoned]").replace("mirg_short", "mirg_traced")
+    );
+    std::fs::write(dir.join("gain.toml"), gain).unwrap();
+    good(dir, &["eval", "gain.toml"]);
+    refused(
+        dir,
+        &["eval", "gain.toml", "data.test=pairs/train.jsonl", "eval.out=x"],
+        1,
+        &["trajectory", "tasks.reasoned"],
+    );
+    let again = ["data", "trajectories", "pairs/train.jsonl", "--out", "better", "--share", "1", "--json"];
+    let better = ["--direct", "gain/episodes/0.jsonl", "--reasoned", "gain/episodes/1.jsonl"];
+    let made = json(&good(dir, &[&again[..], &better].concat()));
+    assert_eq!(
+        made["report"]["rejected"],
+        json(r#"{"unmeasured": 9, "no_gain": 3}"#),
+        "nobody learnt anything: {made}"
+    );
     assert!(good(dir, &["report", "run"]).contains("report.html"));
     // A kind that there is not, and a key of the other kind.
     refused(dir, &["rl", "rl.toml", "task.kind=video"], 2, &["task.kind", "video", "multi_image"]);

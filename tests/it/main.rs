@@ -6,4 +6,5 @@ mod learns;
 mod parity;
 mod resume;
 mod rollout;
+mod teacher;
 mod tiny;

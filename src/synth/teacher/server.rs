@@ -1,0 +1,362 @@
+//! One call to an OpenAI-compatible server, and when the next may go out.
+//!
+//! It hides HTTP: connections, time limits, status codes, bodies that are cut short or are not what they should be. What must stay
+//! true: whatever a server does ends as an [`Outcome`], never as a panic; what the server asks us to wait is waited by all;
+//! the key stands in the request's header and nowhere else, not even where a server repeats it.
+
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use anyhow::{Result, ensure};
+use serde_json::Value;
+use ureq::http::{HeaderMap, StatusCode, Uri};
+
+use super::journal::Answer;
+use crate::config::BadConfig;
+
+/// The longest pause between two attempts that we choose ourselves.
+const LONGEST_BACKOFF: Duration = Duration::from_secs(60);
+/// Characters of a body that an error shows.
+const SHOWN: usize = 200;
+/// How often a wait looks whether it should end.
+const TICK: Duration = Duration::from_millis(20);
+
+/// How a call ended.
+#[derive(Debug)]
+pub(super) enum Outcome {
+    Answer(Answer),
+    /// Another attempt may go better.
+    Again {
+        why: String,
+        wait: Option<Duration>,
+        fault: Fault,
+    },
+    /// Another attempt would end the same way, for this row and most likely for all.
+    Refused(String),
+}
+
+/// Whose fault it is that a call should be made again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fault {
+    /// The server is not there or takes nothing now: 429, 502, 503, 504, or no response at all.
+    Away,
+    /// It responded, but with nothing to use.
+    Reply,
+}
+
+/// The address and how to call it.
+pub(super) struct Server {
+    agent: ureq::Agent,
+    url: String,
+    key: Option<String>,
+}
+
+impl Server {
+    /// `base` is an address such as `http://localhost:8000/v1`; the path of the whole call is taken too.
+    ///
+    /// # Errors
+    /// The address is none, or the key cannot stand in a header.
+    pub fn new(base: &str, key: Option<String>, timeout: Duration) -> Result<Server> {
+        let base = base.trim().trim_end_matches('/').trim_end_matches("/chat/completions");
+        let uri = base.parse::<Uri>().ok().filter(|uri| matches!(uri.scheme_str(), Some("http" | "https")));
+        let Some(host) = uri.as_ref().and_then(Uri::host) else {
+            return Err(BadConfig(format!("--url {base}: expected an address such as http://localhost:8000/v1")).into());
+        };
+        // Errors name the address, so nothing secret may stand in it.
+        ensure!(
+            !uri.as_ref().and_then(Uri::authority).is_some_and(|a| a.as_str().contains('@')) && !base.contains('?'),
+            BadConfig(
+                "--url: expected an address without a password and without ?...; the key comes from --api-key-env"
+                    .into()
+            )
+        );
+        ensure!(
+            key.iter().all(|key| key.bytes().all(|b| b.is_ascii_graphic())),
+            BadConfig("the API key holds characters that no key has (spaces, line ends?); look at its variable".into())
+        );
+        let mut config = ureq::Agent::config_builder()
+            .timeout_global(Some(timeout))
+            // The body of a refusal says why.
+            .http_status_as_error(false)
+            // A call elsewhere than the user said is not made.
+            .max_redirects(0)
+            .max_redirects_will_error(false)
+            // A kept connection that the server closed meanwhile would cost an attempt; a new one costs little beside a call.
+            .max_idle_connections(0)
+            .user_agent(concat!("foveate/", env!("CARGO_PKG_VERSION")));
+        if matches!(host, "localhost" | "127.0.0.1" | "[::1]") {
+            // What runs on this machine is not behind the proxy of the environment.
+            config = config.proxy(None);
+        }
+        Ok(Server { agent: config.build().into(), url: format!("{base}/chat/completions"), key })
+    }
+
+    pub fn has_key(&self) -> bool {
+        self.key.is_some()
+    }
+
+    /// Sends one request and reads the whole reply; with the status, if there was one.
+    pub fn call(&self, body: &[u8]) -> (Option<u16>, Outcome) {
+        let mut request = self.agent.post(&self.url).header("content-type", "application/json");
+        if let Some(key) = &self.key {
+            request = request.header("authorization", format!("Bearer {key}"));
+        }
+        let mut response = match request.send(body) {
+            Ok(response) => response,
+            Err(error) => return (None, self.failed(&error)),
+        };
+        let status = response.status();
+        let wait = retry_after(response.headers(), SystemTime::now());
+        let outcome = match response.body_mut().read_to_vec() {
+            Ok(body) => judge(status, wait, &body),
+            Err(error) if status.is_success() => {
+                Outcome::Again { why: format!("the body of the reply broke off ({error})"), wait, fault: Fault::Reply }
+            }
+            // The status says enough.
+            Err(_) => judge(status, wait, b""),
+        };
+        (Some(status.as_u16()), self.without_key(outcome))
+    }
+
+    fn failed(&self, error: &ureq::Error) -> Outcome {
+        let why = format!("{} gave no response ({error})", self.url);
+        self.without_key(match error {
+            ureq::Error::BadUri(_) | ureq::Error::Http(_) | ureq::Error::InvalidProxyUrl => Outcome::Refused(why),
+            _ => Outcome::Again { why, wait: None, fault: Fault::Away },
+        })
+    }
+
+    /// Some servers repeat the key that they refuse.
+    fn without_key(&self, outcome: Outcome) -> Outcome {
+        let clean = |why: String| match &self.key {
+            Some(key) => why.replace(key.as_str(), "[key]"),
+            None => why,
+        };
+        match outcome {
+            Outcome::Answer(answer) => Outcome::Answer(answer),
+            Outcome::Again { why, wait, fault } => Outcome::Again { why: clean(why), wait, fault },
+            Outcome::Refused(why) => Outcome::Refused(clean(why)),
+        }
+    }
+}
+
+/// What a reply means.
+fn judge(status: StatusCode, wait: Option<Duration>, body: &[u8]) -> Outcome {
+    if status.is_success() {
+        let why = match serde_json::from_slice::<Value>(body) {
+            Ok(reply) => match answer(&reply) {
+                Some(answer) => return Outcome::Answer(answer),
+                None => format!("the reply has no text at choices[0].message.content: {}", shown(body)),
+            },
+            Err(error) => format!("the reply is not JSON ({error}): {}", shown(body)),
+        };
+        return Outcome::Again { why, wait, fault: Fault::Reply };
+    }
+    let why = match shown(body) {
+        text if text.is_empty() => status.to_string(),
+        text => format!("{status}: {text}"),
+    };
+    match status.as_u16() {
+        429 | 502 | 503 | 504 => Outcome::Again { why, wait, fault: Fault::Away },
+        408 | 409 | 425 | 500..=599 => Outcome::Again { why, wait, fault: Fault::Reply },
+        _ => Outcome::Refused(why),
+    }
+}
+
+/// The text of a chat completion. One that ended without any (a refusal, or all tokens spent on thinking) has an empty one: it was
+/// paid for, and asking again would pay again.
+fn answer(reply: &Value) -> Option<Answer> {
+    let choice = reply.get("choices")?.get(0)?;
+    let finish_reason = choice.get("finish_reason").and_then(Value::as_str).map(str::to_owned);
+    let text = match choice.get("message")?.get("content") {
+        Some(Value::String(text)) => text.clone(),
+        Some(Value::Array(parts)) => parts.iter().filter_map(|part| part.get("text")?.as_str()).collect(),
+        None | Some(Value::Null) if finish_reason.is_some() => String::new(),
+        _ => return None,
+    };
+    let usage = reply.get("usage").filter(|usage| usage.is_object()).cloned();
+    Some(Answer { text, finish_reason, usage })
+}
+
+/// The start of a body, in one line.
+fn shown(body: &[u8]) -> String {
+    let text = String::from_utf8_lossy(body);
+    let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    line.chars().take(SHOWN).collect()
+}
+
+/// How long the server asks to wait: seconds or a date (RFC 9110, 10.2.3). What is neither is passed over.
+fn retry_after(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
+    let value = headers.get("retry-after")?.to_str().ok()?.trim();
+    match value.parse::<f64>() {
+        Ok(seconds) => Duration::try_from_secs_f64(if seconds < 0.0 { 0.0 } else { seconds }).ok(),
+        // A date that is past asks for nothing.
+        Err(_) => Some(httpdate::parse_http_date(value).ok()?.duration_since(now).unwrap_or_default()),
+    }
+}
+
+/// The pause after a failed attempt (counted from 1): `first`, doubled each time, at most a minute; of that between half and all, as
+/// `chance` says, so that rows which failed together do not come back together.
+pub(super) fn backoff(first: Duration, attempt: usize, chance: f64) -> Duration {
+    let doubled = 2f64.powi(attempt.saturating_sub(1).min(30) as i32) * first.as_secs_f64();
+    LONGEST_BACKOFF.min(Duration::from_secs_f64(doubled)).mul_f64(0.5 + 0.5 * chance.clamp(0.0, 1.0))
+}
+
+/// When calls may go out, for all who call: so many a minute, evenly, and none while the server asks to wait.
+pub(super) struct Pace {
+    gap: Duration,
+    next: Mutex<Instant>,
+}
+
+impl Pace {
+    pub fn new(per_minute: Option<f64>) -> Result<Pace> {
+        let gap = Duration::try_from_secs_f64(60.0 / per_minute.unwrap_or(f64::INFINITY))
+            .ok()
+            .filter(|_| per_minute.is_none_or(|n| n > 0.0))
+            .ok_or_else(|| BadConfig("--requests-per-minute: expected more than 0".into()))?;
+        Ok(Pace { gap, next: Mutex::new(Instant::now()) })
+    }
+
+    /// Holds everyone back for so long.
+    pub fn hold(&self, wait: Duration) {
+        let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
+        *next = (*next).max(Instant::now() + wait);
+    }
+
+    /// Waits for a turn; false when `stop` came first.
+    pub fn turn(&self, stop: &dyn Fn() -> bool) -> bool {
+        loop {
+            if stop() {
+                return false;
+            }
+            let now = Instant::now();
+            let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
+            if *next <= now {
+                *next = now + self.gap;
+                return true;
+            }
+            let left = *next - now;
+            drop(next);
+            std::thread::sleep(left.min(TICK));
+        }
+    }
+}
+
+/// Sleeps; false when `stop` came first.
+pub(super) fn sleep(wait: Duration, stop: &dyn Fn() -> bool) -> bool {
+    let until = Instant::now() + wait;
+    loop {
+        if stop() {
+            return false;
+        }
+        match until.saturating_duration_since(Instant::now()) {
+            Duration::ZERO => return true,
+            left => std::thread::sleep(left.min(TICK)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    const NO_TIME: Duration = Duration::ZERO;
+
+    #[test]
+    fn retry_after_is_seconds_or_a_date() {
+        let now = httpdate::parse_http_date("Sun, 06 Nov 1994 08:49:37 GMT").unwrap();
+        let asks = |value: &'static str| {
+            let mut headers = HeaderMap::new();
+            headers.insert("retry-after", value.parse().unwrap());
+            retry_after(&headers, now)
+        };
+        assert_eq!(asks("7"), Some(Duration::from_secs(7)));
+        assert_eq!(asks(" 0.5 "), Some(Duration::from_millis(500)));
+        assert_eq!(asks("-3"), Some(NO_TIME));
+        assert_eq!(asks("Sun, 06 Nov 1994 08:50:07 GMT"), Some(Duration::from_secs(30)));
+        assert_eq!(asks("Sun, 06 Nov 1994 08:00:00 GMT"), Some(NO_TIME), "a date that is past");
+        assert_eq!(asks("soon"), None);
+        assert_eq!(asks("NaN"), None);
+        assert_eq!(retry_after(&HeaderMap::new(), now), None);
+    }
+
+    #[test]
+    fn pauses_double_up_to_a_minute() {
+        let second = Duration::from_secs(1);
+        assert_eq!([1, 2, 3].map(|k| backoff(second, k, 1.0).as_secs_f64()), [1.0, 2.0, 4.0]);
+        assert_eq!([1, 2, 3].map(|k| backoff(second, k, 0.0).as_secs_f64()), [0.5, 1.0, 2.0]);
+        assert_eq!(backoff(second, 1000, 1.0), LONGEST_BACKOFF);
+        assert_eq!(backoff(NO_TIME, 1000, 1.0), NO_TIME);
+    }
+
+    #[test]
+    fn replies_are_answers_or_worth_another_attempt_or_not() {
+        let kind = |status: u16, body: &str| match judge(StatusCode::from_u16(status).unwrap(), None, body.as_bytes()) {
+            Outcome::Answer(answer) => answer.text,
+            Outcome::Again { fault, .. } => format!("{fault:?}"),
+            Outcome::Refused(why) => format!("refused: {why}"),
+        };
+        let said = |message: Value, finish: Value| {
+            json!({"choices": [{"message": message, "finish_reason": finish}]}).to_string()
+        };
+        assert_eq!(kind(200, &said(json!({"content": "so"}), json!("stop"))), "so");
+        assert_eq!(kind(200, &said(json!({"content": [{"type": "text", "text": "so"}]}), json!(null))), "so");
+        assert_eq!(kind(200, &said(json!({"content": null, "refusal": "no"}), json!("stop"))), "");
+        assert_eq!(kind(200, &said(json!({"content": null}), json!(null))), "Reply");
+        assert_eq!(kind(200, &said(json!({"content": 7}), json!("stop"))), "Reply");
+        assert_eq!(kind(200, "{\"error\": {\"message\": \"overloaded\"}}"), "Reply");
+        assert_eq!(kind(200, "{\"choices\": []}"), "Reply");
+        assert_eq!(kind(200, "<html>"), "Reply");
+        for status in [408, 409, 425, 500, 501, 599] {
+            assert_eq!(kind(status, ""), "Reply", "{status}");
+        }
+        for status in [429, 502, 503, 504] {
+            assert_eq!(kind(status, ""), "Away", "{status}");
+        }
+        for status in [300, 307, 400, 401, 402, 403, 404, 413, 422] {
+            assert!(kind(status, "").starts_with("refused"), "{status}");
+        }
+        assert_eq!(kind(401, "{\n \"no\": 1 }"), "refused: 401 Unauthorized: { \"no\": 1 }");
+        assert!(kind(400, &"x".repeat(1000)).len() < 240);
+    }
+
+    #[test]
+    fn addresses_are_taken_as_people_write_them() {
+        let url = |base: &str| Server::new(base, None, Duration::from_secs(1)).map(|server| server.url);
+        for base in ["http://h:1/v1", " http://h:1/v1/ ", "http://h:1/v1/chat/completions"] {
+            assert_eq!(url(base).unwrap(), "http://h:1/v1/chat/completions");
+        }
+        for base in
+            ["", "localhost:8000/v1", "ftp://h/v1", "http://", "http://me:secret@h/v1", "http://h/v1?key=secret"]
+        {
+            let error = url(base).unwrap_err();
+            assert!(error.is::<BadConfig>() && error.to_string().contains("--url"), "{base}: {error}");
+            assert!(!error.to_string().contains("secret"), "{error}");
+        }
+        assert!(Server::new("http://h", Some("two words".into()), NO_TIME).is_err());
+        assert!(Pace::new(Some(0.0)).is_err() && Pace::new(Some(-1.0)).is_err() && Pace::new(Some(f64::NAN)).is_err());
+    }
+
+    #[test]
+    fn a_key_that_a_server_repeats_is_not_passed_on() {
+        let server = Server::new("http://h", Some("sk-secret".into()), NO_TIME).unwrap();
+        let Outcome::Refused(why) = server.without_key(Outcome::Refused("bad key sk-secret!".into())) else { panic!() };
+        assert_eq!(why, "bad key [key]!");
+    }
+
+    #[test]
+    fn calls_keep_their_distance_and_a_wait_holds_for_all() {
+        let pace = Pace::new(Some(6000.0)).unwrap();
+        let began = Instant::now();
+        for _ in 0..4 {
+            assert!(pace.turn(&|| false));
+        }
+        // 6000 a minute are 10 ms each; the first goes at once.
+        assert!(began.elapsed() >= Duration::from_millis(30));
+        pace.hold(Duration::from_secs(3600));
+        let looked = std::cell::Cell::new(0);
+        let stop = || looked.replace(looked.get() + 1) > 1;
+        assert!(!pace.turn(&stop), "an hour is not waited where a stop is asked");
+    }
+}
