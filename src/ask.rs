@@ -18,6 +18,8 @@ use crate::tasks::Task;
 use crate::tasks::crop::{self, Crop};
 use crate::tasks::multi_image::{self, MultiImageTask};
 
+const TURNS: usize = 2;
+
 #[derive(Args)]
 pub struct Options {
     /// Checkpoint folder (Hugging Face layout)
@@ -30,9 +32,9 @@ pub struct Options {
     /// Wording: mgpo, short, of several pictures mirg, mirg_direct, mirg_short, or a template file [default: mgpo, mirg]
     #[arg(long)]
     template: Option<String>,
-    /// The most turns; 1 answers at once
-    #[arg(long, default_value_t = 2)]
-    turns: usize,
+    /// The most turns; 1 answers at once [default: 2; several pictures are answered at once]
+    #[arg(long)]
+    turns: Option<usize>,
     /// Let the model decide itself whether to look again
     #[arg(long)]
     free: bool,
@@ -144,9 +146,9 @@ impl Options {
         let template = |default: &str| self.template.clone().unwrap_or_else(|| default.into());
         if self.image.len() > 1 {
             ensure!(
-                !self.free && self.choice.is_empty(),
+                !self.free && self.choice.is_empty() && self.turns.is_none_or(|turns| turns == 1),
                 BadConfig(
-                    "--free and --choice are for questions about one picture; several are answered in boxes, at once"
+                    "--turns, --free and --choice are for questions about one picture; several are answered in boxes, at once"
                         .into()
                 )
             );
@@ -154,7 +156,7 @@ impl Options {
                 multi_image::Options { template: template("mirg"), max_pixels, min_pixels, ..Default::default() };
             return Ok(Box::new(MultiImageTask::new(task, budget.factor)?));
         }
-        let (turns, free) = (self.turns, self.free);
+        let (turns, free) = (self.turns.unwrap_or(TURNS), self.free);
         let task =
             crop::Options { template: template("mgpo"), turns, free, max_pixels, min_pixels, ..Default::default() };
         Ok(Box::new(Crop::new(task, budget.factor)?))
@@ -199,7 +201,7 @@ fn end(stop: Stop, options: &Options, positions: usize) -> String {
     match stop {
         Stop::Answered => "the model answered".into(),
         Stop::TurnLimit if options.image.len() > 1 => "the answer holds no list of boxes that could be read".into(),
-        Stop::TurnLimit => format!("no answer in {} turns", options.turns),
+        Stop::TurnLimit => format!("no answer in {} turns", options.turns.unwrap_or(TURNS)),
         Stop::Truncated => format!("cut off at {} tokens in a turn (--max-new-tokens)", options.max_new_tokens),
         Stop::OverLong => {
             format!("the next turn does not fit into {positions} tokens (--max-pixels, --max-new-tokens)")

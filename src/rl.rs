@@ -10,7 +10,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -28,7 +28,7 @@ use crate::optim::Optim;
 use crate::progress::{self, Progress};
 use crate::rollout::{self, Stage};
 use crate::run::{Interrupt, Interrupted, Invocation, Metrics, RunFolder, Start, Stopwatch, peak_rss};
-use crate::tasks::{Options as TaskOptions, Task, check_rows};
+use crate::tasks::{Options as TaskOptions, Task, check_rows, ensure_possible};
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -84,7 +84,7 @@ pub struct TrainOptions {
     /// MG-Thinker's variance gate, for `drop_equal_groups`: the run has so many phases, and `min_spread` is halved with each; 1 keeps it.
     pub spread_phases: u64,
     /// Where a step has several updates: the questions with the highest mean reward first, the lowest last (MG-Thinker's bands). With
-    /// the gate, the questions of a step are then its candidate pool.
+    /// the gate and `refill = 1`, the questions of a step are its candidate pool: what the gate leaves is dealt out to the updates.
     pub bands: bool,
     /// Multiply the advantages of a question by exp(1 - its mean IoU), or mean reward where no IoU is known (UniVG-R1, arXiv 2505.14231).
     pub weigh_hard: bool,
@@ -168,6 +168,13 @@ impl Plan {
         }
         if t.spread_phases == 0 {
             return bad("train.spread_phases is 0, expected at least 1".into());
+        }
+        if t.spread_phases > 1 && !(objective.drop_equal_groups && objective.min_spread > 0.0) {
+            return bad(format!(
+                "train.spread_phases = {} halves objective.min_spread over the run; that needs objective.drop_equal_groups = true and a \
+                 min_spread above 0",
+                t.spread_phases
+            ));
         }
         if t.bands && t.updates == 1 {
             return bad("train.bands orders the updates of a step, and train.updates is 1; take at least 2".into());
@@ -266,6 +273,7 @@ pub fn train(
     watch: &mut dyn FnMut(u64, &Metrics),
 ) -> Result<Metrics> {
     let Ready { rows, held_out, task, objective } = Ready::of(plan)?;
+    ensure_possible(&rows, &plan.data.train)?;
     need::of_rl(plan, &*task, &rows, true)?.ensure_fits(&plan.model)?;
     let settings = embedded::Training {
         optim: plan.optim.clone(),
@@ -363,7 +371,7 @@ impl Loop<'_> {
         watch: &mut Stopwatch,
         metrics: &mut Metrics,
     ) -> Result<Vec<Episode>> {
-        let mut episodes = watch.time("gen", || self.play(engine, rows, state, step, metrics))?;
+        let (mut episodes, teaches) = watch.time("gen", || self.play(engine, rows, state, step, metrics))?;
         let masked: Vec<bool> = episodes.iter().map(|e| self.masked(e)).collect();
         let mut groups = by_group(&episodes);
         if self.plan.train.bands {
@@ -391,6 +399,9 @@ impl Loop<'_> {
         if self.plan.train.weigh_hard {
             advantages.weigh(&difficulty(&episodes, &groups));
         }
+        if !teaches {
+            advantages.weigh(&vec![0.0; episodes.len()]);
+        }
         for (name, value) in advantages.report() {
             metrics.insert(name.into(), json!(value));
         }
@@ -398,9 +409,10 @@ impl Loop<'_> {
         let mut norms = Vec::new();
         let mut tally = Tally::default();
         let mut first_ratio = f64::NAN;
-        let per_update = groups.len().div_ceil(self.plan.train.updates);
         let update_watch = std::time::Instant::now();
-        for (update, part) in groups.chunks(per_update).enumerate() {
+        let updates = self.plan.train.updates.min(groups.len());
+        for update in 0..updates {
+            let part = &groups[update * groups.len() / updates..(update + 1) * groups.len() / updates];
             let members: Vec<usize> = part.iter().flatten().copied().collect();
             let totals = self.objective.totals(members.iter().map(|&i| (episodes[i].group, old[i].len(), masked[i])));
             if totals.tokens == 0 {
@@ -450,7 +462,8 @@ impl Loop<'_> {
         Ok(episodes)
     }
 
-    /// Plays the questions of a step; with dynamic sampling, until enough groups teach something.
+    /// Plays the questions of a step; with dynamic sampling, until enough groups teach something. False where none does: then some are
+    /// kept all the same, for the step still has to be one, and must get no advantage.
     fn play(
         &self,
         engine: &mut Embedded,
@@ -458,8 +471,9 @@ impl Loop<'_> {
         state: &mut State,
         step: u64,
         metrics: &mut Metrics,
-    ) -> Result<Vec<Episode>> {
+    ) -> Result<(Vec<Episode>, bool)> {
         let train = &self.plan.train;
+        let mut teaches = true;
         let min_spread = self.objective.min_spread * train.share_of_spread(step);
         let gate = Objective { min_spread, ..self.objective.clone() };
         let mut kept: Vec<Episode> = Vec::new();
@@ -485,8 +499,7 @@ impl Loop<'_> {
             dropped += keep.dropped_groups;
             let last = played >= train.prompts * train.refill.max(1);
             if last && kept.is_empty() && keep.keep.iter().all(|k| !k) {
-                // Nothing to learn from; the step still has to be one, so these are kept with advantage 0.
-                kept = episodes;
+                (kept, teaches) = (episodes, false);
                 break;
             }
             kept.extend(episodes.into_iter().zip(&keep.keep).filter(|(_, k)| **k).map(|(e, _)| e));
@@ -498,7 +511,7 @@ impl Loop<'_> {
             metrics.insert("dynamic_sampling/played_groups".into(), json!(played));
             metrics.insert("dynamic_sampling/dropped_groups".into(), json!(dropped));
         }
-        Ok(kept)
+        Ok((kept, teaches))
     }
 
     fn evaluate(&self, engine: &mut Embedded, rows: &[Sample], metrics: &mut Metrics) -> Result<()> {
@@ -543,9 +556,17 @@ fn sampled_logprobs(episode: &Episode) -> Vec<f32> {
 fn reference_logprobs(engine: &mut Embedded, episodes: &[Episode], groups: &[Vec<usize>]) -> Result<Vec<Vec<f32>>> {
     let streams: Vec<Group> = groups.iter().map(|g| g.iter().map(|&i| &episodes[i].stream).collect()).collect();
     let scores = engine.logprobs(&streams, Who::Reference)?;
-    let flat: Vec<Vec<f32>> = scores.into_iter().flatten().map(|s| s.logprobs).collect();
-    ensure!(flat.len() == episodes.len(), "the reference scored {} of {} episodes", flat.len(), episodes.len());
-    Ok(flat)
+    // By the episode's own index: groups may stand in any order.
+    let mut flat: Vec<Option<Vec<f32>>> = vec![None; episodes.len()];
+    for (group, scores) in groups.iter().zip(scores) {
+        for (&i, score) in group.iter().zip(scores) {
+            flat[i] = Some(score.logprobs);
+        }
+    }
+    let scored = flat.iter().flatten().count();
+    flat.into_iter()
+        .collect::<Option<_>>()
+        .with_context(|| format!("the reference scored {scored} of {} episodes", episodes.len()))
 }
 
 /// What each episode's advantage is multiplied with for the difficulty of its question.
@@ -650,7 +671,7 @@ pub fn rollout_main(invocation: &Invocation) -> Result<()> {
     let bar = Progress::start("playing", "step", 0, plan.train.steps);
     for step in 1..=plan.train.steps {
         let mut metrics = Metrics::new();
-        let episodes = context.play(&mut engine, &rows, &mut state, step, &mut metrics)?;
+        let (episodes, _) = context.play(&mut engine, &rows, &mut state, step, &mut metrics)?;
         count(&episodes, &mut metrics);
         metrics.insert("reward/mean".into(), json!(eval::average(episodes.iter().map(|e| e.reward))));
         let records: Vec<_> = episodes.iter().map(Episode::record).collect();
@@ -737,6 +758,7 @@ mod tests {
         }
         config::parse::<crate::sft::Plan>(include_str!("../configs/sft_dialogues.toml"), &[]).unwrap();
         config::parse::<crate::sft::Plan>(include_str!("../configs/nano_pretrain.toml"), &[]).unwrap();
+        config::parse::<crate::sft::Plan>(include_str!("../configs/nano_several.toml"), &[]).unwrap();
         config::parse::<crate::sft::Plan>(include_str!("../configs/mirg_sft.toml"), &[]).unwrap();
     }
 }

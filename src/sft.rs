@@ -28,7 +28,7 @@ use crate::synth::pretrain::{self, Pretrain};
 use crate::synth::recipe::Recipe;
 use crate::synth::{Split, assets_dir};
 use crate::tasks::multi_image::{MultiImageTask, Writing};
-use crate::tasks::{Options as TaskOptions, Task, check_rows};
+use crate::tasks::{Options as TaskOptions, Task, check_rows, ensure_possible};
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -218,6 +218,7 @@ impl Source {
             let writing = Writing { convention: Convention::of("qwen2_5_vl")?, reason: data.reason, snap: data.snap };
             let rows = kind.read(path)?;
             check_rows(&task, &rows, path)?;
+            ensure_possible(&rows, path)?;
             for row in &rows {
                 task.written_reason(row, &writing).with_context(|| format!("row {} of {}", row.id, path.display()))?;
             }
@@ -347,6 +348,18 @@ impl Plan {
             self.train.steps > 0 && self.train.batch > 0,
             BadConfig("train.steps and train.batch must be at least 1".into())
         );
+        if self.task.is_some() {
+            let unused = [
+                ("pretrain", self.data.pretrain.is_some()),
+                ("max_pixels", self.data.max_pixels.is_some()),
+                ("min_pixels", self.data.min_pixels.is_some()),
+            ];
+            if let Some((key, _)) = unused.iter().find(|(_, set)| *set) {
+                return Err(
+                    BadConfig(format!("data.{key} says nothing with a [task]; the task has its own pixels")).into()
+                );
+            }
+        }
         self.optim.validate()?;
         self.model.trainable()?;
         if let Some(recipe) = &self.data.pretrain {
@@ -483,10 +496,10 @@ pub fn need(plan: &Plan) -> Result<Need> {
     need::of_sft(plan, &first_examples(plan, &source, &chat, &processor)?)
 }
 
-/// The dialogues of the first step, to reckon with.
+/// The dialogues of a step, to reckon with; drawn ones as the last step has them, for a curriculum begins with its smallest.
 fn first_examples(plan: &Plan, source: &Source, chat: &Chat, processor: &Processor) -> Result<Vec<Example>> {
     let count = plan.train.batch.min(source.rows().unwrap_or(usize::MAX));
-    let examples = (0..count as u64).into_par_iter().map(|i| source.example(chat, processor, i, 1));
+    let examples = (0..count as u64).into_par_iter().map(|i| source.example(chat, processor, i, plan.train.steps));
     let mut examples: Vec<Example> = examples.collect::<Result<_>>()?;
     examples.retain(|e| e.stream.len() <= plan.data.max_tokens);
     Ok(examples)
@@ -533,26 +546,14 @@ fn update(
             .collect(),
         _ => examples.iter().map(|_| dense::Asked::default()).collect(),
     };
-    let count = |of: fn(&dense::Asked) -> &Vec<(usize, u32)>| asked.iter().map(|a| of(a).len()).sum::<usize>().max(1);
-    let early: [(&str, usize, fn(&dense::Asked) -> &Vec<(usize, u32)>); 3] = [
-        ("pictures", dense::PICTURES_BLOCK, |asked| &asked.pictures),
-        ("names", dense::NAMES_BLOCK, |asked| &asked.names),
-        ("places", dense::PLACES_BLOCK, |asked| &asked.places),
-    ];
+    let count = |rows: &[Vec<(usize, u32)>]| rows.iter().map(Vec::len).sum::<usize>().max(1);
     let last = engine.model.config.text.layers - 1;
-    let words = count(|asked| &asked.words);
-    let hints = embedded::Hints {
-        rows: asked.iter().map(|asked| asked.words.clone()).collect(),
-        weight: hint_weight / words as f32,
-        early: early
-            .iter()
-            .map(|(_, block, of)| EarlyHints {
-                block: *block.min(&last),
-                rows: asked.iter().map(|asked| of(asked).clone()).collect(),
-                weight: hint_weight / count(*of) as f32,
-            })
-            .collect(),
-    };
+    let rows: Vec<_> = asked.iter().map(|asked| asked.words.clone()).collect();
+    let early = dense::EARLY.iter().enumerate().map(|(k, &(_, block))| {
+        let rows: Vec<_> = asked.iter().map(|asked| asked.early[k].clone()).collect();
+        EarlyHints { block: block.min(last), weight: hint_weight / count(&rows) as f32, rows }
+    });
+    let hints = embedded::Hints { weight: hint_weight / count(&rows) as f32, rows, early: early.collect() };
     let hinted = engine.accumulate_examples(
         examples,
         &mut |i, scores| {
@@ -590,9 +591,9 @@ fn update(
     let rate = engine.learning_rate();
     let norm = engine.step(rate)?;
     if hint_weight > 0.0 {
-        metrics.insert("dense/hints".into(), json!(hinted.rows / words as f64));
-        for ((name, _, of), sum) in early.iter().zip(hinted.early) {
-            metrics.insert(format!("dense/{name}"), json!(sum / count(*of) as f64));
+        metrics.insert("dense/hints".into(), json!(hinted.rows / count(&hints.rows) as f64));
+        for (((name, _), hints), sum) in dense::EARLY.iter().zip(&hints.early).zip(hinted.early) {
+            metrics.insert(format!("dense/{name}"), json!(sum / count(&hints.rows) as f64));
         }
     }
     if let Some((options, head)) = head

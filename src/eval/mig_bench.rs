@@ -66,7 +66,12 @@ pub fn judged(episodes: &[Episode], rows: &[Sample], truths: &[Option<Truth>]) -
         let row = usize::try_from(episode.group).unwrap_or(usize::MAX);
         let (Some(sample), Some(Some(truth))) = (rows.get(row), truths.get(row)) else { continue };
         let last = episode.turns.iter().rev().find(|turn| turn.role == "assistant");
-        let said = Said::of_pixels(last.and_then(|turn| turn.boxes.as_deref()), &pictures(episode), truth.version);
+        let said = Said {
+            // The published rule reads the text; our own boxes, which are read already, are for the strict one.
+            official: Said::of_text(last.map_or("", |turn| turn.text.as_str()), truth, false, Some(&shown(episode)))
+                .official,
+            ..Said::of_pixels(last.and_then(|turn| turn.boxes.as_deref()), &pictures(episode), truth.version)
+        };
         all.extend(counted(sample, truth, episode.group, &said));
     }
     all
@@ -76,6 +81,12 @@ pub fn judged(episodes: &[Episode], rows: &[Sample], truths: &[Option<Truth>]) -
 fn pictures(episode: &Episode) -> Vec<BBox> {
     let whole = |k: usize| episode.stream.images.iter().find(|placed| placed.view.image == k);
     (0..episode.images.len()).map_while(|k| whole(k).map(|placed| placed.view.region)).collect()
+}
+
+/// The sizes in which they were shown.
+fn shown(episode: &Episode) -> Vec<Size> {
+    let first = |k: usize| episode.stream.images.iter().find(|placed| placed.view.image == k);
+    (0..episode.images.len()).map_while(|k| first(k).map(|placed| placed.view.size)).collect()
 }
 
 fn counted(sample: &Sample, truth: &Truth, question: u64, said: &Said) -> Vec<Judged> {

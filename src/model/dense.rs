@@ -80,17 +80,13 @@ pub struct Shown<'a> {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Asked {
     pub words: Vec<(usize, u32)>,
-    /// A picture's own rows, for its number, before block [`PICTURES_BLOCK`].
-    pub pictures: Vec<(usize, u32)>,
-    /// The row in the middle of each object, for its name, before block [`NAMES_BLOCK`].
-    pub names: Vec<(usize, u32)>,
-    /// Words that name an object, for the number of its picture, before block [`PLACES_BLOCK`].
-    pub places: Vec<(usize, u32)>,
+    /// As [`EARLY`] names them.
+    pub early: [Vec<(usize, u32)>; EARLY.len()],
 }
 
-pub const PICTURES_BLOCK: usize = 1;
-pub const NAMES_BLOCK: usize = 3;
-pub const PLACES_BLOCK: usize = 5;
+/// What is asked in the middle of the language model, and before which block: a picture's own rows for its number, the row in the
+/// middle of each object for its name, words that name an object for the number of its picture.
+pub const EARLY: [(&str, usize); 3] = [("pictures", 1), ("names", 3), ("places", 5)];
 
 /// How many of a picture's rows are asked for its number.
 const ASKED_ROWS: usize = 4;
@@ -313,12 +309,12 @@ impl DenseHead {
                     .flat_map(|token| rows.clone().map(move |row| (row, token))),
             );
         }
-        Asked { words: hints, pictures, names, places }
+        Asked { words: hints, early: [pictures, names, places] }
     }
 
     /// The token of a picture's number, where there are several.
     fn picture(&self, image: usize, of: usize) -> Option<u32> {
-        self.words.names.get(&format!("digit:{image}")).copied().filter(|_| of > 1)
+        self.words.names.get(&format!("{}{image}", crate::synth::pretrain::DIGIT)).copied().filter(|_| of > 1)
     }
 
     /// The tokens of a box's four sides.
@@ -449,7 +445,7 @@ mod tests {
         let of_pictures = [(0, 7), (2, 7), (4, 7), (6, 7), (8, 8), (9, 8), (10, 8), (11, 8)];
         assert_eq!(
             head.hints(&prompt, &shown),
-            Asked { words: of_word.into(), pictures: of_pictures.into(), places: vec![(12, 8)] }
+            Asked { words: of_word.into(), early: [of_pictures.into(), vec![(11, 10)], vec![(12, 8)]] }
         );
     }
 

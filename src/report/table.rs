@@ -4,6 +4,7 @@
 
 use super::html::{escape, number};
 use crate::stats::Estimate;
+use anyhow::Context;
 use serde::{Deserialize, Deserializer, Serialize};
 use std::fmt;
 
@@ -65,20 +66,28 @@ pub struct Row {
     pub about: String,
 }
 
-/// The text of a table file: one table, or a list of several.
+/// A table file: the main table, and with it those of its figures by task.
+#[derive(Serialize, Deserialize)]
+struct File {
+    #[serde(flatten)]
+    table: Table,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    by_task: Vec<Table>,
+}
+
+/// The text of a table file: the first table, with the others as its `by_task`.
 ///
 /// # Errors
-/// None in practice: numbers that JSON lacks become null.
+/// There is no table.
 pub fn tables_json(tables: &[Table]) -> anyhow::Result<Vec<u8>> {
-    Ok(match tables {
-        [one] => serde_json::to_vec_pretty(one),
-        several => serde_json::to_vec_pretty(several),
-    }?)
+    let (first, others) = tables.split_first().context("there is no table to write")?;
+    Ok(serde_json::to_vec_pretty(&File { table: first.clone(), by_task: others.to_vec() })?)
 }
 
 /// The tables of a table file.
 pub(super) fn read_tables(text: &str) -> serde_json::Result<Vec<Table>> {
-    if text.trim_start().starts_with('[') { serde_json::from_str(text) } else { Ok(vec![serde_json::from_str(text)?]) }
+    let File { table, by_task } = serde_json::from_str(text)?;
+    Ok([table].into_iter().chain(by_task).collect())
 }
 
 fn cells_or_nulls<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Cell>, D::Error> {

@@ -23,7 +23,7 @@ use crate::data::{self, Sample, Target};
 use crate::geometry::BBox;
 use crate::image::{Picture, decode};
 
-const PURPOSE: u64 = 6;
+const PURPOSE: u64 = 7;
 /// Windows with a shorter side are not cut.
 const SHORTEST: f64 = 56.0;
 /// A thing that fills more of its picture has no surroundings to be told from.
@@ -71,7 +71,7 @@ pub fn build(options: &Options, progress: &(dyn Fn(usize, usize) + Sync)) -> Res
     let mut known: Known = BTreeMap::new();
     for (path, target) in rows.iter().flat_map(|row| row.targets.iter().map(move |t| (&row.images[t.image - 1], t))) {
         if let Some(label) = &target.label {
-            known.entry(path).or_default().push((label, target.bbox));
+            known.entry(path).or_default().push((bare(label), target.bbox));
         }
     }
     let things: Vec<Thing> = rows.iter().filter_map(thing).collect();
@@ -110,7 +110,10 @@ pub fn build(options: &Options, progress: &(dyn Fn(usize, usize) + Sync)) -> Res
 
 fn thing(row: &Sample) -> Option<Thing<'_>> {
     let ([_], [target]) = (row.images.as_slice(), row.targets.as_slice()) else { return None };
-    let label = target.label.as_deref().map(str::trim).filter(|label| !label.is_empty())?;
+    let label = bare(target.label.as_deref()?);
+    if label.is_empty() {
+        return None;
+    }
     Some(Thing { row, label, bbox: target.bbox })
 }
 
@@ -137,14 +140,32 @@ fn one<'a>(
     Ok(None)
 }
 
-/// Whether two labels may mean the same thing, so that no picture with one can stand beside a question for the other: one's words
-/// are all among the other's.
+/// A label without the article that it may begin with, so that sentences can give it theirs.
+fn bare(label: &str) -> &str {
+    let label = label.trim();
+    let article =
+        ["a ", "an ", "the "].iter().find(|a| label.get(..a.len()).is_some_and(|start| start.eq_ignore_ascii_case(a)));
+    article.map_or(label, |article| label[article.len()..].trim_start())
+}
+
+/// Words that say nothing of what a thing is.
+const SMALL: &[&str] = &[
+    "a", "an", "the", "of", "in", "on", "at", "to", "with", "and", "or", "by", "from", "is", "are", "his", "her",
+    "its", "their", "one", "left", "right", "top", "bottom", "front", "back", "middle", "center", "centre", "near",
+    "next", "side", "upper", "lower", "far",
+];
+
+/// Whether two labels may mean the same thing, so that no picture with one can stand beside a question for the other: they share a word
+/// that says something, in the singular or the plural.
 fn alike(a: &str, b: &str) -> bool {
     let words = |text: &str| -> std::collections::BTreeSet<String> {
-        text.split(|c: char| !c.is_alphanumeric()).filter(|w| !w.is_empty()).map(str::to_lowercase).collect()
+        let words = text.split(|c: char| !c.is_alphanumeric()).map(str::to_lowercase);
+        let telling = words.filter(|w| !w.is_empty() && !SMALL.contains(&w.as_str()));
+        telling.map(|w| w.strip_suffix('s').map(str::to_owned).unwrap_or(w)).collect()
     };
     let (a, b) = (words(a), words(b));
-    a.is_subset(&b) || b.is_subset(&a)
+    // A label of small words alone could be anything.
+    a.is_empty() || b.is_empty() || !a.is_disjoint(&b)
 }
 
 /// The picture among others that show nothing of that name.
@@ -163,7 +184,7 @@ fn only_in(options: &Options, known: &Known, thing: &Thing, rng: &mut ChaCha8Rng
     let at = rng.random_range(0..count);
     images.insert(at, own);
     let objects: Vec<Value> = images.iter().map(|path| facts(known, path, None)).collect();
-    let question = pick(rng, &["Which image shows {X}, and where?", "Find {X} in one of the images."]);
+    let question = pick(rng, &["Which image shows the {X}, and where?", "Find the {X} in one of the images."]);
     Ok(Some(sample(
         thing,
         "only_in",
@@ -224,7 +245,7 @@ fn same_object(
     let Some([first, second]) = windows else { return Ok(None) };
     let images = [("a", first), ("b", second)]
         .map(|(name, window)| cut(&picture, window, &folder.join(format!("images/{index:06}_{name}.jpg"))));
-    let question = pick(rng, &["Find {X} of Image-1 in Image-2.", "Where is {X} of Image-1 in Image-2?"]);
+    let question = pick(rng, &["Find the {X} of Image-1 in Image-2.", "Where is the {X} of Image-1 in Image-2?"]);
     Ok(Some(sample(
         thing,
         "same_object",
@@ -378,12 +399,20 @@ mod tests {
             let facts = Facts::of(&row).unwrap();
             let trace = by_rules(&row, &facts, 1);
             assert_eq!(judge(&trace, &row), Ok(()), "{trace}");
+            let words: Vec<&str> = row.question.split(' ').chain(trace.split(' ')).collect();
+            let article = |word: &str| matches!(word, "a" | "an" | "the");
+            assert!(!words.windows(2).any(|two| two.iter().all(|word| article(word))), "{} {trace}", row.question);
         }
         assert!(format!("{:#}", build(&options, &|_, _| ()).unwrap_err()).contains("already"));
     }
 
     #[test]
     fn names_that_may_mean_the_same_do_not_stand_side_by_side() {
-        assert!(alike("dog", "the black Dog") && alike("a cup", "a cup") && !alike("left man", "right man"));
+        assert!(alike("dog", "the black Dog") && alike("a dog", "dogs playing") && alike("left cat", "right cat"));
+        assert!(alike("left", "red cup") && !alike("left dog", "right cat"));
+        assert_eq!(
+            (bare("The man in blue"), bare(" an apple"), bare("antelope")),
+            ("man in blue", "apple", "antelope")
+        );
     }
 }

@@ -110,8 +110,11 @@ impl NewFolder {
             // Empty, as `beside` has seen.
             std::fs::remove_dir(&self.out).with_context(|| format!("replacing {}", self.out.display()))?;
         }
-        std::fs::rename(self.partial.keep(), &self.out)
-            .with_context(|| format!("moving the finished files to {}", self.out.display()))
+        std::fs::rename(self.partial.path(), &self.out)
+            .with_context(|| format!("moving the finished files to {}", self.out.display()))?;
+        // Only now is there nothing left to clear away.
+        let _ = self.partial.keep();
+        Ok(())
     }
 }
 

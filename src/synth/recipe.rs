@@ -293,7 +293,9 @@ mod tests {
             words::question(words::READ[0], words::ANSWER_REQUEST),
             r"Question: What number is written here? Put the final answer in \boxed{}."
         );
-        for text in [words::LOCATE, words::LIST, words::NAME, words::READ].concat() {
+        let of_several =
+            [words::FIND, words::WHICH, words::POINT, words::NAME_IN, words::COMMON, words::DESCRIBE].concat();
+        for text in [words::LOCATE, words::LIST, words::NAME, words::READ].concat().into_iter().chain(of_several) {
             assert!(!text.contains("plate under"), "{text} is for RL");
         }
     }

@@ -162,6 +162,11 @@ impl<'a> Endpoint<'a> {
         self.tally().clone()
     }
 
+    fn has_answered(&self) -> bool {
+        let spent = self.tally();
+        spent.answered + spent.reused > 0
+    }
+
     fn tally(&self) -> MutexGuard<'_, Spent> {
         self.spent.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -270,6 +275,10 @@ impl<'a> Endpoint<'a> {
                     if !sleep(backoff(self.options.first_pause, attempt, chance.random()), stop) {
                         return Ok(());
                     }
+                }
+                // A server that has answered others and will not take this one (too long, a content filter): that row alone is lost.
+                Outcome::Refused(why) if matches!(status, Some(400 | 413 | 422)) && self.has_answered() => {
+                    return self.give_up(request.row, why, Fault::Reply);
                 }
                 Outcome::Refused(why) => bail!(
                     "asking the teacher for row {}: it refuses with {why}; {}. {}",

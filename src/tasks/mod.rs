@@ -14,7 +14,7 @@ use serde::de::{Deserialize, Deserializer, Error as _};
 
 use crate::chat::{Action, Convention, Part};
 use crate::config::BadConfig;
-use crate::data::{self, Sample};
+use crate::data::{self, FAULTY, Sample};
 use crate::episode::{BoxOutcome, Episode, Stop};
 use crate::geometry::{BBox, Budget, Size, View};
 use crate::reward::{Named, Parts};
@@ -84,6 +84,21 @@ pub fn check_rows(task: &dyn Task, rows: &[Sample], file: &Path) -> Result<()> {
         task.check(row).with_context(|| format!("row {} of {}", row.id, file.display()))?;
     }
     Ok(())
+}
+
+/// Refuses to train on rows whose published answer cannot be right; they are there to be counted in evaluations.
+///
+/// # Errors
+/// Names the first, and says how many there are.
+pub fn ensure_possible(rows: &[Sample], file: &Path) -> Result<()> {
+    let mut faulty = rows.iter().filter(|row| row.extra.get(FAULTY).and_then(serde_json::Value::as_bool) == Some(true));
+    let Some(first) = faulty.next() else { return Ok(()) };
+    anyhow::bail!(
+        "row {} is marked faulty, for no answer to it can be right ({} such rows); evaluations count them, to train leave them out: {}",
+        first.id,
+        1 + faulty.count(),
+        file.display()
+    )
 }
 
 /// The pixel budget of a task's views, whose sides are multiples of `factor`.

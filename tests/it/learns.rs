@@ -99,4 +99,15 @@ fn rewards_alone_teach_the_right_answer() {
     // It starts near one in four.
     assert!((0.05..0.6).contains(&first), "{rewards:?}");
     assert!(last > first + 0.3 && last > 0.8, "{rewards:?}");
+
+    // Updates in bands: while the policy is still the reference, no episode is far from its own reference, in whatever order the
+    // groups stand.
+    let mut banded = plan;
+    banded.objective.insert("kl_coef".into(), 0.01.into());
+    banded.optim.lr = 1e-12;
+    banded.train = rl::TrainOptions { out: dir.join("banded"), steps: 1, updates: 2, bands: true, ..banded.train };
+    let metrics = rl::train(&banded, Start::New, &Interrupt::none(), &mut |_, _| {}).unwrap();
+    assert!(metrics["reward_std"].as_f64().unwrap() > 0.0, "groups differ");
+    let kl = metrics["actor/ref_kl"].as_f64().unwrap();
+    assert!(kl.abs() < 1e-9, "{kl}");
 }
