@@ -86,7 +86,7 @@ pub struct Asked {
 
 /// What is asked in the middle of the language model, and before which block: a picture's own rows for its number, the row in the
 /// middle of each object for its name, words that name an object for the number of its picture.
-pub const EARLY: [(&str, usize); 3] = [("pictures", 1), ("names", 3), ("places", 5)];
+pub const EARLY: [(&str, usize); 3] = [("pictures", 1), ("names", 3), ("places", 4)];
 
 /// How many of a picture's rows are asked for its number.
 const ASKED_ROWS: usize = 4;

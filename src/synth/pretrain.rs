@@ -23,6 +23,8 @@ use crate::geometry::{BBox, Budget, Size, smart_resize};
 
 mod several;
 
+use several::Answer;
+
 const PURPOSE: u64 = 2;
 const PLATE_RATIO: f64 = 1.35;
 /// Labels of plates: with its number where that can be read, without where it cannot.
@@ -130,8 +132,10 @@ impl Pretrain {
             "list" => self.list(&mut rng, phase, &mut writer)?,
             "name" => self.name(&mut rng, phase, &mut writer)?,
             "two_turns" => self.two_turns(&mut rng, phase, &mut writer)?,
-            "find" => self.find(&mut rng, phase, true, &mut writer)?,
-            "which" => self.find(&mut rng, phase, false, &mut writer)?,
+            "tell" => self.tell(&mut rng, phase, &mut writer)?,
+            "find" => self.find(&mut rng, phase, Answer::Box, &mut writer)?,
+            "which" => self.find(&mut rng, phase, Answer::Number, &mut writer)?,
+            "say" => self.find(&mut rng, phase, Answer::Sentence, &mut writer)?,
             "point" => self.point(&mut rng, phase, &mut writer)?,
             "describe" => self.describe(&mut rng, phase, &mut writer)?,
             "name_in" => self.name_in(&mut rng, phase, &mut writer)?,
@@ -172,6 +176,15 @@ impl Pretrain {
         let answer = words::boxes(&boxes);
         out.ask_view("", view, words::question(pick(rng, words::LIST), words::LIST_REQUEST));
         out.say(answer);
+        Ok(())
+    }
+
+    /// The names alone, left to right, as a sentence has them.
+    fn tell(&self, rng: &mut ChaCha8Rng, phase: &Phase, out: &mut Writer) -> Result<()> {
+        let view = self.whole(&self.any_scene(rng, phase));
+        let answer = several::left_to_right(&view);
+        out.ask_view("", view, words::question(pick(rng, words::TELL), "").trim_end().to_owned());
+        out.say(format!("I see {answer}."));
         Ok(())
     }
 

@@ -34,6 +34,9 @@ pub mod words {
     pub const FIND: &[&str] = &["Find the {X}.", "Locate the {X}.", "Show me the {X}."];
     pub const WHICH: &[&str] = &["Which picture shows the {X}?", "In which picture is the {X}?"];
     pub const POINT: &[&str] = &["Where is the {X} in Image-{K}?", "Find the {X} of Image-{K}."];
+    pub const SAY: &[&str] = &["Say in which picture the {X} is.", "Say which picture shows the {X}."];
+    pub const SAID: &[&str] = &["The {X} is in Image-{K}.", "So the {X} is in Image-{K}."];
+    pub const TELL: &[&str] = &["Say what can be seen here.", "Say which objects are in the picture."];
     pub const NAME_IN: &[&str] = &["What is in the area {BOX} of Image-{K}?"];
     pub const COMMON: &[&str] = &["Which object is in Image-{A} and in Image-{B}?"];
     pub const DESCRIBE: &[&str] = &["What is in Image-{K}?", "Which objects are in Image-{K}?"];
@@ -126,12 +129,14 @@ pub struct Phase {
 pub struct Weights {
     pub locate: f64,
     pub list: f64,
+    pub tell: f64,
     pub name: f64,
     pub read: f64,
     pub two_turns: f64,
     // Over several pictures.
     pub find: f64,
     pub which: f64,
+    pub say: f64,
     pub point: f64,
     pub describe: f64,
     pub name_in: f64,
@@ -139,7 +144,7 @@ pub struct Weights {
 }
 
 impl Weights {
-    pub fn named(&self) -> [(&'static str, f64); 11] {
+    pub fn named(&self) -> [(&'static str, f64); 13] {
         [
             ("locate", self.locate),
             ("list", self.list),
@@ -148,6 +153,8 @@ impl Weights {
             ("two_turns", self.two_turns),
             ("find", self.find),
             ("which", self.which),
+            ("say", self.say),
+            ("tell", self.tell),
             ("point", self.point),
             ("describe", self.describe),
             ("name_in", self.name_in),

@@ -1,4 +1,4 @@
-//! Dialogues over several pictures, spoken of as Image-1, Image-2 and so on: find, point, describe, name, what is shared.
+//! Dialogues over several pictures, spoken of as Image-1, Image-2 and so on: find, which and say, point, describe, name, what is shared.
 //!
 //! They teach what every question across pictures needs, and none of those that `synth/pairs.rs` asks. What must stay true: each has
 //! one right answer; boxes are exact, for carelessness belongs to the question about one picture.
@@ -14,17 +14,28 @@ use crate::synth::recipe::{Phase, words};
 use crate::synth::trajectories::listed;
 use crate::synth::world::Scene;
 
+/// What says in which picture something is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Answer {
+    Box,
+    Number,
+    /// The words of the question once more, and the picture.
+    Sentence,
+}
+
 impl Pretrain {
-    /// Only one of the pictures shows the object: where is it, or (not `place`) which picture is it?
-    pub(super) fn find(&self, rng: &mut ChaCha8Rng, phase: &Phase, place: bool, out: &mut Writer) -> Result<()> {
+    /// Only one of the pictures shows the object: which, or where in it?
+    pub(super) fn find(&self, rng: &mut ChaCha8Rng, phase: &Phase, form: Answer, out: &mut Writer) -> Result<()> {
         let views = self.pictures(rng, phase);
         let alone: Vec<(usize, &str, BBox)> = objects(&views)
             .filter(|(_, name, _)| objects(&views).filter(|(_, other, _)| other == name).count() == 1)
             .collect();
         let Some(&(k, name, bbox)) = alone.choose(rng) else { return self.point(rng, phase, out) };
-        let (wordings, request, answer) = match place {
-            true => (words::FIND, words::LOCATE_REQUEST, words::boxes_in(&[(k + 1, self.exactly(bbox), name)])),
-            false => (words::WHICH, words::ANSWER_REQUEST, words::boxed(&(k + 1).to_string())),
+        let number = (k + 1).to_string();
+        let (wordings, request, answer) = match form {
+            Answer::Box => (words::FIND, words::LOCATE_REQUEST, words::boxes_in(&[(k + 1, self.exactly(bbox), name)])),
+            Answer::Number => (words::WHICH, words::ANSWER_REQUEST, words::boxed(&number)),
+            Answer::Sentence => (words::SAY, "", pick(rng, words::SAID).replace("{X}", name).replace("{K}", &number)),
         };
         let question = pick(rng, wordings).replace("{X}", name);
         self.ask(out, views, &question, request, answer);
@@ -54,13 +65,10 @@ impl Pretrain {
     pub(super) fn describe(&self, rng: &mut ChaCha8Rng, phase: &Phase, out: &mut Writer) -> Result<()> {
         let views = self.pictures(rng, phase);
         let k = rng.random_range(0..views.len());
-        let mut seen: Vec<(&str, BBox)> =
-            objects(&views).filter(|(view, ..)| *view == k).map(|(_, name, bbox)| (name, bbox)).collect();
-        seen.sort_by(|a, b| a.1.center().0.total_cmp(&b.1.center().0));
-        let names: Vec<&str> = seen.into_iter().map(|(name, _)| name).collect();
+        let seen = left_to_right(&views[k]);
         let number = (k + 1).to_string();
         let question = pick(rng, words::DESCRIBE).replace("{K}", &number);
-        let answer = words::DESCRIPTION.replace("{K}", &number).replace("{X}", &listed(&names));
+        let answer = words::DESCRIPTION.replace("{K}", &number).replace("{X}", &seen);
         self.ask(out, views, &question, "", answer);
         Ok(())
     }
@@ -144,9 +152,90 @@ impl Pretrain {
     }
 }
 
+/// The names of a view's objects as a sentence has them.
+pub(super) fn left_to_right(view: &ShownView) -> String {
+    let mut seen: Vec<(&str, BBox)> = objects(std::slice::from_ref(view)).map(|(_, name, bbox)| (name, bbox)).collect();
+    seen.sort_by(|a, b| a.1.center().0.total_cmp(&b.1.center().0));
+    listed(&seen.into_iter().map(|(name, _)| name).collect::<Vec<_>>())
+}
+
 /// Every object with the view it is in.
 fn objects(views: &[ShownView]) -> impl Iterator<Item = (usize, &str, BBox)> {
     views.iter().enumerate().flat_map(|(k, view)| {
         view.objects.iter().filter(|(label, _)| is_object(label)).map(move |(label, bbox)| (k, label.as_str(), *bbox))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::synth::recipe::{Recipe, Weights};
+    use crate::synth::world::tests::SMALL;
+
+    fn text(message: &Message) -> String {
+        message.parts.iter().map(|p| if let Part::Text(t) = p { t.as_str() } else { "<view>" }).collect()
+    }
+
+    #[test]
+    fn answers_hold_against_what_the_pictures_show() {
+        let tasks = Weights {
+            find: 1.0,
+            which: 1.0,
+            say: 1.0,
+            point: 1.0,
+            describe: 1.0,
+            name_in: 1.0,
+            common: 1.0,
+            ..Weights::default()
+        };
+        let phase = Phase { tasks, pictures: [2, 4], objects: [1, 4], ..Phase::default() };
+        let recipe = Recipe { phases: vec![phase], ..Recipe::default() };
+        let pretrain = Pretrain::new(SMALL[0].clone(), recipe).unwrap();
+        let mut seen = std::collections::BTreeSet::new();
+        for i in 0..200 {
+            let dialogue = pretrain.dialogue(5, 1, i).unwrap();
+            seen.insert(dialogue.task);
+            let (asked, said) = (text(&dialogue.messages[0]), text(&dialogue.messages[1]));
+            assert!(asked.starts_with("Image-1: <view>\nImage-2: <view>\n"), "{asked}");
+            assert_eq!(asked.matches("<view>").count(), dialogue.views.len());
+            let shows = |k: usize, name: &str| dialogue.views[k - 1].objects.iter().any(|(label, _)| label == name);
+            let pictures_with = |name: &str| (1..=dialogue.views.len()).filter(|&k| shows(k, name)).collect::<Vec<_>>();
+            if let Some(json) = said.strip_prefix("```json\n").and_then(|json| json.strip_suffix("\n```")) {
+                let boxes: Vec<serde_json::Value> = serde_json::from_str(json).unwrap();
+                for entry in &boxes {
+                    let (k, label) = (entry["image"].as_u64().unwrap() as usize, entry["label"].as_str().unwrap());
+                    let said: BBox = serde_json::from_value(entry["bbox_2d"].clone()).unwrap();
+                    // Within the rounding to multiples of 7 of an object of that name in that picture.
+                    let near = |b: &BBox| {
+                        <[f64; 4]>::from(*b).iter().zip(<[f64; 4]>::from(said)).all(|(a, b)| (a - b).abs() <= 7.0)
+                    };
+                    let found = dialogue.views[k - 1].objects.iter().any(|(name, b)| name == label && near(b));
+                    assert!(found, "{asked} {said}");
+                    if dialogue.task == "find"
+                        && !asked.contains("Image-1?")
+                        && !asked.contains(&format!("in Image-{k}"))
+                        && !asked.contains(&format!("of Image-{k}"))
+                    {
+                        assert_eq!(pictures_with(label), [k], "{asked}");
+                    }
+                }
+                if asked.contains("Which object is in Image-") {
+                    assert_eq!(boxes.len(), 2, "{asked}");
+                }
+            } else if let Some(rest) = said.strip_prefix("The ").or(said.strip_prefix("So the ")) {
+                let (name, k) = rest.strip_suffix('.').unwrap().split_once(" is in Image-").unwrap();
+                assert_eq!(pictures_with(name), [k.parse::<usize>().unwrap()], "{asked} {said}");
+            } else if let Some(rest) = said.strip_prefix("Image-") {
+                let k: usize = rest[..1].parse().unwrap();
+                let view = &dialogue.views[k - 1];
+                assert!(
+                    view.objects.iter().filter(|(l, _)| is_object(l)).all(|(label, _)| said.contains(label.as_str())),
+                    "{said}"
+                );
+            } else {
+                assert!(said.starts_with("\\boxed{"), "{said}");
+            }
+        }
+        assert_eq!(seen.len(), 7, "{seen:?}");
+    }
 }
