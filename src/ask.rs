@@ -14,9 +14,7 @@ use crate::geometry::Budget;
 use crate::image;
 use crate::reward::{self, Named, Place};
 use crate::rollout::{self, Stage};
-use crate::tasks::Task;
-use crate::tasks::crop::{self, Crop};
-use crate::tasks::multi_image::{self, MultiImageTask};
+use crate::tasks::{Options as TaskOptions, crop, multi_image};
 
 const TURNS: usize = 2;
 
@@ -66,7 +64,7 @@ pub fn main(options: &Options) -> Result<()> {
     let engine = EngineOptions { path: options.model.clone(), ..EngineOptions::default() };
     let mut embedded = Embedded::open(&engine, None)?;
     let budget = embedded.processor.budget;
-    let task = options.task(budget)?;
+    let task = options.task(budget)?.task(budget.factor)?;
     let play = rollout::Options {
         temperature: options.temperature,
         max_new_tokens: options.max_new_tokens,
@@ -140,7 +138,7 @@ pub fn main(options: &Options) -> Result<()> {
 }
 
 impl Options {
-    fn task(&self, budget: Budget) -> Result<Box<dyn Task>> {
+    fn task(&self, budget: Budget) -> Result<TaskOptions> {
         let max_pixels = self.max_pixels.unwrap_or(budget.max_pixels);
         let min_pixels = self.min_pixels.unwrap_or(budget.min_pixels);
         let template = |default: &str| self.template.clone().unwrap_or_else(|| default.into());
@@ -152,14 +150,17 @@ impl Options {
                         .into()
                 )
             );
-            let task =
-                multi_image::Options { template: template("mirg"), max_pixels, min_pixels, ..Default::default() };
-            return Ok(Box::new(MultiImageTask::new(task, budget.factor)?));
+            let template = template("mirg");
+            return Ok(TaskOptions::MultiImage(multi_image::Options {
+                template,
+                max_pixels,
+                min_pixels,
+                ..Default::default()
+            }));
         }
-        let (turns, free) = (self.turns.unwrap_or(TURNS), self.free);
-        let task =
-            crop::Options { template: template("mgpo"), turns, free, max_pixels, min_pixels, ..Default::default() };
-        Ok(Box::new(Crop::new(task, budget.factor)?))
+        let (template, turns) = (template("mgpo"), self.turns.unwrap_or(TURNS));
+        let free = self.free;
+        Ok(TaskOptions::Crop(crop::Options { template, turns, free, max_pixels, min_pixels, ..Default::default() }))
     }
 }
 

@@ -19,7 +19,7 @@ use crate::report::{self, TABLE, Table};
 use crate::rollout;
 use crate::run::{Interrupt, Interrupted, RunFolder, Start, holds_run, peak_rss};
 use crate::synth::make::{MakeOptions, Set, make};
-use crate::tasks::Task;
+use crate::tasks::Options as TaskOptions;
 
 mod mirg;
 mod plates;
@@ -158,14 +158,14 @@ fn draw(request: &Request, set: Set, train: usize, test: usize) -> Result<PathBu
 fn judge(
     name: &str,
     model: &Path,
-    task: &dyn Fn(u32) -> Result<Box<dyn Task>>,
+    task: &TaskOptions,
     rollout: &rollout::Options,
     test: &[Sample],
     seed: u64,
     interrupt: &Interrupt,
 ) -> Result<Vec<Episode>> {
     let mut engine = Embedded::open(&EngineOptions { path: model.to_owned(), ..EngineOptions::default() }, None)?;
-    let task = task(engine.processor.budget.factor)?;
+    let task = task.task(engine.processor.budget.factor)?;
     let (chat, pictures, processor) = (engine.chat.clone(), engine.pictures.clone(), engine.processor.clone());
     let options = EvalOptions { seed, ..EvalOptions::default() };
     let bench = Bench {

@@ -103,17 +103,17 @@ pub struct Figures {
 impl Figures {
     /// Of the episodes that [`play_all`] returned for these samples.
     pub fn of(name: &str, episodes: &[Episode], samples: &[Sample]) -> Figures {
-        let mut by_task: Vec<(String, Vec<Episode>)> = Vec::new();
+        let mut by_task: Vec<(String, Vec<&Episode>)> = Vec::new();
         for episode in episodes {
             let Some(task) = samples.get(episode.group as usize).and_then(|sample| sample.task.clone()) else {
                 continue;
             };
             match by_task.iter_mut().find(|(name, _)| *name == task) {
-                Some((_, of_task)) => of_task.push(episode.clone()),
-                None => by_task.push((task, vec![episode.clone()])),
+                Some((_, of_task)) => of_task.push(episode),
+                None => by_task.push((task, vec![episode])),
             }
         }
-        let by_task = by_task.into_iter().map(|(task, episodes)| (task, summarise(&episodes))).collect();
+        let by_task = by_task.into_iter().map(|(task, episodes)| (task, summarise(episodes))).collect();
         Figures { name: name.to_owned(), all: summarise(episodes), by_task }
     }
 }
@@ -128,15 +128,16 @@ pub fn contains_target(episode: &Episode) -> Option<bool> {
     Some(episode.first_box().is_some_and(|b| b.contains_fraction(&target.bbox) >= HOLDS))
 }
 
-pub fn summarise(episodes: &[Episode]) -> Summary {
+pub fn summarise<'a>(episodes: impl IntoIterator<Item = &'a Episode>) -> Summary {
+    let episodes: &[&Episode] = &episodes.into_iter().collect::<Vec<_>>();
     let share = |items: Vec<(u64, bool)>| (!items.is_empty()).then(|| share_by_question(&items));
     let right = Episode::right;
     let parts = |name: &str| -> Vec<(u64, f64)> {
         episodes.iter().filter_map(|e| Some((e.group, e.parts.get(name)?))).collect()
     };
     let grounded: Vec<(&Episode, BoxOutcome)> =
-        episodes.iter().filter_map(|e| e.turns.iter().find_map(|t| t.outcome).map(|o| (e, o))).collect();
-    let held: Vec<(&Episode, bool)> = episodes.iter().filter_map(|e| contains_target(e).map(|c| (e, c))).collect();
+        episodes.iter().filter_map(|&e| e.turns.iter().find_map(|t| t.outcome).map(|o| (e, o))).collect();
+    let held: Vec<(&Episode, bool)> = episodes.iter().filter_map(|&e| contains_target(e).map(|c| (e, c))).collect();
     let mut boxes = BTreeMap::new();
     let mut stops = BTreeMap::new();
     for (_, outcome) in &grounded {
@@ -148,7 +149,7 @@ pub fn summarise(episodes: &[Episode]) -> Summary {
     let mut questions: Vec<u64> = episodes.iter().map(|e| e.group).collect();
     questions.sort_unstable();
     questions.dedup();
-    let areas: Vec<f64> = episodes.iter().filter_map(box_area_share).collect();
+    let areas: Vec<f64> = episodes.iter().copied().filter_map(box_area_share).collect();
     Summary {
         questions: questions.len(),
         episodes: episodes.len(),

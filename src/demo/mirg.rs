@@ -99,7 +99,7 @@ pub fn main(request: &Request) -> Result<()> {
     // Greedy, as benchmarks of grounding are.
     let rollout = crate::rollout::Options { temperature: 0.0, ..full.rollout.clone() };
     for (k, (name, model)) in models.iter().enumerate() {
-        let episodes = judge(name, model, &|factor| full.task.task(factor), &rollout, &test, request.seed, &interrupt)?;
+        let episodes = judge(name, model, &full.task, &rollout, &test, request.seed, &interrupt)?;
         let records: Vec<_> = episodes.iter().map(Episode::record).collect();
         evals.write_episodes(k as u64 + 1, &records)?;
         right.push(episodes.iter().map(|e| e.right()).collect());

@@ -18,8 +18,8 @@ use crate::run::Interrupt;
 use crate::stats;
 use crate::synth::assets_dir;
 use crate::synth::make::Set;
-use crate::tasks::crop::{Crop, Options as CropOptions, Show};
-use crate::tasks::{Options as TaskOptions, Task};
+use crate::tasks::Options as TaskOptions;
+use crate::tasks::crop::{Options as CropOptions, Show};
 
 const GRPO: &str = include_str!("../../configs/demo_grpo.toml");
 const MGPO: &str = include_str!("../../configs/demo_mgpo.toml");
@@ -76,7 +76,7 @@ pub fn main(request: &Request) -> Result<()> {
     let mut rows: Vec<Figures> = Vec::new();
     let mut right: Vec<Vec<bool>> = Vec::new();
     for (k, (name, model, options)) in entries.iter().enumerate() {
-        let task = |factor| Ok(Box::new(Crop::new(options.clone(), factor)?) as Box<dyn Task>);
+        let task = TaskOptions::Crop(options.clone());
         let episodes = judge(name, model, &task, &mgpo.rollout, &test, request.seed, &interrupt)?;
         let records: Vec<_> = episodes.iter().map(Episode::record).collect();
         evals.write_episodes(k as u64 + 1, &records)?;

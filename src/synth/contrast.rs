@@ -18,7 +18,7 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use super::make::{save, whole_pixels};
-use super::{NewFolder, stream};
+use super::{NewFolder, pick, stream};
 use crate::data::{self, Sample, Target};
 use crate::geometry::BBox;
 use crate::image::{Picture, decode};
@@ -212,7 +212,7 @@ fn part_of(folder: &Path, known: &Known, thing: &Thing, index: usize, rng: &mut 
     Ok(Some(sample(
         thing,
         "part_of",
-        question,
+        question.to_owned(),
         vec![part, absolute(own)?],
         Target { image: 2, bbox: window, label: Some("Image-1".into()) },
         vec![facts(known, own, Some(window)), facts(known, own, None)],
@@ -336,10 +336,6 @@ fn cut(picture: &Picture, window: BBox, path: &Path) -> Result<PathBuf> {
 
 fn absolute(path: &Path) -> Result<PathBuf> {
     std::path::absolute(path).with_context(|| format!("finding the picture {}", path.display()))
-}
-
-fn pick(rng: &mut ChaCha8Rng, all: &[&str]) -> String {
-    all.choose(rng).copied().unwrap_or_default().to_owned()
 }
 
 #[cfg(test)]

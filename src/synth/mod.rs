@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use rand::SeedableRng;
+use rand::seq::IndexedRandom;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
@@ -116,6 +117,11 @@ impl NewFolder {
         let _ = self.partial.keep();
         Ok(())
     }
+}
+
+/// One of several wordings; nothing of none.
+pub(crate) fn pick<'a>(rng: &mut ChaCha8Rng, wordings: &[&'a str]) -> &'a str {
+    wordings.choose(rng).copied().unwrap_or_default()
 }
 
 /// The random stream of item `index` under `seed`; `purpose` keeps streams of different uses apart.

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use super::library::Library;
 use super::world::{Placed, Scene, background, free_place, object};
-use super::{Split, stream};
+use super::{Split, pick, stream};
 use crate::geometry::BBox;
 
 const PURPOSE: u64 = 3;
@@ -276,7 +276,7 @@ impl Pairs {
         let name = shown.name.clone();
         Ok(Row {
             kind: Kind::SameObject,
-            question: pick(rng, &words::SAME_OBJECT),
+            question: pick(rng, &words::SAME_OBJECT).to_owned(),
             targets: vec![Place { image: 2, bbox: target, label: name.clone() }],
             relations: vec![json!({"relation": "same_object", "reference": 1, "target": 2, "name": name})],
             shots: vec![Shot { scene: reference, region }, Shot::whole(scene)],
@@ -350,7 +350,7 @@ impl Pairs {
         fact["change"] = change.into();
         Row {
             kind: Kind::Difference,
-            question: pick(rng, &words::DIFFERENCE),
+            question: pick(rng, &words::DIFFERENCE).to_owned(),
             targets: vec![place],
             relations: vec![fact],
             shots: vec![Shot::whole(first), Shot::whole(second)],
@@ -392,7 +392,7 @@ impl Pairs {
         let region = self.close_up(rng, &scene, object.bbox);
         Ok(Row {
             kind: Kind::Region,
-            question: pick(rng, &words::REGION),
+            question: pick(rng, &words::REGION).to_owned(),
             relations: vec![json!({"relation": "part_of", "reference": 1, "target": 2, "name": object.name})],
             targets: vec![Place { image: 2, bbox: region, label: "Image-1".into() }],
             shots: vec![Shot { scene: scene.clone(), region }, Shot::whole(scene)],
@@ -499,10 +499,6 @@ pub(super) fn fitted(b: BBox, place: BBox) -> BBox {
     let (w, h) = (b.width() * scale, b.height() * scale);
     let (cx, cy) = place.center();
     BBox::new(cx - w / 2.0, cy - h / 2.0, cx + w / 2.0, cy + h / 2.0)
-}
-
-fn pick(rng: &mut ChaCha8Rng, all: &[&str]) -> String {
-    all.choose(rng).copied().unwrap_or_default().to_owned()
 }
 
 /// How the questions are worded.

@@ -18,7 +18,7 @@ use super::draw::{Frame, draw_region};
 use super::library::Library;
 use super::recipe::{Phase, Recipe, words};
 use super::world::{Scene, background, free_place, numbers, object, plate, plate_size};
-use super::{Split, stream};
+use super::{Split, pick, stream};
 use crate::geometry::{BBox, Budget, Size, smart_resize};
 
 mod several;
@@ -488,10 +488,6 @@ fn between(rng: &mut ChaCha8Rng, [from, to]: [f64; 2]) -> f64 {
 
 fn count(rng: &mut ChaCha8Rng, [from, to]: [usize; 2]) -> usize {
     rng.random_range(from..=to)
-}
-
-fn pick(rng: &mut ChaCha8Rng, from: &'static [&'static str]) -> &'static str {
-    from.choose(rng).copied().unwrap_or_default()
 }
 
 /// Writes `n` dialogues for people to look at: sheets of views twice enlarged (`sheet_0.png`, ...: green what is there,

@@ -16,13 +16,12 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 use rand::Rng;
-use rand::seq::IndexedRandom;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::teacher::{self, Endpoint};
-use super::{NewFolder, stream};
+use super::{NewFolder, pick, stream};
 use crate::data::{self, Sample};
 use crate::geometry::BBox;
 use crate::run::Interrupt;
@@ -133,12 +132,10 @@ pub fn by_rules(sample: &Sample, facts: &Facts, seed: u64) -> String {
         let what = facts.objects.get(image - 1).map(|all| listed(&left_to_right(all))).unwrap_or_default();
         match what.as_str() {
             "" => String::new(),
-            what => {
-                one_of(rng, &["Image-{K} shows {X}. ", "In Image-{K} there {IS} {X}. ", "I see {X} in Image-{K}. "])
-                    .replace("{K}", &image.to_string())
-                    .replace("{IS}", if plural(what) { "are" } else { "is" })
-                    .replace("{X}", what)
-            }
+            what => pick(rng, &["Image-{K} shows {X}. ", "In Image-{K} there {IS} {X}. ", "I see {X} in Image-{K}. "])
+                .replace("{K}", &image.to_string())
+                .replace("{IS}", if plural(what) { "are" } else { "is" })
+                .replace("{X}", what),
         }
     };
     let mut out = String::new();
@@ -151,7 +148,7 @@ pub fn by_rules(sample: &Sample, facts: &Facts, seed: u64) -> String {
                 out += &images(format!("{{A}} shows {}. ", with_article(name)), *reference, *target);
                 out += &shows(rng, *target);
                 let side = side_of(sample, facts, *target, name);
-                let text = one_of(
+                let text = pick(
                     rng,
                     &[
                         "The {X} of {A} is the{S} {X} of {B}.",
@@ -178,13 +175,14 @@ pub fn by_rules(sample: &Sample, facts: &Facts, seed: u64) -> String {
                 for image in 1..=sample.images.len() {
                     out += &shows(rng, image);
                 }
-                out += &images(one_of(rng, &["The {X} is in {B}.", "So the {X} is in {B}."]), *target, *target)
-                    .replace("{X}", name);
+                out +=
+                    &images(pick(rng, &["The {X} is in {B}.", "So the {X} is in {B}."]).to_owned(), *target, *target)
+                        .replace("{X}", name);
             }
             Relation::PartOf { reference, target, name } => {
                 out += &images(format!("{{A}} shows {} closely. ", with_article(name)), *reference, *target);
                 out += &shows(rng, *target);
-                let text = one_of(
+                let text = pick(
                     rng,
                     &["{A} is the area around the {X} of {B}.", "So {A} is what lies around the {X} of {B}."],
                 );
@@ -202,7 +200,7 @@ pub fn by_rules(sample: &Sample, facts: &Facts, seed: u64) -> String {
             Relation::SameKind { reference, target, name } => {
                 out += &shows(rng, *target);
                 out += &images(
-                    one_of(rng, &["{B} has the {X} of {A} too.", "The {X} of {A} is in {B} too."]).replace("{X}", name),
+                    pick(rng, &["{B} has the {X} of {A} too.", "The {X} of {A} is in {B} too."]).replace("{X}", name),
                     *reference,
                     *target,
                 );
@@ -210,10 +208,6 @@ pub fn by_rules(sample: &Sample, facts: &Facts, seed: u64) -> String {
         }
     }
     out.trim().to_owned()
-}
-
-fn one_of(rng: &mut ChaCha8Rng, wordings: &[&str]) -> String {
-    wordings.choose(rng).copied().unwrap_or_default().to_owned()
 }
 
 /// " left" or " right", where a picture has two of a name and the row's target is one of them.

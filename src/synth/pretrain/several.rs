@@ -8,8 +8,9 @@ use rand::Rng;
 use rand::seq::IndexedRandom;
 use rand_chacha::ChaCha8Rng;
 
-use super::{Message, Part, Pretrain, Role, ShownView, Writer, between, count, is_object, pick};
+use super::{Message, Part, Pretrain, Role, ShownView, Writer, between, count, is_object};
 use crate::geometry::BBox;
+use crate::synth::pick;
 use crate::synth::recipe::{Phase, words};
 use crate::synth::trajectories::listed;
 use crate::synth::world::Scene;
