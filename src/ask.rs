@@ -61,10 +61,11 @@ pub struct Options {
 }
 
 pub fn main(options: &Options) -> Result<()> {
+    options.check()?;
     let engine = EngineOptions { path: options.model.clone(), ..EngineOptions::default() };
     let mut embedded = Embedded::open(&engine, None)?;
     let budget = embedded.processor.budget;
-    let task = options.task(budget)?.task(budget.factor)?;
+    let task = options.task(budget).task(budget.factor)?;
     let play = rollout::Options {
         temperature: options.temperature,
         max_new_tokens: options.max_new_tokens,
@@ -138,29 +139,31 @@ pub fn main(options: &Options) -> Result<()> {
 }
 
 impl Options {
-    fn task(&self, budget: Budget) -> Result<TaskOptions> {
+    /// What can be refused before a model is read.
+    fn check(&self) -> Result<()> {
+        let at_once = !self.free && self.choice.is_empty() && self.turns.is_none_or(|turns| turns == 1);
+        ensure!(
+            self.image.len() == 1 || at_once,
+            BadConfig(
+                "--turns, --free and --choice are for questions about one picture; several are answered in boxes, at once"
+                    .into()
+            )
+        );
+        Ok(())
+    }
+
+    fn task(&self, budget: Budget) -> TaskOptions {
         let max_pixels = self.max_pixels.unwrap_or(budget.max_pixels);
         let min_pixels = self.min_pixels.unwrap_or(budget.min_pixels);
         let template = |default: &str| self.template.clone().unwrap_or_else(|| default.into());
         if self.image.len() > 1 {
-            ensure!(
-                !self.free && self.choice.is_empty() && self.turns.is_none_or(|turns| turns == 1),
-                BadConfig(
-                    "--turns, --free and --choice are for questions about one picture; several are answered in boxes, at once"
-                        .into()
-                )
-            );
             let template = template("mirg");
-            return Ok(TaskOptions::MultiImage(multi_image::Options {
-                template,
-                max_pixels,
-                min_pixels,
-                ..Default::default()
-            }));
+            let task = multi_image::Options { template, max_pixels, min_pixels, ..Default::default() };
+            return TaskOptions::MultiImage(task);
         }
         let (template, turns) = (template("mgpo"), self.turns.unwrap_or(TURNS));
         let free = self.free;
-        Ok(TaskOptions::Crop(crop::Options { template, turns, free, max_pixels, min_pixels, ..Default::default() }))
+        TaskOptions::Crop(crop::Options { template, turns, free, max_pixels, min_pixels, ..Default::default() })
     }
 }
 

@@ -12,7 +12,7 @@ use crate::config::BadConfig;
 use crate::eval;
 use crate::run::Interrupt;
 use crate::synth::teacher;
-use crate::synth::trajectories::{self, Episodes, Teacher};
+use crate::synth::trajectories::{self, Detail, Episodes, Teacher};
 
 #[derive(Args)]
 pub struct Trajectories {
@@ -41,6 +41,9 @@ pub struct Trajectories {
     /// Who writes the traces
     #[arg(long, value_enum, default_value_t = Who::Rules)]
     teacher: Who,
+    /// Traces by rules that say only what the answer hangs on, for small models
+    #[arg(long)]
+    brief: bool,
     #[command(flatten)]
     endpoint: Endpoint,
 }
@@ -130,11 +133,15 @@ fn beside(out: &Path) -> Option<PathBuf> {
 impl Trajectories {
     fn options(self) -> Result<trajectories::Options> {
         let teacher = match self.teacher {
-            Who::Endpoint => Teacher::Endpoint(self.endpoint.options(&self.out)?),
+            Who::Endpoint => {
+                let in_vain = "--brief is for traces by rules; an endpoint writes as its model does";
+                ensure!(!self.brief, BadConfig(in_vain.into()));
+                Teacher::Endpoint(self.endpoint.options(&self.out)?)
+            }
             Who::Rules => {
                 let in_vain = "--url is for --teacher endpoint; give both, or neither for traces by rules";
                 ensure!(self.endpoint.url.is_none(), BadConfig(in_vain.into()));
-                Teacher::Rules
+                Teacher::Rules(if self.brief { Detail::Brief } else { Detail::Full })
             }
         };
         let episodes = self.direct.zip(self.reasoned).map(|(direct, reasoned)| Episodes { direct, reasoned });
@@ -147,7 +154,7 @@ impl Trajectories {
         let options = self.options()?;
         let interrupt = match &options.teacher {
             // Work of seconds, which Ctrl-C may end as usual.
-            Teacher::Rules => Interrupt::none(),
+            Teacher::Rules(_) => Interrupt::none(),
             Teacher::Endpoint(_) => Interrupt::install()?,
         };
         let report = trajectories::build(&options, &interrupt)?;
@@ -206,12 +213,13 @@ mod tests {
 
     #[test]
     fn flags_given_in_vain_are_noticed() {
-        assert!(matches!(options(&[]).unwrap().teacher, Teacher::Rules));
+        assert!(matches!(options(&[]).unwrap().teacher, Teacher::Rules(Detail::Full)));
         for (flags, word) in [
             (&["--teacher", "endpoint"][..], "--url"),
             (&["--teacher", "endpoint", "--url", "http://h"], "--model"),
             (&["--url", "http://h", "--model", "m"], "--teacher endpoint"),
             (&["--concurrency", "2"], "--url"),
+            (&["--brief", "--teacher", "endpoint", "--url", "http://h", "--model", "m"], "--brief"),
             (&["--teacher", "endpoint", "--url", "http://h", "--model", "m", "--temperature", "nan"], "--temperature"),
             (&["--direct", "a.jsonl"], "--reasoned"),
         ] {

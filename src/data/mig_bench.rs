@@ -11,7 +11,7 @@ use serde::Deserialize;
 use serde_json::{Map, json};
 
 use super::convert::{Draft, Drafts, Mention, Place, Unit, items, mentions, referred, words};
-use super::{ALL, FAULTY};
+use super::{ALL, FAULTY, in_words};
 use crate::geometry::BBox;
 use crate::reward::mig::{Item, MIG_BENCH, TASKS, Truth, Version};
 
@@ -112,7 +112,7 @@ fn ask_for_all(rows: &[(usize, Row)], drafts: &mut [Draft]) {
         if let [mention, _, ..] = &set[..] {
             let region = first.task == "region";
             let named: Vec<String> = set.iter().map(|m| format!("Image-{}", m.number + usize::from(region))).collect();
-            let list = format!("{}{}", if region { "the region pictures " } else { "" }, listed(&named));
+            let list = format!("{}{}", if region { "the region pictures " } else { "" }, in_words(&named));
             let (before, after) = around(first, mention);
             let all = json!({"set": drafts[start].id, "question": words(&format!("{before}{list}{after}"))});
             for draft in &mut drafts[start..end] {
@@ -151,12 +151,6 @@ fn around<'a>(row: &'a Row, mention: &Mention) -> (&'a str, &'a str) {
 }
 
 /// "Image-1, Image-2 and Image-3".
-fn listed(names: &[String]) -> String {
-    match names.split_last() {
-        Some((last, before)) if !before.is_empty() => format!("{} and {last}", before.join(", ")),
-        _ => names.concat(),
-    }
-}
 
 #[cfg(test)]
 mod tests {

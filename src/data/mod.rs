@@ -318,6 +318,14 @@ fn to_json(sample: &Sample, folder: &Path) -> Value {
     Value::Object(row)
 }
 
+/// "a, b and c".
+pub(crate) fn in_words(items: &[String]) -> String {
+    match items.split_last() {
+        Some((last, before)) if !before.is_empty() => format!("{} and {last}", before.join(", ")),
+        _ => items.concat(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -130,7 +130,8 @@ fn build_traces(request: &Request, data: &Path, interrupt: &Interrupt) -> Result
         per_task: None,
         share: SHARE,
         seed: request.seed,
-        teacher: trajectories::Teacher::Rules,
+        // A model this small loses its way in long lists.
+        teacher: trajectories::Teacher::Rules(trajectories::Detail::Brief),
         episodes: None,
     };
     let report = trajectories::build(&options, interrupt)?;

@@ -341,7 +341,7 @@ fn absolute(path: &Path) -> Result<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::synth::trajectories::{Facts, by_rules, judge};
+    use crate::synth::trajectories::{Detail, Facts, by_rules, judge};
 
     /// Three pictures of 400 x 300 with one thing each, and a second row about the first's.
     fn rows(folder: &Path) -> PathBuf {
@@ -393,7 +393,7 @@ mod tests {
             assert!((f64::from(corner[0]) - expected.0 % 256.0).abs() < 6.0, "{} {corner:?} {expected:?}", row.id);
             assert!((f64::from(corner[1]) - expected.1).abs() < 6.0, "{} {corner:?} {expected:?}", row.id);
             let facts = Facts::of(&row).unwrap();
-            let trace = by_rules(&row, &facts, 1);
+            let trace = by_rules(&row, &facts, Detail::Full, 1);
             assert_eq!(judge(&trace, &row), Ok(()), "{trace}");
             let words: Vec<&str> = row.question.split(' ').chain(trace.split(' ')).collect();
             let article = |word: &str| matches!(word, "a" | "an" | "the");

@@ -16,11 +16,13 @@ use serde_json::{Value, json};
 use super::draw::{Frame, draw_region};
 use super::pairs::{PairOptions, Pairs, Row, Shot};
 use super::world::{Scene, World, WorldOptions};
-use super::{Library, Split, assets_dir};
+use super::{Library, NewFolder, Split, assets_dir};
 use crate::data::{self, Sample, Target};
 use crate::geometry::{BBox, Size};
 
 const JPEG_QUALITY: u8 = 92;
+/// Says how a set was made; a folder that holds it is one.
+const ABOUT: &str = "set.json";
 
 /// Which of the bundled sets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -110,38 +112,13 @@ pub fn make(options: &MakeOptions, progress: &(dyn Fn(usize, usize) + Sync)) -> 
         options.set.name()
     );
     let out = &options.out;
-    if !options.overwrite && out.exists() && (!out.is_dir() || out.read_dir().map_or(true, |mut d| d.next().is_some()))
-    {
-        bail!(
-            "making the set {}: something is already at {}; remove it, choose another folder or add --overwrite",
-            options.set.name(),
-            out.display()
-        );
-    }
-    // Overwriting removes a folder with all it holds, so it must be one of ours.
-    if options.overwrite
-        && out.is_dir()
-        && !out.join("set.json").is_file()
-        && out.read_dir().is_ok_and(|mut d| d.next().is_some())
-    {
-        bail!(
-            "making the set {}: this folder was not written by data make (it has no set.json), so it is not overwritten: {}",
-            options.set.name(),
-            out.display()
-        );
-    }
-    let parent = match out.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
+    let new = match options.overwrite {
+        true => NewFolder::over(out, ABOUT),
+        false => NewFolder::beside(out).context("without --overwrite"),
     };
-    std::fs::create_dir_all(parent).with_context(|| format!("making the folder {}", parent.display()))?;
-    let partial = tempfile::Builder::new()
-        .prefix(".making-")
-        .tempdir_in(parent)
-        .with_context(|| format!("making a temporary folder in {}", parent.display()))?;
-    let folder = partial.path().join("set");
-    std::fs::create_dir_all(folder.join("images"))
-        .with_context(|| format!("making the folder {}", folder.display()))?;
+    let new = new.with_context(|| format!("making the set {}", options.set.name()))?;
+    let folder = new.path();
+    std::fs::create_dir(folder.join("images")).context("making the folder for pictures")?;
 
     let per_scene = match options.set {
         Set::Plates => options.world.objects.max(1),
@@ -159,7 +136,7 @@ pub fn make(options: &MakeOptions, progress: &(dyn Fn(usize, usize) + Sync)) -> 
             let made: Vec<Vec<Sample>> = (0..scenes(rows))
                 .into_par_iter()
                 .map(|index| {
-                    let samples = source.one(options, &folder, split, index)?;
+                    let samples = source.one(options, folder, split, index)?;
                     progress(done.fetch_add(1, Ordering::Relaxed) + 1, all);
                     Ok(samples)
                 })
@@ -175,12 +152,8 @@ pub fn make(options: &MakeOptions, progress: &(dyn Fn(usize, usize) + Sync)) -> 
         Set::Pairs => json!(options.pairs),
     };
     let about = json!({"set": options.set, "train": options.train, "test": options.test, "size": options.size, "seed": options.seed, "world": drawn});
-    std::fs::write(folder.join("set.json"), format!("{about:#}\n"))
-        .with_context(|| format!("writing {}", folder.join("set.json").display()))?;
-    if out.is_dir() {
-        std::fs::remove_dir_all(out).with_context(|| format!("removing the old set {}", out.display()))?;
-    }
-    std::fs::rename(&folder, out).with_context(|| format!("moving the finished set to {}", out.display()))?;
+    std::fs::write(folder.join(ABOUT), format!("{about:#}\n")).with_context(|| format!("writing {ABOUT}"))?;
+    new.finish()?;
     Ok(Made {
         train: out.join("train.jsonl"),
         test: out.join("test.jsonl"),
@@ -355,7 +328,7 @@ mod tests {
         assert_eq!(train[0].extra["objects"].as_array().unwrap().len(), 4);
         assert!(data::check(&made.test).unwrap().problems.is_empty());
 
-        assert!(make(&options, &|_, _| ()).unwrap_err().to_string().contains("already at"));
+        assert!(format!("{:#}", make(&options, &|_, _| ()).unwrap_err()).contains("already at"));
         let before = std::fs::read(out.join("images/test_00000.jpg")).unwrap();
         options.overwrite = true;
         make(&options, &|_, _| ()).unwrap();
@@ -366,7 +339,7 @@ mod tests {
     /// Every row of the bundled set can be reasoned about, and the traces pass their own filters.
     #[test]
     fn a_thousand_traces_by_rules_pass_their_filters() {
-        use crate::synth::trajectories::{Facts, by_rules, judge};
+        use crate::synth::trajectories::{Detail, Facts, by_rules, judge};
         let size = Set::Pairs.size();
         for split in [Split::Train, Split::Test] {
             let library = super::super::world::tests::SMALL[split as usize].clone();
@@ -375,8 +348,10 @@ mod tests {
                 let row = pairs.row(3, index).unwrap();
                 let images = (1..=row.shots.len()).map(|k| PathBuf::from(format!("{k}.jpg"))).collect();
                 let sample = pair(&row, size, split, index as usize, images);
-                let trace = by_rules(&sample, &Facts::of(&sample).unwrap(), 1);
-                assert_eq!(judge(&trace, &sample), Ok(()), "{}: {trace}", sample.question);
+                for detail in [Detail::Full, Detail::Brief] {
+                    let trace = by_rules(&sample, &Facts::of(&sample).unwrap(), detail, 1);
+                    assert_eq!(judge(&trace, &sample), Ok(()), "{}: {trace}", sample.question);
+                }
             }
         }
     }

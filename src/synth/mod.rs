@@ -83,7 +83,9 @@ pub fn assets_dir() -> Result<PathBuf> {
 
 /// A folder that is written beside its place and renamed into it when all is there: it is whole or absent.
 pub(crate) struct NewFolder {
-    partial: tempfile::TempDir,
+    /// Holds `folder`, and is cleared away whatever happens.
+    _temporary: tempfile::TempDir,
+    folder: PathBuf,
     out: PathBuf,
 }
 
@@ -91,32 +93,53 @@ impl NewFolder {
     /// # Errors
     /// Something is at `out` already, or nothing can be written beside it.
     pub fn beside(out: &Path) -> Result<NewFolder> {
-        let taken = out.exists() && out.read_dir().map_or(true, |mut files| files.next().is_some());
-        ensure!(!taken, "something is already at {}; remove it or choose another folder", out.display());
+        ensure!(!taken(out), "something is already at {}; remove it or choose another folder", out.display());
+        NewFolder::start(out)
+    }
+
+    /// Takes the place of a folder of ours, one that holds a file `mark`: replacing it removes all that is in it.
+    ///
+    /// # Errors
+    /// What is at `out` holds no such file, or nothing can be written beside it.
+    pub fn over(out: &Path, mark: &str) -> Result<NewFolder> {
+        ensure!(
+            !taken(out) || out.join(mark).is_file(),
+            "what is there was not written by foveate (it has no {mark}), so it is not overwritten: {}",
+            out.display()
+        );
+        NewFolder::start(out)
+    }
+
+    fn start(out: &Path) -> Result<NewFolder> {
         let parent = out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         std::fs::create_dir_all(parent).with_context(|| format!("making the folder {}", parent.display()))?;
-        let partial = tempfile::Builder::new()
+        let temporary = tempfile::Builder::new()
             .prefix(".making-")
             .tempdir_in(parent)
             .with_context(|| format!("making a temporary folder in {}", parent.display()))?;
-        Ok(NewFolder { partial, out: out.to_owned() })
+        // Within, for only its owner may read a temporary folder itself.
+        let folder = temporary.path().join("new");
+        std::fs::create_dir(&folder).with_context(|| format!("making the folder {}", folder.display()))?;
+        Ok(NewFolder { _temporary: temporary, folder, out: out.to_owned() })
     }
 
     pub fn path(&self) -> &Path {
-        self.partial.path()
+        &self.folder
     }
 
     pub fn finish(self) -> Result<()> {
         if self.out.is_dir() {
-            // Empty, as `beside` has seen.
-            std::fs::remove_dir(&self.out).with_context(|| format!("replacing {}", self.out.display()))?;
+            // Empty or ours, as was seen at the start.
+            std::fs::remove_dir_all(&self.out).with_context(|| format!("replacing {}", self.out.display()))?;
         }
-        std::fs::rename(self.partial.path(), &self.out)
-            .with_context(|| format!("moving the finished files to {}", self.out.display()))?;
-        // Only now is there nothing left to clear away.
-        let _ = self.partial.keep();
-        Ok(())
+        std::fs::rename(&self.folder, &self.out)
+            .with_context(|| format!("moving the finished files to {}", self.out.display()))
     }
+}
+
+/// Whether there is anything at a path but an empty folder.
+fn taken(out: &Path) -> bool {
+    out.exists() && out.read_dir().map_or(true, |mut files| files.next().is_some())
 }
 
 /// One of several wordings; nothing of none.

@@ -107,6 +107,8 @@ pub struct Phase {
     pub tasks: Weights,
     /// Pictures of a question over several.
     pub pictures: [usize; 2],
+    /// Share of these that show one of their things from close by.
+    pub close_ups: f64,
     /// Objects in a scene.
     pub objects: [usize; 2],
     pub object_size: [f64; 2],
@@ -185,6 +187,7 @@ impl Default for Phase {
             until_step: None,
             tasks: Weights { locate: 3.0, list: 2.0, name: 1.0, read: 3.0, two_turns: 2.0, ..Weights::default() },
             pictures: [2, 3],
+            close_ups: 0.0,
             objects: [3, 5],
             object_size: [0.12, 0.20],
             plates: [2, 5],
@@ -280,6 +283,7 @@ impl Phase {
         range("digit_pixels", self.digit_pixels, 5.0, 120.0)?;
         range("digit_height", self.digit_height, 0.004, 0.2)?;
         range("handwriting", [0.0, self.handwriting], 0.0, 1.0)?;
+        range("close_ups", [0.0, self.close_ups], 0.0, 1.0)?;
         range("careless.scale", self.careless.scale, 0.2, 4.0)?;
         range("careless.shift", [0.0, self.careless.shift], 0.0, 1.0)
     }

@@ -22,7 +22,7 @@ use serde_json::Value;
 
 use super::teacher::{self, Endpoint};
 use super::{NewFolder, pick, stream};
-use crate::data::{self, Sample};
+use crate::data::{self, Sample, in_words};
 use crate::geometry::BBox;
 use crate::run::Interrupt;
 use filters::Seen;
@@ -121,14 +121,24 @@ impl Relation {
     }
 }
 
+/// How much a trace by rules says.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Detail {
+    /// What each picture shows that matters to the question, then what follows.
+    #[default]
+    Full,
+    /// Only what the answer hangs on: pictures are told in full where they must be compared thing by thing.
+    Brief,
+}
+
 /// The trace of a row, composed from its facts.
-pub fn by_rules(sample: &Sample, facts: &Facts, seed: u64) -> String {
+pub fn by_rules(sample: &Sample, facts: &Facts, detail: Detail, seed: u64) -> String {
     // A row's chance hangs on its name alone, so that rows may be left out or sorted.
     let name =
         sample.id.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
     let mut rng = stream(seed, PURPOSE, name);
     let rng = &mut rng;
-    let shows = |rng: &mut ChaCha8Rng, image: usize| {
+    let tell = |rng: &mut ChaCha8Rng, image: usize| {
         let what = facts.objects.get(image - 1).map(|all| listed(&left_to_right(all))).unwrap_or_default();
         match what.as_str() {
             "" => String::new(),
@@ -137,6 +147,10 @@ pub fn by_rules(sample: &Sample, facts: &Facts, seed: u64) -> String {
                 .replace("{IS}", if plural(what) { "are" } else { "is" })
                 .replace("{X}", what),
         }
+    };
+    let shows = |rng: &mut ChaCha8Rng, image: usize| match detail {
+        Detail::Full => tell(rng, image),
+        Detail::Brief => String::new(),
     };
     let mut out = String::new();
     for relation in &facts.relations {
@@ -159,8 +173,8 @@ pub fn by_rules(sample: &Sample, facts: &Facts, seed: u64) -> String {
                 out += &images(text.replace("{X}", name).replace("{S}", &side), *reference, *target);
             }
             Relation::Difference { change, name, was } => {
-                out += &shows(rng, 1);
-                out += &shows(rng, 2);
+                out += &tell(rng, 1);
+                out += &tell(rng, 2);
                 out += &match (change, was) {
                     (Change::Added, _) => format!("Image-1 has no {name}; Image-2 has."),
                     (Change::Removed, _) => format!("Image-2 has no {name}; Image-1 has."),
@@ -190,7 +204,7 @@ pub fn by_rules(sample: &Sample, facts: &Facts, seed: u64) -> String {
             }
             Relation::Follows { reference, target, name } => {
                 let between: Vec<String> = (*reference..=*target).map(|k| format!("Image-{k}")).collect();
-                out += &format!("I follow the {name} over {}. ", joined(&between));
+                out += &format!("I follow the {name} over {}. ", in_words(&between));
                 out += &images(format!("In {{B}} the {name} of {{A}} stands elsewhere."), *reference, *target);
             }
             Relation::Place { reference, name, is } => {
@@ -252,15 +266,7 @@ pub(super) fn listed<'a>(names: &[&'a str]) -> String {
             _ => format!("several {}", plural_of(name)),
         })
         .collect();
-    joined(&worded)
-}
-
-fn joined(items: &[String]) -> String {
-    match items {
-        [] => String::new(),
-        [one] => one.clone(),
-        [first @ .., last] => format!("{} and {last}", first.join(", ")),
-    }
+    in_words(&worded)
 }
 
 fn with_article(name: &str) -> String {
@@ -291,11 +297,10 @@ fn is_plural(name: &str) -> bool {
 }
 
 /// Who writes the traces.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub enum Teacher {
     /// Composed from the row's facts; no model, no network.
-    #[default]
-    Rules,
+    Rules(Detail),
     /// A model that sees the pictures, behind an OpenAI-compatible server.
     Endpoint(teacher::Options),
 }
@@ -303,7 +308,7 @@ pub enum Teacher {
 impl Teacher {
     fn name(&self) -> &str {
         match self {
-            Teacher::Rules => "rules",
+            Teacher::Rules(_) => "rules",
             Teacher::Endpoint(options) => &options.model,
         }
     }
@@ -311,7 +316,7 @@ impl Teacher {
     /// Whether there is enough to reason from: rules need to know how the pictures hang together, a model can see for itself.
     fn can_use(&self, row: &Sample, facts: &Facts) -> bool {
         match self {
-            Teacher::Rules => !facts.relations.is_empty(),
+            Teacher::Rules(_) => !facts.relations.is_empty(),
             Teacher::Endpoint(_) => !facts.relations.is_empty() || !row.targets.is_empty(),
         }
     }
@@ -365,9 +370,9 @@ pub fn build(options: &Options, interrupt: &Interrupt) -> Result<Report> {
     let rows = data::read(&options.rows)?;
     let facts = rows.iter().map(Facts::of).collect::<Result<Vec<_>>>()?;
     let gains = options.episodes.as_ref().map(|e| Gains::read(&e.direct, &e.reasoned, &rows)).transpose()?;
-    let endpoint = match &options.teacher {
-        Teacher::Rules => None,
-        Teacher::Endpoint(server) => Some(Endpoint::open(server, interrupt)?),
+    let (endpoint, detail) = match &options.teacher {
+        Teacher::Rules(detail) => (None, *detail),
+        Teacher::Endpoint(server) => (Some(Endpoint::open(server, interrupt)?), Detail::Full),
     };
     let chosen = |i: usize| stream(options.seed, PURPOSE + 1, i as u64).random::<f64>() < options.share;
     let chosen: Vec<bool> = (0..rows.len()).map(chosen).collect();
@@ -396,7 +401,7 @@ pub fn build(options: &Options, interrupt: &Interrupt) -> Result<Report> {
             end += 1;
         }
         let traces = match &endpoint {
-            None => asked.iter().map(|&i| Ok(by_rules(&rows[i], &facts[i], options.seed))).collect(),
+            None => asked.iter().map(|&i| Ok(by_rules(&rows[i], &facts[i], detail, options.seed))).collect(),
             Some(endpoint) => endpoint.traces(&asked.iter().map(|&i| (&rows[i], &facts[i])).collect::<Vec<_>>())?,
         };
         let mut traces: HashMap<usize, Result<String, Rejected>> = asked.into_iter().zip(traces).collect();
@@ -483,10 +488,13 @@ mod tests {
             [{"name": "fox", "bbox": [10, 20, 30, 40]}, {"name": "apple", "bbox": [50, 0, 60, 10]}, {"name": "fox", "bbox": [70, 20, 90, 40]}]
         ]);
         let row = row(json!([{"relation": "same_object", "reference": 1, "target": 2, "name": "fox"}]), objects);
-        let trace = by_rules(&row, &Facts::of(&row).unwrap(), 1);
+        let trace = by_rules(&row, &Facts::of(&row).unwrap(), Detail::Full, 1);
         assert!(trace.starts_with("Image-1 shows a fox.") && trace.contains("two foxes and an apple"), "{trace}");
         assert!(trace.contains("left fox of Image-2"), "{trace}");
         assert_eq!(judge(&trace, &row), Ok(()));
+        let brief = by_rules(&row, &Facts::of(&row).unwrap(), Detail::Brief, 1);
+        assert!(brief.contains("left fox of Image-2") && !brief.contains("apple"), "{brief}");
+        assert_eq!(judge(&brief, &row), Ok(()));
     }
 
     #[test]

@@ -108,7 +108,7 @@ impl Pretrain {
         Ok(())
     }
 
-    /// Some scenes, seen whole. Two of them share a kind of thing more often than chance would have it.
+    /// Some scenes, most seen whole. Two of them share a kind of thing more often than chance would have it.
     fn pictures(&self, rng: &mut ChaCha8Rng, phase: &Phase) -> Vec<ShownView> {
         let mut scenes: Vec<Scene> = (0..count(rng, phase.pictures)).map(|_| self.any_scene(rng, phase)).collect();
         if scenes.len() > 1 && rng.random_bool(0.7) {
@@ -118,7 +118,11 @@ impl Pretrain {
                 self.give(rng, phase, &mut scenes[to], class);
             }
         }
-        scenes.iter().map(|scene| self.whole(scene)).collect()
+        let view = |scene: &Scene| match scene.objects.choose(rng).filter(|_| rng.random_bool(phase.close_ups)) {
+            Some(object) => self.shown(scene, around(rng, scene, object.bbox), self.view),
+            None => self.whole(scene),
+        };
+        scenes.iter().map(view).collect()
     }
 
     /// One of a scene's things becomes one of another kind, in its place.
@@ -151,6 +155,22 @@ impl Pretrain {
     fn exactly(&self, bbox: BBox) -> [i64; 4] {
         self.snapped_to(bbox, 1)
     }
+}
+
+/// A part of the scene, in its shape, that shows a thing large and whole.
+fn around(rng: &mut ChaCha8Rng, scene: &Scene, thing: BBox) -> BBox {
+    let all = scene.bounds();
+    let least = (thing.width() / all.width()).max(thing.height() / all.height());
+    let share = (least * rng.random_range(1.3..2.8)).min(1.0);
+    let (width, height) = (share * all.width(), share * all.height());
+    // Anywhere that holds the thing and stays in the scene.
+    let start = |rng: &mut ChaCha8Rng, from: f64, to: f64, length: f64, end: f64| {
+        let (first, last) = ((to - length).max(0.0), from.min(end - length));
+        first + rng.random::<f64>() * (last - first).max(0.0)
+    };
+    let x = start(rng, thing.x1, thing.x2, width, all.x2);
+    let y = start(rng, thing.y1, thing.y2, height, all.y2);
+    BBox::new(x, y, x + width, y + height)
 }
 
 /// The names of a view's objects as a sentence has them.
@@ -189,7 +209,7 @@ mod tests {
             common: 1.0,
             ..Weights::default()
         };
-        let phase = Phase { tasks, pictures: [2, 4], objects: [1, 4], ..Phase::default() };
+        let phase = Phase { tasks, pictures: [2, 4], close_ups: 0.3, objects: [1, 4], ..Phase::default() };
         let recipe = Recipe { phases: vec![phase], ..Recipe::default() };
         let pretrain = Pretrain::new(SMALL[0].clone(), recipe).unwrap();
         let mut seen = std::collections::BTreeSet::new();
