@@ -8,6 +8,7 @@ mod boxes;
 mod choice;
 pub mod mig;
 mod number;
+mod official;
 mod shaping;
 mod text;
 
@@ -15,8 +16,9 @@ pub use boxes::{
     Gate, MultiImage, Named, PerTarget, Shape, found, multi_image, parse_boxes, parse_named, single_box, tag_format,
 };
 pub(crate) use boxes::{truth, truth_box};
-pub use choice::{Official, letter, mme_realworld_letter, vstar_letter};
+pub use choice::letter;
 pub use number::{Number, number};
+pub use official::{Official, matched_letter, mme_realworld_letter, vstar_letter};
 pub use shaping::{over_long, repetition};
 pub use text::{normalise, same_text};
 

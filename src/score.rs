@@ -1,7 +1,7 @@
 //! `foveate score`: the judges of [`crate::reward`] on rows of JSON, one result a row.
 //!
 //! A row is `{"kind": "choice"|"text"|"number"|"box"|"multi_image", "prediction": TEXT, "answer": …, "choices"?: […],
-//! "mode"?: "strict"|"official:vstar"|"official:mme_realworld"|"official:mig_bench"}`, its result `{"total", "parts", "extracted"}`. What
+//! "mode"?: "strict"|"official:NAME"}` with the names of [`Official`] and `mig_bench`, its result `{"total", "parts", "extracted"}`. What
 //! must stay true: one line out for each line in that is not blank, in order; a bad row is one line `{"error": "row N: …"}` (N
 //! counts lines from 1, blank ones too) and the rest goes on; no input at all makes it panic.
 //!
@@ -19,8 +19,7 @@ use serde_json::{Value, json};
 use crate::geometry::Size;
 use crate::reward::mig::{Item, Rule, Version};
 use crate::reward::{
-    MultiImage, Official, Parts, Place, extract, last_turn, letter, mme_realworld_letter, number, same_text,
-    single_box, truth, truth_box, vstar_letter,
+    MultiImage, Official, Parts, Place, extract, last_turn, letter, number, same_text, single_box, truth, truth_box,
 };
 
 #[derive(Deserialize)]
@@ -112,22 +111,31 @@ fn score_line(line: &[u8]) -> Result<Judgement> {
 /// How a row is judged.
 enum Mode {
     Strict,
-    Choice(Official),
+    Official(Official),
     MigBench { enlarge: bool },
 }
 
 impl Mode {
     fn of(row: &Row) -> Result<Mode> {
-        let (mode, kind) = match row.mode.as_deref() {
+        let mode = match row.mode.as_deref() {
             None | Some("strict") => return Ok(Mode::Strict),
-            Some("official:vstar") => (Mode::Choice(Official::VStar), "choice"),
-            Some("official:mme_realworld") => (Mode::Choice(Official::MmeRealWorld), "choice"),
-            Some("official:mig_bench") => (Mode::MigBench { enlarge: false }, "multi_image"),
-            Some("official:mig_bench:enlarged") => (Mode::MigBench { enlarge: true }, "multi_image"),
-            Some(other) => bail!(
-                "\"mode\" is {other:?}, expected \"strict\", \"official:vstar\", \"official:mme_realworld\" or \
-                 \"official:mig_bench\""
-            ),
+            Some("official:mig_bench") => Mode::MigBench { enlarge: false },
+            Some("official:mig_bench:enlarged") => Mode::MigBench { enlarge: true },
+            Some(said) => {
+                let names = Official::ALL.map(|rule| format!("\"official:{}\"", rule.name())).join(", ");
+                let rule = said
+                    .strip_prefix("official:")
+                    .and_then(|name| Official::ALL.into_iter().find(|rule| rule.name() == name));
+                Mode::Official(rule.with_context(|| {
+                    format!("\"mode\" is {said:?}, expected \"strict\", {names} or \"official:mig_bench\"")
+                })?)
+            }
+        };
+        let kind = match mode {
+            Mode::Official(rule) if rule.of_choices() => "choice",
+            Mode::Official(Official::Counting) => "number",
+            Mode::MigBench { .. } => "multi_image",
+            Mode::Official(_) | Mode::Strict => "text",
         };
         let said = row.mode.as_deref().unwrap_or_default();
         ensure!(row.kind == kind, "\"mode\" {said:?} is for kind {kind:?}, and this row's kind is {:?}", row.kind);
@@ -137,17 +145,22 @@ impl Mode {
 
 fn judge(row: &Row) -> Result<Judgement> {
     let mode = Mode::of(row)?;
-    if let Mode::MigBench { enlarge } = mode {
-        return mig_bench(row, enlarge);
+    ensure!(
+        row.shown.is_none() || matches!(mode, Mode::MigBench { .. }),
+        "\"shown\" is for mode \"official:mig_bench\"; elsewhere boxes share one space"
+    );
+    match mode {
+        Mode::Strict => strict(row),
+        Mode::Official(rule) => official(row, rule),
+        Mode::MigBench { enlarge } => mig_bench(row, enlarge),
     }
-    ensure!(row.shown.is_none(), "\"shown\" is for mode \"official:mig_bench\"; elsewhere boxes share one space");
-    let official = match mode {
-        Mode::Choice(official) => Some(official),
-        Mode::Strict | Mode::MigBench { .. } => None,
-    };
+}
+
+/// What the declared answer is worth, and nothing else.
+fn strict(row: &Row) -> Result<Judgement> {
     let declared = extract(&row.prediction, Place::Declared).filter(|answer| !answer.is_empty());
     let (parts, extracted) = match row.kind.as_str() {
-        "choice" => choice(row, official, declared)?,
+        "choice" => choice(row, declared)?,
         "text" => {
             let answers = texts(&row.answer)?;
             let right = declared.is_some_and(|d| answers.iter().any(|a| same_text(d, a)));
@@ -197,21 +210,36 @@ fn mig_bench(row: &Row, enlarge: bool) -> Result<Judgement> {
     Ok(Judgement { id: row.id.clone(), total: at(0.5), parts, extracted: json!(found) })
 }
 
-fn choice(row: &Row, official: Option<Official>, declared: Option<&str>) -> Result<(Parts, Value)> {
+/// A benchmark's rule, on the whole last turn.
+fn official(row: &Row, rule: Official) -> Result<Judgement> {
     let choices = row.choices.as_deref().unwrap_or(&[]);
+    let answer = match &row.answer {
+        _ if rule.of_choices() => right_letter(row, choices)?.to_string(),
+        Value::Number(n) => n.to_string(),
+        Value::String(s) => s.clone(),
+        other => bail!("\"answer\" is {other}, expected a word or a number"),
+    };
+    let response = last_turn(&row.prediction);
+    let parts = accuracy(rule.right(response, &answer, choices));
+    let total = parts.iter().map(|(_, value)| value).sum();
+    Ok(Judgement { id: row.id.clone(), total, parts, extracted: json!(rule.read(response, choices)) })
+}
+
+fn choice(row: &Row, declared: Option<&str>) -> Result<(Parts, Value)> {
+    let choices = row.choices.as_deref().unwrap_or(&[]);
+    let answer = right_letter(row, choices)?;
+    let found = declared.and_then(|d| letter(d, choices));
+    Ok((accuracy(found == Some(answer)), json!(found)))
+}
+
+fn right_letter(row: &Row, choices: &[String]) -> Result<char> {
     let written = row
         .answer
         .as_str()
         .with_context(|| format!("\"answer\" is {}, expected a letter or the text of a choice", row.answer))?;
-    let answer = letter(written, choices).with_context(|| {
+    letter(written, choices).with_context(|| {
         format!("\"answer\" is {written:?}, expected a letter or the text of one of {} choices", choices.len())
-    })?;
-    let found = match official {
-        None => declared.and_then(|d| letter(d, choices)),
-        Some(Official::VStar) => vstar_letter(last_turn(&row.prediction)),
-        Some(Official::MmeRealWorld) => mme_realworld_letter(last_turn(&row.prediction), choices),
-    };
-    Ok((accuracy(found == Some(answer)), json!(found)))
+    })
 }
 
 fn accuracy(right: bool) -> Parts {
@@ -272,6 +300,15 @@ mod tests {
         assert_eq!(total(row("official:vstar", "B")), 1.0);
         assert_eq!(total(row("strict", "A")), 1.0);
         assert_eq!(total(row("official:mme_realworld", "B")), 1.0);
+        assert_eq!(total(row("official:hr_bench", "A")), 1.0);
+        let other = |kind: &str, mode: &str, said: &str, answer: Value| {
+            total(json!({"kind": kind, "prediction": said, "answer": answer, "mode": mode}))
+        };
+        assert_eq!(other("text", "official:pope", "Yes", json!("yes")), 1.0);
+        assert_eq!(other("text", "strict", "Yes.", json!("yes")), 1.0);
+        assert_eq!(other("text", "official:pope", "Yes.", json!("yes")), 0.0);
+        assert_eq!(other("number", "official:counting", "I see 4 or 5 birds", json!(4)), 1.0);
+        assert_eq!(other("number", "strict", "I see 4 or 5 birds", json!(4)), 0.0);
         let (_, out) = score(&row("official:nobody", "A").to_string());
         assert!(out[0]["error"].as_str().unwrap().contains("official:nobody"));
     }

@@ -1,19 +1,9 @@
-//! Multiple choice: the letter a text names, read leniently; and the published rules of two benchmarks, faults included.
+//! Multiple choice: the letter a declared answer names, read leniently.
 //!
-//! What must stay true: [`letter`] reads a declared answer and never guesses from prose; the official rules repeat what their
-//! benchmarks do bit by bit and are for comparison only.
+//! What must stay true: nothing is guessed from prose. What benchmarks do, who do guess, is in `reward/official.rs`.
 
 use super::normalise;
 use super::text::unwrapped;
-
-/// A benchmark's published way to read a letter out of a whole response.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Official {
-    /// lmms-eval's V* extractor.
-    VStar,
-    /// MME-RealWorld's extractor.
-    MmeRealWorld,
-}
 
 /// The letter that a declared answer names: `A`, `(a)`, `A.`, `A) cat`, `answer: a`, or the full text of one choice.
 ///
@@ -112,7 +102,7 @@ fn choice_text(text: &str, choices: &[String]) -> Option<char> {
 }
 
 /// A choice without its own "(B)", "B." or "B)".
-fn without_letter(choice: &str, index: usize) -> &str {
+pub(super) fn without_letter(choice: &str, index: usize) -> &str {
     let own = char::from(b'A' + index as u8);
     let inner = choice.strip_prefix('(').unwrap_or(choice);
     let Some(rest) = inner.strip_prefix(own) else {
@@ -141,99 +131,6 @@ fn only_parenthesised(text: &str, count: usize) -> Option<char> {
         found = Some(c);
     }
     found
-}
-
-/// Whitespace as Python's `str.strip` and `\s` see it.
-fn is_space(c: char) -> bool {
-    c.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&c)
-}
-
-fn a_to_d(c: char) -> bool {
-    matches!(c, 'A'..='D')
-}
-
-/// V* as lmms-eval reads it (`lmms_eval/tasks/vstar_bench`): upper case, then the first of five patterns that
-/// matches. Fault kept: the first takes any A to D that begins the response, so "Based on …" is B.
-pub fn vstar_letter(response: &str) -> Option<char> {
-    let upper = response.trim_matches(is_space).to_uppercase();
-    let text: Vec<char> = upper.trim_matches(is_space).chars().collect();
-    let at = |i: usize| text.get(i).copied();
-    // 1. At the start.
-    if let Some(c) = at(0).filter(|c| a_to_d(*c)) {
-        return Some(c);
-    }
-    // 2. ANSWER, CHOICE or OPTION, perhaps IS, then colons or spaces, then the letter.
-    let spaces = |from: usize| text[from.min(text.len())..].iter().take_while(|c| is_space(**c)).count();
-    let gap = |from: usize| {
-        let n = text[from.min(text.len())..].iter().take_while(|c| is_space(**c) || **c == ':').count();
-        (n > 0).then(|| at(from + n)).flatten().filter(|c| a_to_d(*c))
-    };
-    for i in 0..text.len() {
-        for word in ["ANSWER", "CHOICE", "OPTION"] {
-            let end = i + word.len();
-            if !text.get(i..end).is_some_and(|s| s.iter().copied().eq(word.chars())) {
-                continue;
-            }
-            let n = spaces(end);
-            let after_is = (n > 0 && at(end + n) == Some('I') && at(end + n + 1) == Some('S')).then_some(end + n + 2);
-            if let Some(c) = after_is.and_then(gap).or_else(|| gap(end)) {
-                return Some(c);
-            }
-        }
-    }
-    // 3. (A)
-    for w in text.windows(3) {
-        if w[0] == '(' && a_to_d(w[1]) && w[2] == ')' {
-            return Some(w[1]);
-        }
-    }
-    // 4. A letter, perhaps spaces, then . ) or ]
-    for (i, c) in text.iter().enumerate().filter(|(_, c)| a_to_d(**c)) {
-        if matches!(at(i + 1 + spaces(i + 1)), Some('.' | ')' | ']')) {
-            return Some(*c);
-        }
-    }
-    // 5. A letter between spaces.
-    for (i, c) in text.iter().enumerate().filter(|(_, c)| a_to_d(**c)) {
-        if (i == 0 || is_space(text[i - 1])) && at(i + 1).is_none_or(is_space) {
-            return Some(*c);
-        }
-    }
-    let letters: Vec<char> = text.iter().copied().filter(|c| a_to_d(*c)).collect();
-    if let [only] = letters[..] { Some(only) } else { None }
-}
-
-/// MME-RealWorld's rule: known lead-ins are taken out; more than ten words without a capital A to E are no answer; else the first
-/// capital A to E; else the letter of the first choice that contains the text (its second character, as in `(A) …`).
-///
-/// Faults kept: two commas are missing in the published list, so two of its entries are fused pairs that never occur;
-/// "An apple" is A; an empty response is contained in every choice and is A. Without `choices` they are `(A)` to `(E)`.
-pub fn mme_realworld_letter(response: &str, choices: &[String]) -> Option<char> {
-    const LEAD_INS: [&str; 6] = [
-        "The best answer is",
-        "The correct answer is",
-        "The answer is",
-        "The answer",
-        "The best option isThe correct option is",
-        "Best answer:Best option:",
-    ];
-    let mut text = response.trim_matches(is_space).to_string();
-    for lead_in in LEAD_INS {
-        text = text.replace(lead_in, "");
-    }
-    let first = text.chars().find(|c| matches!(c, 'A'..='E'));
-    if first.is_some() {
-        return first;
-    }
-    if text.split(is_space).filter(|w| !w.is_empty()).count() > 10 {
-        return None;
-    }
-    let lower = text.to_lowercase();
-    let second = |choice: &str| choice.to_lowercase().contains(&lower).then(|| choice.chars().nth(1)).flatten();
-    match choices.is_empty() {
-        true => ["(A)", "(B)", "(C)", "(D)", "(E)"].into_iter().find_map(second),
-        false => choices.iter().find_map(|c| second(c)),
-    }
 }
 
 #[cfg(test)]
@@ -280,29 +177,5 @@ mod tests {
         assert_eq!(letter("2.5", &own(["25", "2.5", "-2.5"])), Some('B'));
         assert_eq!(letter("$5*3$", &own(["53", "5*3"])), Some('B'));
         assert_eq!(letter(r"\text{a dog}", &pets), Some('B'));
-    }
-
-    #[test]
-    fn vstar_keeps_its_fault() {
-        assert_eq!(vstar_letter("Based on the picture, the answer is (A)"), Some('B'));
-        assert_eq!(vstar_letter("The answer is C."), Some('C'));
-        assert_eq!(vstar_letter("It must be (D) here"), Some('D'));
-        assert_eq!(vstar_letter("It is d."), Some('D'));
-        assert_eq!(vstar_letter("no letter fits"), None);
-        // ANSWER, then a gap, then the C of "choice".
-        assert_eq!(vstar_letter("my answer choice is (D)"), Some('C'));
-        assert_eq!(vstar_letter(""), None);
-    }
-
-    #[test]
-    fn mme_realworld_keeps_its_faults() {
-        assert_eq!(mme_realworld_letter("The best answer is (C)", &NONE), Some('C'));
-        assert_eq!(mme_realworld_letter("An object on the left: (D)", &NONE), Some('A'));
-        // "The best option is" is fused with its neighbour in the list, so its T, b, … stay; the first capital is D.
-        assert_eq!(mme_realworld_letter("The best option is D", &NONE), Some('D'));
-        assert_eq!(mme_realworld_letter("Best answer: C", &NONE), Some('B'));
-        assert_eq!(mme_realworld_letter("", &NONE), Some('A'));
-        assert_eq!(mme_realworld_letter("dog", &own(["(A) cat", "(B) dog"])), Some('B'));
-        assert_eq!(mme_realworld_letter("one two three four five six seven nine ten ten eleven", &NONE), None);
     }
 }
