@@ -52,7 +52,7 @@ pub fn maps(runs: &[(&Run, usize)]) -> String {
     )
 }
 
-fn records_of<'a>(run: &'a Run, step: u64) -> impl Iterator<Item = &'a Record> {
+fn records_of(run: &Run, step: u64) -> impl Iterator<Item = &Record> {
     run.records.iter().filter(move |record| record.step == step)
 }
 

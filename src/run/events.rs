@@ -47,8 +47,9 @@ struct Summary {
 struct Scalar {
     #[prost(string, tag = "1")]
     tag: String,
-    #[prost(float, tag = "2")]
-    simple_value: f32,
+    /// One of several kinds of value in the format, so that a 0 has to be written out: left away, it would be no value.
+    #[prost(float, optional, tag = "2")]
+    simple_value: Option<f32>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -82,7 +83,7 @@ impl EventLog {
     pub(super) fn append(&mut self, step: u64, metrics: &Metrics) -> Result<()> {
         let scalar = |(tag, value): (&String, &serde_json::Value)| {
             let value = value.as_f64().filter(|value| value.is_finite() && tag != "step")?;
-            Some(Scalar { tag: tag.clone(), simple_value: value as f32 })
+            Some(Scalar { tag: tag.clone(), simple_value: Some(value as f32) })
         };
         self.write(step, What::Summary(Summary { value: metrics.iter().filter_map(scalar).collect() }))
     }
@@ -153,14 +154,23 @@ mod tests {
     fn a_file_says_from_which_step_on_it_speaks_and_then_the_numbers() {
         let folder = tempfile::tempdir().unwrap();
         let mut log = EventLog::create(folder.path(), 3).unwrap();
-        let metrics =
-            [("step", json!(3)), ("reward/mean", json!(0.5)), ("actor/kl_loss", json!(null)), ("note", json!("x"))];
+        let metrics = [
+            ("step", json!(3)),
+            ("reward/mean", json!(0.5)),
+            ("frac", json!(0)),
+            ("actor/kl_loss", json!(null)),
+            ("note", json!("x")),
+        ];
         log.append(3, &metrics.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()).unwrap();
         let events = events(&log.path);
         assert_eq!(events[0].what, Some(What::FileVersion("brain.Event:2".into())));
         assert_eq!((events[1].step, events[1].what.clone()), (3, Some(What::SessionLog(SessionLog { status: START }))));
-        let reward = Scalar { tag: "reward/mean".into(), simple_value: 0.5 };
-        assert_eq!((events[2].step, events[2].what.clone()), (3, Some(What::Summary(Summary { value: vec![reward] }))));
+        let reward = Scalar { tag: "reward/mean".into(), simple_value: Some(0.5) };
+        let zero = Scalar { tag: "frac".into(), simple_value: Some(0.0) };
+        assert_eq!(
+            (events[2].step, events[2].what.clone()),
+            (3, Some(What::Summary(Summary { value: vec![reward, zero] })))
+        );
         assert_eq!(events.len(), 3);
     }
 
