@@ -208,6 +208,26 @@ impl Chat {
         Ok(out)
     }
 
+    /// Each token's own share of the text: joined, the pieces are what [`Chat::decode`] gives with special tokens. A character that several tokens
+    /// spell belongs to the last of them; the ones before it have an empty piece.
+    ///
+    /// # Errors
+    /// The tokenizer's decoder fails.
+    pub fn pieces(&self, ids: &[u32]) -> Result<Vec<String>> {
+        let mut pieces = Vec::with_capacity(ids.len());
+        let mut from = 0;
+        for end in 1..=ids.len() {
+            let text = self.decode(&ids[from..end], false)?;
+            // A cut character shows as U+FFFD; one of more than four bytes does not exist, so after four tokens it is a broken one.
+            let whole = !text.ends_with('\u{FFFD}') || end - from >= 4 || end == ids.len();
+            pieces.push(if whole { text } else { String::new() });
+            if whole {
+                from = end;
+            }
+        }
+        Ok(pieces)
+    }
+
     /// The token with this id as the tokenizer spells it.
     pub fn token(&self, id: u32) -> Option<String> {
         self.tokenizer.id_to_token(id)

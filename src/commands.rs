@@ -41,13 +41,15 @@ pub fn use_threads(threads: Option<usize>) -> Result<()> {
     pool.build_global().context("starting the threads")
 }
 
-/// `foveate report`: writes the page and prints where it is.
-pub fn report(runs: &[PathBuf], out: Option<&Path>, as_json: bool) -> Result<()> {
-    let page = report::write(runs, out, report::EPISODES)?;
+/// `foveate report`: writes the page, and figures where they are asked for, and prints where they are.
+pub fn report(runs: &[PathBuf], options: &report::Options, as_json: bool) -> Result<()> {
+    ensure!(options.episodes > 0, BadConfig("--episodes 0: expected at least 1".into()));
+    let written = report::write(runs, options)?;
     if as_json {
-        println!("{}", json!({"report": page}));
+        println!("{}", json!({"report": written.page, "figures": written.figures}));
     } else {
-        println!("{}", page.display());
+        println!("{}", written.page.display());
+        written.figures.iter().for_each(|path| println!("{}", path.display()));
     }
     Ok(())
 }

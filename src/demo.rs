@@ -109,8 +109,12 @@ impl Folders {
         evals.save(TABLE, &report::tables_json(&tables)?)?;
         let summary = json!({"rows": eval::summaries(rows), "seconds": seconds, "peak_memory_bytes": peak_rss()});
         evals.save(SUMMARY, &serde_json::to_vec_pretty(&summary)?)?;
-        let page =
-            report::write(std::slice::from_ref(&self.out), Some(&self.out.join(report::REPORT)), report::EPISODES)?;
+        let options = report::Options {
+            out: Some(self.out.join(report::REPORT)),
+            episodes: report::EPISODES,
+            ..report::Options::default()
+        };
+        let page = report::write(std::slice::from_ref(&self.out), &options)?.page;
         if as_json {
             println!("{}", json!({"table": tables[0], "by_task": tables[1..], "summary": summary, "report": page}));
         } else {

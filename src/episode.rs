@@ -170,13 +170,34 @@ pub struct Turn {
     /// where the answer cannot be read.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub boxes: Option<Vec<Named>>,
+    /// The words of a policy's turn token by token, as the report colours them. For looking: training reads ids.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pieces: Vec<String>,
 }
 
 impl Turn {
     /// Words that name no box, or none yet.
     pub fn new(role: &str, text: String, tokens: usize) -> Turn {
-        Turn { role: role.into(), text, tokens, outcome: None, bbox: None, boxes: None }
+        Turn { role: role.into(), text, tokens, outcome: None, bbox: None, boxes: None, pieces: Vec::new() }
     }
+}
+
+/// What the update saw at each token that the policy sampled, in order. For looking: nothing reads it back. Written with four decimals.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Update {
+    /// Probability under the policy that was updated, over that under the one that sampled: 1 in the first update of a step.
+    #[serde(serialize_with = "four_decimals")]
+    pub ratios: Vec<f32>,
+    /// Entropy of the distribution that the token was drawn from, nats.
+    #[serde(serialize_with = "four_decimals")]
+    pub entropies: Vec<f32>,
+    /// Only where the tokens of one episode have different ones.
+    #[serde(default, skip_serializing_if = "Vec::is_empty", serialize_with = "four_decimals")]
+    pub advantages: Vec<f32>,
+}
+
+fn four_decimals<S: serde::Serializer>(values: &[f32], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(values.iter().map(|&value| (f64::from(value) * 1e4).round() / 1e4))
 }
 
 /// One conversation with everything that is known about it.
@@ -199,6 +220,8 @@ pub struct Episode {
     pub parts: Parts,
     pub reward: f64,
     pub advantage: Option<f64>,
+    /// Only of episodes that an update was made of.
+    pub update: Option<Update>,
 }
 
 impl Episode {
@@ -242,6 +265,8 @@ pub struct Record {
     pub ids: Vec<u32>,
     pub sampled: Vec<u8>,
     pub logprobs: Vec<f32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub update: Option<Update>,
 }
 
 impl Episode {
@@ -289,6 +314,7 @@ impl Episode {
             ids: self.stream.ids.clone(),
             sampled: self.stream.sampled.iter().map(|&s| u8::from(s)).collect(),
             logprobs: self.stream.logprobs.clone(),
+            update: self.update.clone(),
         }
     }
 }

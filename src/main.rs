@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 use foveate::config::BadConfig;
-use foveate::{ask, bench, commands, demo, doctor, eval, rl, run, sft};
+use foveate::{ask, bench, commands, demo, doctor, eval, report, rl, run, sft};
 use foveate_kernels::memory::OnLines;
 
 #[global_allocator]
@@ -61,6 +61,12 @@ enum Command {
         /// Where to write the page (default: report.html in the run folder, or beside several)
         #[arg(long)]
         out: Option<PathBuf>,
+        /// Episodes on the page, shared among the runs
+        #[arg(long, default_value_t = report::EPISODES)]
+        episodes: usize,
+        /// Write the main curves and a few episodes as SVG files into this folder, too
+        #[arg(long, value_name = "DIR")]
+        figures: Option<PathBuf>,
         /// One JSON object on stdout
         #[arg(long)]
         json: bool,
@@ -187,7 +193,9 @@ fn run_command(command: Command) -> anyhow::Result<()> {
         Command::Rollout(args) => rl::rollout_main(&args.invocation()),
         Command::Eval(args) => eval::main(&args.invocation()),
         Command::Ask(options) => ask::main(&options),
-        Command::Report { runs, out, json } => commands::report(&runs, out.as_deref(), json),
+        Command::Report { runs, out, episodes, figures, json } => {
+            commands::report(&runs, &report::Options { out, episodes, figures }, json)
+        }
         Command::Data(command) => command.run(),
         Command::Model(command) => command.run(),
         Command::Score { bench: Some(rows), enlarge, json } => commands::score_bench(&rows, enlarge, json),

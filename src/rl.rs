@@ -19,11 +19,11 @@ use crate::config::{self, BadConfig};
 use crate::data::{Order, Sample};
 use crate::engine::embedded::{self, Embedded};
 use crate::engine::{Group, Scores, Trainer, Weights, Who};
-use crate::episode::{BoxOutcome, Episode, Stop};
+use crate::episode::{BoxOutcome, Episode, Stop, Update};
 use crate::eval;
 use crate::image::{PictureCache, Processor};
 use crate::need;
-use crate::objective::{Correction, Objective, Outcome, Sequence, Tally};
+use crate::objective::{Advantages, Correction, Objective, Outcome, Sequence, Tally};
 use crate::optim::Optim;
 use crate::progress::{self, Progress};
 use crate::rollout::{self, Stage};
@@ -96,6 +96,8 @@ pub struct TrainOptions {
     pub keep_checkpoints: usize,
     /// Write the episodes of every so many steps, and of the last; 0 writes none.
     pub episodes_every: u64,
+    /// Write the metrics a second time as TensorBoard reads them.
+    pub tensorboard: bool,
 }
 
 impl Default for TrainOptions {
@@ -115,6 +117,7 @@ impl Default for TrainOptions {
             checkpoint_every: 20,
             keep_checkpoints: 2,
             episodes_every: 1,
+            tensorboard: true,
         }
     }
 }
@@ -307,6 +310,9 @@ pub fn train(
         convention: engine.convention,
     };
     let mut log = folder.metrics_log()?;
+    if plan.train.tensorboard {
+        log = log.with_events()?;
+    }
     let bar = Progress::start("training", "step", done, plan.train.steps);
     let mut last = Metrics::new();
     for step in done + 1..=plan.train.steps {
@@ -315,7 +321,9 @@ pub fn train(
         let episodes = context.step(&mut engine, &rows, &mut state, step, &mut watch_time, &mut metrics)?;
         let last_step = step == plan.train.steps;
         if plan.eval.every > 0 && (step % plan.eval.every == 0 || last_step) {
-            watch_time.time("eval", || context.evaluate(&mut engine, &held_out, &mut metrics))?;
+            let played = watch_time.time("eval", || context.evaluate(&mut engine, &held_out, &mut metrics))?;
+            let records: Vec<_> = played.iter().map(Episode::record).collect();
+            folder.write_validation(step, &records)?;
         }
         watch_time.write(&mut metrics);
         metrics.insert("perf/max_memory_gb".into(), json!(peak_rss() as f64 / 1e9));
@@ -407,6 +415,7 @@ impl Loop<'_> {
         }
 
         let mut norms = Vec::new();
+        let mut seen: Vec<Option<Update>> = vec![None; episodes.len()];
         let mut tally = Tally::default();
         let mut first_ratio = f64::NAN;
         let update_watch = std::time::Instant::now();
@@ -435,6 +444,7 @@ impl Loop<'_> {
                 };
                 let mut out = self.objective.evaluate(&[sequence], &totals)?;
                 of_update.merge(&out.tally);
+                seen[i] = Some(looked_at(&old[i], scores, sequence_advantages(&advantages, i)));
                 Ok(Weights {
                     logprobs: out.gradient.pop().unwrap_or_default(),
                     entropies: out.entropy_weight.and_then(|mut w| w.pop()),
@@ -457,6 +467,7 @@ impl Loop<'_> {
         metrics.insert("actor/grad_norm".into(), json!(eval::average(norms.iter().copied())));
         for (i, episode) in episodes.iter_mut().enumerate() {
             episode.advantage = Some(advantages.trajectory[i]);
+            episode.update = seen[i].take();
         }
         count(&episodes, metrics);
         Ok(episodes)
@@ -514,7 +525,7 @@ impl Loop<'_> {
         Ok((kept, teaches))
     }
 
-    fn evaluate(&self, engine: &mut Embedded, rows: &[Sample], metrics: &mut Metrics) -> Result<()> {
+    fn evaluate(&self, engine: &mut Embedded, rows: &[Sample], metrics: &mut Metrics) -> Result<Vec<Episode>> {
         let options = eval::EvalOptions { seed: self.plan.train.seed, ..eval::EvalOptions::default() };
         let rollout = self.plan.held_out_rollout();
         let bench = eval::Bench {
@@ -526,14 +537,30 @@ impl Loop<'_> {
             options: &options,
             interrupt: &Interrupt::none(),
         };
-        let summary = eval::summarise(&eval::play_all(&bench, "held-out rows", self.task, engine, rows)?);
+        let episodes = eval::play_all(&bench, "held-out rows", self.task, engine, rows)?;
+        let summary = eval::summarise(&episodes);
         engine.forget_views();
         metrics.insert("val/accuracy".into(), json!(summary.accuracy.value));
         if let Some(c) = summary.containment {
             metrics.insert("val/contains_target".into(), json!(c.value));
         }
-        Ok(())
+        Ok(episodes)
     }
+}
+
+/// What the update sees at each token of an episode, for the record.
+fn looked_at(old: &[f32], scores: &Scores, advantages: Vec<f32>) -> Update {
+    Update {
+        ratios: scores.logprobs.iter().zip(old).map(|(new, old)| (new - old).exp()).collect(),
+        entropies: scores.entropies.clone(),
+        advantages,
+    }
+}
+
+/// The advantages of an episode's tokens where they differ, nothing where they are all the episode's.
+fn sequence_advantages(advantages: &Advantages, i: usize) -> Vec<f32> {
+    let tokens = advantages.token.as_ref().and_then(|tokens| tokens.get(i));
+    tokens.map(|tokens| tokens.iter().map(|&a| a as f32).collect()).unwrap_or_default()
 }
 
 /// Indices of the episodes of each group, in order.

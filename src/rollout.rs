@@ -267,7 +267,13 @@ fn advance(
     let reply = stage.task.reply(&context, &action)?;
     let (Reply::Close(_, reading) | Reply::Show(_, reading)) = &reply;
     let Reading { outcome, bbox, boxes } = reading.clone();
-    playing.turns.push(Turn { outcome, bbox, boxes, ..Turn::new("assistant", text, ids.len()) });
+    playing.turns.push(Turn {
+        outcome,
+        bbox,
+        boxes,
+        pieces: stage.chat.pieces(&ids)?,
+        ..Turn::new("assistant", text, ids.len())
+    });
     match reply {
         Reply::Close(stop, _) => {
             playing.stop = Some(if finish == Finish::Length { Stop::Truncated } else { stop });
@@ -311,6 +317,7 @@ fn finish(stage: &Stage, playing: Playing, step: u64) -> Result<Episode> {
         parts: Parts::default(),
         reward: 0.0,
         advantage: None,
+        update: None,
     };
     episode.parts = stage.task.judge(sample, &episode);
     episode.reward = stage.task.reward(&episode.parts);

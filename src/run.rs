@@ -1,7 +1,8 @@
 //! The run folder: the one place a run leaves its trace, and the only thing report and evaluation read.
 //!
 //! ```text
-//! RUN/config.toml  environment.json  metrics.jsonl  episodes/STEP.jsonl  checkpoints/STEP/  table.json  report.html
+//! RUN/config.toml  environment.json  metrics.jsonl  events.out.tfevents.*  episodes/STEP.jsonl  validation/STEP.jsonl  checkpoints/STEP/
+//!     table.json  report.html
 //! ```
 //!
 //! Hides how files become durable. What must stay true: at whatever instant the process is killed, every file in the folder is
@@ -10,11 +11,13 @@
 
 mod changes;
 mod checkpoint;
+mod events;
 mod metrics;
 mod process;
 
 use checkpoint::Draft;
 pub use checkpoint::{Checkpoint, STATE};
+pub use events::EVENTS;
 pub use metrics::{Metrics, MetricsFile, MetricsLog};
 pub use process::{EXIT_INTERRUPTED, Environment, Interrupt, Interrupted, Invocation, Stopwatch, now, peak_rss};
 
@@ -43,6 +46,8 @@ pub const ENVIRONMENT: &str = "environment.json";
 /// One JSON object a line, each with "step".
 pub const METRICS: &str = "metrics.jsonl";
 const EPISODES: &str = "episodes";
+/// Episodes of the held-out questions asked during training.
+const VALIDATION: &str = "validation";
 const CHECKPOINTS: &str = "checkpoints";
 const LOCK: &str = "run.lock";
 
@@ -106,11 +111,13 @@ impl RunFolder {
         make_folders(&self.root)?;
         checkpoint::sweep(&self.root.join(CHECKPOINTS))?;
         metrics::cut_after(&self.root.join(METRICS), done)?;
-        for step in episode_steps(&self.root)? {
-            if done.is_none_or(|done| step > done) {
-                let path = episodes_path(&self.root, step);
-                fs::remove_file(&path)
-                    .with_context(|| format!("taking back the episodes of step {step}: {}", path.display()))?;
+        for folder in [EPISODES, VALIDATION] {
+            for step in steps_in(&self.root.join(folder))? {
+                if done.is_none_or(|done| step > done) {
+                    let path = lines_path(&self.root, folder, step);
+                    fs::remove_file(&path)
+                        .with_context(|| format!("taking back the episodes of step {step}: {}", path.display()))?;
+                }
             }
         }
         self.save_plan(plan, &Environment::now())
@@ -155,7 +162,21 @@ impl RunFolder {
     /// # Errors
     /// When a record cannot be serialised or the disk refuses.
     pub fn write_episodes<T: Serialize>(&self, step: u64, episodes: &[T]) -> Result<()> {
-        let path = episodes_path(&self.root, step);
+        self.write_lines(EPISODES, step, episodes)
+    }
+
+    /// Writes the episodes of the held-out questions that were asked after a step, as [`RunFolder::write_episodes`] does.
+    ///
+    /// # Errors
+    /// When a record cannot be serialised or the disk refuses.
+    pub fn write_validation<T: Serialize>(&self, step: u64, episodes: &[T]) -> Result<()> {
+        let folder = self.root.join(VALIDATION);
+        fs::create_dir_all(&folder).with_context(|| format!("making the folder {}", folder.display()))?;
+        self.write_lines(VALIDATION, step, episodes)
+    }
+
+    fn write_lines<T: Serialize>(&self, folder: &str, step: u64, episodes: &[T]) -> Result<()> {
+        let path = lines_path(&self.root, folder, step);
         let mut bytes = Vec::new();
         for episode in episodes {
             serde_json::to_writer(&mut bytes, episode)
@@ -239,7 +260,19 @@ pub fn metrics(root: &Path) -> Result<MetricsFile> {
 /// # Errors
 /// When the folder cannot be listed.
 pub fn episode_steps(root: &Path) -> Result<Vec<u64>> {
-    let mut steps: Vec<u64> = checkpoint::entries(&root.join(EPISODES))?
+    steps_in(&root.join(EPISODES))
+}
+
+/// The steps after which held-out questions were asked, in order.
+///
+/// # Errors
+/// When the folder cannot be listed.
+pub fn validation_steps(root: &Path) -> Result<Vec<u64>> {
+    steps_in(&root.join(VALIDATION))
+}
+
+fn steps_in(folder: &Path) -> Result<Vec<u64>> {
+    let mut steps: Vec<u64> = checkpoint::entries(folder)?
         .iter()
         .filter(|path| path.extension().is_some_and(|extension| extension == "jsonl"))
         .filter_map(|path| path.file_stem()?.to_str()?.parse().ok())
@@ -253,7 +286,19 @@ pub fn episode_steps(root: &Path) -> Result<Vec<u64>> {
 /// # Errors
 /// When the file cannot be read or a line is not an episode; the message names the line.
 pub fn episodes<T: DeserializeOwned>(root: &Path, step: u64) -> Result<Vec<T>> {
-    let path = episodes_path(root, step);
+    read_lines(root, EPISODES, step)
+}
+
+/// The episodes of the held-out questions that were asked after a step.
+///
+/// # Errors
+/// When the file cannot be read or a line is not an episode; the message names the line.
+pub fn validation<T: DeserializeOwned>(root: &Path, step: u64) -> Result<Vec<T>> {
+    read_lines(root, VALIDATION, step)
+}
+
+fn read_lines<T: DeserializeOwned>(root: &Path, folder: &str, step: u64) -> Result<Vec<T>> {
+    let path = lines_path(root, folder, step);
     let text = fs::read_to_string(&path)
         .with_context(|| format!("reading the episodes of step {step}: {}", path.display()))?;
     text.lines()
@@ -282,8 +327,8 @@ pub fn latest_checkpoint(root: &Path) -> Result<Option<Checkpoint>> {
     Ok(checkpoints(root)?.pop())
 }
 
-fn episodes_path(root: &Path, step: u64) -> PathBuf {
-    root.join(EPISODES).join(format!("{step}.jsonl"))
+fn lines_path(root: &Path, folder: &str, step: u64) -> PathBuf {
+    root.join(folder).join(format!("{step}.jsonl"))
 }
 
 /// Writes a file so that a reader, or the next start after a crash, finds the old bytes or the new ones and nothing between:
@@ -410,6 +455,18 @@ mod tests {
         let steps: Vec<u64> = rows.iter().map(|row| row["step"].as_u64().unwrap()).collect();
         assert_eq!(steps, [1, 2, 3, 4, 5, 6]);
         assert_eq!(checkpoint::entries(&folder.path().join("checkpoints")).unwrap().len(), 2);
+    }
+
+    #[test]
+    fn what_was_held_out_is_taken_back_too() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunFolder::create(folder.path()).unwrap();
+        for step in [2, 4] {
+            run.write_validation(step, &[json!({"id": "a"})]).unwrap();
+        }
+        run.begin("", Some(2)).unwrap();
+        assert_eq!(validation_steps(folder.path()).unwrap(), [2]);
+        assert_eq!(validation::<Value>(folder.path(), 2).unwrap(), [json!({"id": "a"})]);
     }
 
     #[test]

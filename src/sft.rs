@@ -106,6 +106,8 @@ pub struct TrainOptions {
     pub seed: u64,
     pub checkpoint_every: u64,
     pub keep_checkpoints: usize,
+    /// Write the metrics a second time as TensorBoard reads them.
+    pub tensorboard: bool,
 }
 
 impl Default for TrainOptions {
@@ -118,6 +120,7 @@ impl Default for TrainOptions {
             seed: 1,
             checkpoint_every: 100,
             keep_checkpoints: 2,
+            tensorboard: true,
         }
     }
 }
@@ -412,6 +415,9 @@ pub fn train(plan: &Plan, start: Start, interrupt: &Interrupt) -> Result<Metrics
     }
     folder.begin(&written_plan, checkpoint.map(|c| c.step))?;
     let mut log = folder.metrics_log()?;
+    if plan.train.tensorboard {
+        log = log.with_events()?;
+    }
     let bar = Progress::start("fine-tuning", "step", done, plan.train.steps);
     let mut last = Metrics::new();
     for step in done + 1..=plan.train.steps {

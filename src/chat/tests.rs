@@ -184,3 +184,22 @@ fn a_template_without_an_end_of_turn_is_refused() {
     let error = Chat::load(dir.path()).err().unwrap().to_string();
     assert!(error.contains("control token"), "{error}");
 }
+
+#[test]
+fn pieces_are_shares_of_the_text_whatever_is_sampled() {
+    let chat = nano();
+    for text in ["```json\n[{\"bbox_2d\":[3,14,15,92]}]\n```<|im_end|>", "größer als ein 🦊, 看", ""] {
+        let ids = chat.plain_ids(text).unwrap();
+        let pieces = chat.pieces(&ids).unwrap();
+        assert_eq!((pieces.len(), pieces.concat()), (ids.len(), chat.decode(&ids, false).unwrap()));
+        assert!(pieces.iter().all(|piece| !piece.contains('\u{FFFD}')), "{pieces:?}");
+    }
+    // Half a character, as a policy may well sample: the text is broken, and nothing is lost after it.
+    let mut ids = chat.plain_ids("🦊").unwrap();
+    assert!(ids.len() > 1, "one token a byte");
+    ids.pop();
+    ids.extend(chat.plain_ids("abc").unwrap());
+    let pieces = chat.pieces(&ids).unwrap();
+    assert_eq!(pieces.len(), ids.len());
+    assert!(pieces.concat().contains('\u{FFFD}') && pieces.concat().ends_with("abc"), "{pieces:?}");
+}

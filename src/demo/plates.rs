@@ -30,10 +30,13 @@ struct Scale {
     test: usize,
     /// Overrides of both plans.
     plan: &'static [&'static str],
+    /// The first held-out questions are asked every so many steps, for the report to show how the look at them changes.
+    watch: (usize, u64),
 }
 
-const FULL: Scale = Scale { train: 480, test: 400, plan: &[] };
-const QUICK: Scale = Scale { train: 32, test: 24, plan: &["train.steps=3", "train.prompts=4", "train.group=4"] };
+const FULL: Scale = Scale { train: 480, test: 400, plan: &[], watch: (24, 10) };
+const QUICK: Scale =
+    Scale { train: 32, test: 24, plan: &["train.steps=3", "train.prompts=4", "train.group=4"], watch: (8, 1) };
 
 pub fn main(request: &Request) -> Result<()> {
     let started = Instant::now();
@@ -106,6 +109,9 @@ fn plan(name: &str, text: &str, request: &Request, run: &str, data: &Path, scale
     plan.data.train = data.join("train.jsonl");
     plan.train.out = request.out.join(run);
     plan.train.seed = request.seed;
+    // Nothing is chosen by these: the table at the end asks all of them of the last weights.
+    plan.eval.rows = Some(data.join("test.jsonl"));
+    (plan.eval.limit, plan.eval.every) = (Some(scale.watch.0), scale.watch.1);
     plan.resolve()
 }
 

@@ -1,38 +1,79 @@
-//! A line chart as inline SVG: raw values faint, their smoothed course bold, several runs in one frame.
+//! A line chart as inline SVG: raw values faint, their smoothed course bold, several runs in one frame; runs that differ by
+//! their seed are one bold mean within a band.
 //!
 //! Pure: numbers in, text out; colours are classes of the style sheet, so that light and dark both work. What must stay true: a value that is
 //! not finite is a gap, never a coordinate, and a chart's text grows with its width in pixels, not with the number of steps.
 
 use super::html::{escape, number};
 use crate::stats::ema;
+use std::collections::HashMap;
 
-/// One run's course in a chart. Points are (step, value) in the order of steps.
+/// One experiment in a chart: a run, or several of them that differ by their seed.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Series {
-    /// The run's name.
+    /// The experiment's name.
     pub label: String,
     /// Which colour of the palette.
     pub colour: usize,
-    /// (step, value); values may be NaN.
-    pub points: Vec<(f64, f64)>,
+    /// For each run (step, value) in the order of steps; values may be NaN.
+    pub runs: Vec<Vec<(f64, f64)>>,
     /// Drawn as it is: a schedule has no noise to smooth away.
     pub exact: bool,
 }
 
+/// A course at one step: the mean of the runs, the lowest and the highest of them.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct At {
+    pub step: f64,
+    pub mean: f64,
+    pub low: f64,
+    pub high: f64,
+}
+
 impl Series {
-    /// The smoothed course: an average over the last ten steps or so, none for short runs.
-    pub fn smooth(&self) -> Vec<(f64, f64)> {
-        if self.exact {
-            return self.points.clone();
+    /// The smoothed course: for each run an average over its last ten steps or so (none for short runs), then the mean over the runs, at
+    /// the steps that all of them have.
+    pub fn smooth(&self) -> Vec<At> {
+        let smoothed: Vec<Vec<(f64, f64)>> = self.runs.iter().map(|run| self.smooth_run(run)).collect();
+        let Some((first, others)) = smoothed.split_first() else { return Vec::new() };
+        let by_step = |run: &Vec<(f64, f64)>| run.iter().map(|&(step, value)| (step.to_bits(), value)).collect();
+        let others: Vec<HashMap<u64, f64>> = others.iter().map(by_step).collect();
+        let mut course = Vec::with_capacity(first.len());
+        for &(step, value) in first {
+            let values: Option<Vec<f64>> = others.iter().map(|run| run.get(&step.to_bits()).copied()).collect();
+            let Some(values) = values else { continue };
+            let all = || values.iter().copied().chain([value]);
+            course.push(At {
+                step,
+                mean: all().sum::<f64>() / (values.len() + 1) as f64,
+                low: all().fold(f64::INFINITY, f64::min),
+                high: all().fold(f64::NEG_INFINITY, f64::max),
+            });
         }
-        let values: Vec<f64> = self.points.iter().map(|point| point.1).collect();
-        let keep = (1.0 - 10.0 / values.len() as f64).clamp(0.0, 0.9);
-        self.points.iter().map(|point| point.0).zip(ema(&values, keep)).collect()
+        course
+    }
+
+    fn smooth_run(&self, points: &[(f64, f64)]) -> Vec<(f64, f64)> {
+        if self.exact {
+            return points.to_vec();
+        }
+        let values: Vec<f64> = points.iter().map(|point| point.1).collect();
+        points.iter().map(|point| point.0).zip(ema(&values, keep(values.len()))).collect()
     }
 
     fn finite(&self) -> impl Iterator<Item = (f64, f64)> {
-        self.points.iter().copied().filter(|(x, y)| x.is_finite() && y.is_finite())
+        self.runs.iter().flatten().copied().filter(|(x, y)| x.is_finite() && y.is_finite())
     }
+
+    /// With few points the dots are the data and a faint copy of the same line would only blur it.
+    fn few(&self) -> bool {
+        self.runs.len() == 1 && self.finite().count() <= 12
+    }
+}
+
+/// The weight of the past in the smoothing of so many values.
+pub fn keep(values: usize) -> f64 {
+    (1.0 - 10.0 / values as f64).clamp(0.0, 0.9)
 }
 
 /// How many colours the style sheet has.
@@ -61,8 +102,10 @@ pub fn chart(title: &str, series: &[Series], share: bool) -> Option<String> {
     let y = |value: f64| HEIGHT - BOTTOM - (value - bottom) / (top - bottom) * (HEIGHT - TOP - BOTTOM);
 
     let mut svg = format!(
-        "<svg class=\"chart\" viewBox=\"0 0 {WIDTH} {HEIGHT}\" role=\"img\" aria-label=\"{}\">",
-        escape(&format!("{title} by step"))
+        "<svg class=\"chart\" viewBox=\"0 0 {WIDTH} {HEIGHT}\" role=\"img\" aria-label=\"{}\" data-axes=\"{first} {last} {bottom} {top}\" data-frame=\"{LEFT} {} {TOP} {}\">",
+        escape(&format!("{title} by step")),
+        WIDTH - RIGHT,
+        HEIGHT - BOTTOM
     );
     for tick in &ticks {
         let at = y(*tick);
@@ -85,27 +128,28 @@ pub fn chart(title: &str, series: &[Series], share: bool) -> Option<String> {
     }
     for one in series {
         let colour = one.colour % COLOURS;
-        let smooth = one.smooth();
-        // With few points the dots are the data and a faint copy of the same line would only blur it.
-        let few = one.finite().count() <= 12;
-        if !few && !one.exact {
-            svg.push_str(&line(&thin(&one.points), &x, &y, &format!("raw s{colour}")));
+        let course = one.smooth();
+        let (few, several) = (one.few(), one.runs.len() > 1);
+        if several {
+            svg.push_str(&band(&course, &x, &y, &format!("band s{colour}")));
+        } else if !few && !one.exact {
+            svg.push_str(&line(&thin(&one.runs[0]), &x, &y, &format!("raw s{colour}")));
         }
-        let course = if few { one.points.clone() } else { thin(&smooth) };
-        svg.push_str(&line(&course, &x, &y, &format!("line s{colour}")));
-        if few {
-            for (step, value) in one.finite() {
-                svg.push_str(&format!(
-                    "<circle class=\"dot s{colour}\" cx=\"{:.1}\" cy=\"{:.1}\" r=\"2.6\"/>",
-                    x(step),
-                    y(value)
-                ));
-            }
-        } else if let Some(&(step, value)) = course.iter().rev().find(|point| point.1.is_finite()) {
+        let drawn: Vec<(f64, f64)> = match few {
+            true => one.runs[0].clone(),
+            false => thin(&course.iter().map(|at| (at.step, at.mean)).collect::<Vec<_>>()),
+        };
+        svg.push_str(&line(&drawn, &x, &y, &format!("line s{colour}")));
+        let dots: Vec<(f64, f64)> = match few {
+            true => one.finite().collect(),
+            false => drawn.iter().rev().find(|point| point.1.is_finite()).copied().into_iter().collect(),
+        };
+        for (step, value) in dots {
             svg.push_str(&format!(
-                "<circle class=\"dot s{colour}\" cx=\"{:.1}\" cy=\"{:.1}\" r=\"3\"/>",
+                "<circle class=\"dot s{colour}\" cx=\"{:.1}\" cy=\"{:.1}\" r=\"{}\"/>",
                 x(step),
-                y(value)
+                y(value),
+                if few { 2.6 } else { 3.0 }
             ));
         }
     }
@@ -132,6 +176,17 @@ fn line(points: &[(f64, f64)], x: &impl Fn(f64) -> f64, y: &impl Fn(f64) -> f64,
         }
     }
     format!("<path class=\"{class}\" d=\"{path}\"/>")
+}
+
+/// The area between the lowest and the highest run.
+fn band(course: &[At], x: &impl Fn(f64) -> f64, y: &impl Fn(f64) -> f64, class: &str) -> String {
+    let stretch = course.len().div_ceil(MOST_POINTS).max(1);
+    let known: Vec<&At> = course.iter().filter(|at| at.mean.is_finite()).step_by(stretch).collect();
+    let upper = known.iter().map(|at| (at.step, at.high));
+    let lower = known.iter().rev().map(|at| (at.step, at.low));
+    let corners: Vec<String> =
+        upper.chain(lower).map(|(step, value)| format!("{:.1} {:.1}", x(step), y(value))).collect();
+    if corners.is_empty() { String::new() } else { format!("<path class=\"{class}\" d=\"M{}Z\"/>", corners.join("L")) }
 }
 
 /// At most [`MOST_POINTS`] points: of each stretch its lowest and its highest, so that no spike is lost.
@@ -200,7 +255,7 @@ mod tests {
     use super::*;
 
     fn series(points: Vec<(f64, f64)>) -> Series {
-        Series { label: "run".into(), colour: 0, points, exact: false }
+        Series { label: "run".into(), colour: 0, runs: vec![points], exact: false }
     }
 
     #[test]
@@ -208,6 +263,19 @@ mod tests {
         let svg = chart("reward", &[series(vec![(0.0, 0.0), (10.0, 1.0)])], true).unwrap();
         // Bottom left of the frame is (44, 166), top right is (370, 10).
         assert!(svg.contains("<path class=\"line s0\" d=\"M44.0 166.0L370.0 10.0\"/>"), "{svg}");
+    }
+
+    #[test]
+    fn several_seeds_are_their_mean_within_a_band() {
+        let runs = vec![vec![(0.0, 0.0), (10.0, 0.5), (20.0, 1.0)], vec![(0.0, 0.0), (10.0, 1.0)]];
+        let both = Series { runs, ..series(vec![]) };
+        let course = both.smooth();
+        // Step 20 is the first run's alone.
+        assert_eq!(course.len(), 2);
+        assert_eq!(course[1], At { step: 10.0, mean: 0.75, low: 0.5, high: 1.0 });
+        let svg = chart("reward", &[both], true).unwrap();
+        assert!(svg.contains("<path class=\"band s0\" d=\"M44.0 166.0L207.0 10.0L207.0 88.0L44.0 166.0Z\"/>"), "{svg}");
+        assert!(!svg.contains("class=\"raw"), "{svg}");
     }
 
     #[test]

@@ -6,7 +6,7 @@
 use super::chart::{COLOURS, Series, chart};
 use super::html::{escape, number};
 use crate::run::Metrics;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// A question a reader has, and the names that answer it: a name belongs to the first section with a word it contains.
 struct Section {
@@ -69,32 +69,62 @@ const ORDER: &[usize] = &[2, 1, 3, 4, 0];
 /// Charts shown before the rest of a section is folded.
 const SHOWN: usize = 6;
 
-/// One run's metrics.
+/// Steps of a curve that are handed to the page's script; of longer ones it gets the means of stretches.
+const MOST_STEPS: usize = 2000;
+
+/// One experiment's metrics: of a run, or of several that differ by their seed.
 pub struct Course<'a> {
     pub label: &'a str,
-    pub rows: &'a [Metrics],
+    pub colour: usize,
+    pub runs: Vec<&'a [Metrics]>,
 }
 
-/// The section of charts, empty when no run has metrics.
-pub fn html(runs: &[Course]) -> String {
+/// The charts of a page.
+#[derive(Default)]
+pub struct Curves {
+    /// Sections of charts, empty when no run has metrics.
+    pub html: String,
+    /// What each chart shows, in the order of their `data-curve`, so that a script can smooth it otherwise.
+    pub data: Vec<Value>,
+}
+
+/// Draws every metric of the runs.
+pub fn draw(courses: &[Course]) -> Curves {
+    let mut curves = Curves::default();
+    for (title, names, folded) in sections(courses) {
+        section(title, &names, courses, folded, &mut curves);
+    }
+    curves
+}
+
+/// The sections with their metrics' names in the order of the page.
+fn sections<'a>(courses: &[Course<'a>]) -> Vec<(&'static str, Vec<&'a str>, bool)> {
     let mut names: Vec<&str> = Vec::new();
-    for row in runs.iter().flat_map(|run| run.rows) {
+    let mut known = std::collections::HashSet::new();
+    for row in courses.iter().flat_map(|course| &course.runs).copied().flatten() {
         for (name, value) in row {
-            if name != "step" && value.is_number() && !names.contains(&name.as_str()) {
+            if name != "step" && value.is_number() && known.insert(name.as_str()) {
                 names.push(name);
             }
         }
     }
-    let mut html = String::new();
+    let mut sections = Vec::new();
     for &index in ORDER {
         let section = &SECTIONS[index];
         let mut mine: Vec<&str> = names.iter().copied().filter(|name| section_of(name) == Some(index)).collect();
         mine.sort_by_key(|name| section.first.iter().position(|first| first == name).unwrap_or(usize::MAX));
-        html.push_str(&section_html(section.title, &mine, runs, section.folded));
+        sections.push((section.title, mine, section.folded));
     }
     let rest: Vec<&str> = names.iter().copied().filter(|name| section_of(name).is_none()).collect();
-    html.push_str(&section_html("Everything else", &rest, runs, true));
-    html
+    sections.push(("Everything else", rest, true));
+    sections
+}
+
+/// The metrics asked about first, with their charts' series: what a paper would show.
+pub fn main_curves<'a>(courses: &[Course<'a>]) -> Vec<(&'a str, Vec<Series>, bool)> {
+    let of = |name: &'a str| (name, series(name, courses), is_share(name, &series(name, courses)));
+    let wanted = |name: &str| SECTIONS.iter().any(|section| !section.folded && section.first.contains(&name));
+    sections(courses).into_iter().flat_map(|(_, names, _)| names).filter(|name| wanted(name)).map(of).collect()
 }
 
 fn section_of(name: &str) -> Option<usize> {
@@ -106,49 +136,87 @@ fn named_section(name: &str) -> Option<usize> {
     SECTIONS.iter().position(|section| section.words.iter().any(|word| name.contains(word)))
 }
 
-fn section_html(title: &str, names: &[&str], runs: &[Course], folded: bool) -> String {
-    let charts: Vec<String> = names.iter().filter_map(|name| figure(name, runs)).collect();
+fn section(title: &str, names: &[&str], courses: &[Course], folded: bool, curves: &mut Curves) {
+    let charts: Vec<String> = names.iter().filter_map(|name| figure(name, courses, &mut curves.data)).collect();
     if charts.is_empty() {
-        return String::new();
+        return;
     }
+    let html = &mut curves.html;
     let grid = |charts: &[String]| format!("<div class=\"charts\">{}</div>", charts.concat());
     if folded {
-        return format!(
+        html.push_str(&format!(
             "<details><summary>{title} <span class=\"quiet\">{}</span></summary>{}</details>",
             charts.len(),
             grid(&charts)
-        );
+        ));
+        return;
     }
     let (shown, more) = charts.split_at(charts.len().min(SHOWN));
-    let mut html = format!("<h3>{title}</h3>{}", grid(shown));
+    html.push_str(&format!("<h3>{title}</h3>{}", grid(shown)));
     if !more.is_empty() {
         html.push_str(&format!("<details><summary>{} more</summary>{}</details>", more.len(), grid(more)));
     }
-    html
 }
 
-fn figure(name: &str, runs: &[Course]) -> Option<String> {
-    let series: Vec<Series> = runs
+/// A metric of all experiments that have it.
+fn series(name: &str, courses: &[Course]) -> Vec<Series> {
+    let has = |points: &Vec<(f64, f64)>| points.iter().any(|point| point.1.is_finite());
+    courses
         .iter()
-        .enumerate()
-        .map(|(index, run)| Series {
-            label: run.label.to_owned(),
-            colour: index % COLOURS,
-            points: points(run.rows, name),
+        .map(|course| Series {
+            label: course.label.to_owned(),
+            colour: course.colour % COLOURS,
+            runs: course.runs.iter().map(|rows| points(rows, name)).filter(has).collect(),
             exact: name == "lr" || name.ends_with("/lr"),
         })
-        .filter(|series| series.points.iter().any(|point| point.1.is_finite()))
-        .collect();
+        .filter(|series| !series.runs.is_empty())
+        .collect()
+}
+
+fn figure(name: &str, courses: &[Course], data: &mut Vec<Value>) -> Option<String> {
+    let series = series(name, courses);
     let share = is_share(name, &series);
     let svg = chart(name, &series, share)?;
     let mut last = String::new();
     for one in &series {
-        if let Some((_, value)) = one.smooth().into_iter().rev().find(|point| point.1.is_finite()) {
-            let text = if share { format!("{:.1} %", value * 100.0) } else { number(value) };
+        if let Some(at) = one.smooth().into_iter().rev().find(|at| at.mean.is_finite()) {
+            let text = if share { format!("{:.1} %", at.mean * 100.0) } else { number(at.mean) };
             last.push_str(&format!("<b class=\"s{}\" title=\"{}\">{text}</b>", one.colour, escape(&one.label)));
         }
     }
-    Some(format!("<figure><figcaption><span>{}</span>{last}</figcaption>{svg}</figure>", escape(name)))
+    let curve = data.len();
+    data.push(json!({"name": name, "share": share, "lines": series.iter().map(line).collect::<Vec<_>>()}));
+    Some(format!(
+        "<figure data-curve=\"{curve}\"><figcaption><span>{}</span>{last}</figcaption>{svg}</figure>",
+        escape(name)
+    ))
+}
+
+fn line(series: &Series) -> Value {
+    let run = |points: &Vec<(f64, f64)>| {
+        let points = shortened(points);
+        let x: Vec<u64> = points.iter().map(|point| point.0 as u64).collect();
+        let y: Vec<Option<f64>> = points.iter().map(|point| short(point.1)).collect();
+        json!([x, y])
+    };
+    let runs: Vec<Value> = series.runs.iter().map(run).collect();
+    json!({"label": series.label, "colour": series.colour, "exact": series.exact, "runs": runs})
+}
+
+/// Five digits are more than a chart shows.
+fn short(value: f64) -> Option<f64> {
+    value.is_finite().then(|| format!("{value:.4e}").parse().unwrap_or(value))
+}
+
+fn shortened(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
+    if points.len() <= MOST_STEPS {
+        return points.to_vec();
+    }
+    let mean = |part: &[(f64, f64)]| {
+        let known: Vec<f64> = part.iter().map(|point| point.1).filter(|value| value.is_finite()).collect();
+        (part[part.len() - 1].0, known.iter().sum::<f64>() / known.len() as f64)
+    };
+    points.chunks(points.len().div_ceil(MOST_STEPS)).map(mean).collect()
 }
 
 /// (step, value) of one metric; a row that lacks it has no point, a null in it is a gap.
@@ -166,8 +234,8 @@ fn is_share(name: &str, series: &[Series]) -> bool {
     const WORDS: &[&str] =
         &["reward/mean", "rewards/", "acc", "contain", "frac", "rate", "share", "clip_ratio", "iou", "valid"];
     let named = WORDS.iter().any(|word| name.contains(word)) && !name.contains("std") && !name.starts_with("actor/");
-    named
-        && series.iter().flat_map(|one| &one.points).all(|point| !point.1.is_finite() || (0.0..=1.0).contains(&point.1))
+    let values = || series.iter().flat_map(|one| &one.runs).flatten().map(|point| point.1);
+    named && values().all(|value| !value.is_finite() || (0.0..=1.0).contains(&value))
 }
 
 #[cfg(test)]
@@ -208,11 +276,22 @@ mod tests {
     fn every_metric_is_on_the_page_and_names_are_escaped() {
         let unknown = rows("<b>odd</b>", &[1.0, 2.0]);
         let known = rows("reward/mean", &[0.1, 0.2]);
-        let html = html(&[Course { label: "one", rows: &unknown }, Course { label: "two", rows: &known }]);
+        let course = |label, colour, rows| Course { label, colour, runs: vec![rows] };
+        let Curves { html, data } = draw(&[course("one", 0, &unknown), course("two", 1, &known)]);
         assert!(html.contains("&lt;b&gt;odd&lt;/b&gt;") && !html.contains("<b>odd"), "{html}");
         assert!(html.contains("reward/mean") && html.contains("20.0 %"), "{html}");
         // The second run has the second colour, though it is alone in its chart.
         assert!(html.contains("line s1"), "{html}");
+        // Each chart carries the place of its numbers.
+        assert!(html.contains("data-curve=\"0\"") && html.contains("data-curve=\"1\""), "{html}");
+        assert_eq!(data[0]["lines"][0]["runs"], json!([[[0, 1], [0.1, 0.2]]]));
+    }
+
+    #[test]
+    fn a_long_curve_is_handed_on_as_means() {
+        let long: Vec<(f64, f64)> = (0..5000).map(|step| (f64::from(step), f64::from(step % 2))).collect();
+        let short = shortened(&long);
+        assert_eq!((short.len(), short[0], short[1666]), (1667, (2.0, 1.0 / 3.0), (4999.0, 0.5)));
     }
 
     #[test]
@@ -221,7 +300,7 @@ mod tests {
             [Series {
                 label: String::new(),
                 colour: 0,
-                points: values.iter().map(|v| (0.0, *v)).collect(),
+                runs: vec![values.iter().map(|v| (0.0, *v)).collect()],
                 exact: false,
             }]
         };

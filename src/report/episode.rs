@@ -1,23 +1,23 @@
-//! One episode as HTML: the original with every view and target drawn on it, the views as the policy saw them, the words, the judgement.
+//! One episode as HTML that needs no script: the original with every view and target drawn on it, the views as the policy saw them, the words, the judgement.
 //!
 //! What must stay true: boxes are drawn in original pixels by the overlay's own coordinate system, so they cannot drift from the picture.
 
 use super::html::{escape, number, words};
+use super::load::Run;
 use super::pictures::{Pictures, Placed};
 use super::record::{Record, Target, Turn, View, plain};
-use std::path::{Path, PathBuf};
 
 /// What the page knows about the run an episode belongs to.
 pub struct Belongs<'a> {
-    /// Index and name of the run, for colours and filters.
-    pub run: usize,
-    pub name: &'a str,
+    pub run: &'a Run,
+    /// The run's colour.
+    pub colour: usize,
     /// Whether the page shows several runs.
     pub several: bool,
-    /// Where relative picture paths start.
-    pub root: &'a Path,
     /// "step 12", or which row of the result table.
     pub when: &'a str,
+    /// The episode's link.
+    pub key: &'a str,
 }
 
 /// The episode's card.
@@ -25,15 +25,14 @@ pub fn card(record: &Record, belongs: &Belongs, pictures: &mut Pictures) -> Stri
     let right = record.right();
     let (verdict, class) = if right { ("right", "good") } else { ("wrong", "bad") };
     let mut html = format!(
-        "<article class=\"episode\" data-verdict=\"{verdict}\" data-step=\"{}\" data-run=\"{}\"><header><span class=\"verdict {class}\">{verdict}</span>",
-        escape(belongs.when),
-        belongs.run
+        "<article class=\"episode\" id=\"{}\"><header><span class=\"verdict {class}\">{verdict}</span>",
+        escape(belongs.key)
     );
     if belongs.several {
         html.push_str(&format!(
             "<span class=\"run\"><i class=\"swatch s{}\"></i>{}</span>",
-            belongs.run % super::chart::COLOURS,
-            escape(belongs.name)
+            belongs.colour % super::chart::COLOURS,
+            escape(&belongs.run.name)
         ));
     }
     html.push_str(&format!("<span>{}</span>", escape(belongs.when)));
@@ -68,7 +67,7 @@ pub fn card(record: &Record, belongs: &Belongs, pictures: &mut Pictures) -> Stri
 }
 
 /// The answer in words; one of boxes on several pictures says what is in which, for the boxes themselves are drawn.
-fn right_answer(record: &Record) -> String {
+pub(super) fn right_answer(record: &Record) -> String {
     if !record.several_pictures() || record.targets.is_empty() {
         return plain(&record.answer);
     }
@@ -79,18 +78,13 @@ fn right_answer(record: &Record) -> String {
     record.targets.iter().map(what).collect::<Vec<_>>().join(", ")
 }
 
-/// A picture's path as the run wrote it: absolute, relative to the run folder, or relative to where the program was started.
-fn locate(path: &str, root: &Path) -> PathBuf {
-    let inside = root.join(path);
-    if inside.is_file() { inside } else { PathBuf::from(path) }
-}
-
 fn originals(record: &Record, belongs: &Belongs, pictures: &mut Pictures) -> String {
     let mut html = String::new();
     for (index, path) in record.images.iter().enumerate() {
         let caption = if record.several_pictures() { format!("Image-{}", index + 1) } else { "original".into() };
-        match pictures.original(&locate(path, belongs.root)) {
+        match pictures.original(&belongs.run.locate(path)) {
             Ok(placed) => {
+                pictures.show_plainly(&placed);
                 let first = record
                     .views
                     .iter()
@@ -160,12 +154,12 @@ fn overlay(record: &Record, image: usize, placed: &Placed, path: &str) -> String
     svg
 }
 
-fn drawable(bbox: &[f64; 4]) -> bool {
+pub(super) fn drawable(bbox: &[f64; 4]) -> bool {
     bbox.iter().all(|side| side.is_finite())
 }
 
 /// A rectangle that stays visible on any picture: a dark line below a bright one.
-fn rectangle([x1, y1, x2, y2]: [f64; 4], class: &str, title: &str) -> String {
+pub(super) fn rectangle([x1, y1, x2, y2]: [f64; 4], class: &str, title: &str) -> String {
     let place =
         format!("x=\"{x1:.1}\" y=\"{y1:.1}\" width=\"{:.1}\" height=\"{:.1}\"", (x2 - x1).max(0.0), (y2 - y1).max(0.0));
     format!("<rect class=\"halo\" {place}/><rect class=\"{class}\" {place}><title>{}</title></rect>", escape(title))
@@ -184,7 +178,7 @@ fn crops(record: &Record) -> impl Iterator<Item = (usize, &View)> {
 }
 
 /// Whether this is the opening view of its picture: shown before the policy spoke.
-fn first_look(record: &Record, index: usize, view: &View) -> bool {
+pub(super) fn first_look(record: &Record, index: usize, view: &View) -> bool {
     view.turn == 0 && record.views[..index].iter().all(|before| before.image != view.image)
 }
 
@@ -205,13 +199,16 @@ fn views(record: &Record, belongs: &Belongs, pictures: &mut Pictures) -> String 
             html.push_str(&missing(&name, "the record does not say which region of which picture"));
             continue;
         };
-        match pictures.view(&locate(path, belongs.root), region, size) {
-            Ok(placed) => html.push_str(&format!(
-                "<figure class=\"view\" style=\"--ratio:{:.4}\">{}<figcaption>{name} <span>{}</span></figcaption></figure>",
-                placed.ratio(),
-                seen(record, view, region, &placed),
-                caption(record, view, region, size)
-            )),
+        match pictures.view(&belongs.run.locate(path), region, size) {
+            Ok(placed) => {
+                pictures.show_plainly(&placed);
+                html.push_str(&format!(
+                    "<figure class=\"view\" style=\"--ratio:{:.4}\">{}<figcaption>{name} <span>{}</span></figcaption></figure>",
+                    placed.ratio(),
+                    seen(record, view, region, &placed),
+                    caption(record, view, region, size)
+                ));
+            }
             Err(reason) => html.push_str(&missing(path, &reason)),
         }
     }
@@ -238,7 +235,7 @@ fn seen(record: &Record, view: &View, region: [f64; 4], placed: &Placed) -> Stri
     svg
 }
 
-fn caption(record: &Record, view: &View, region: [f64; 4], [width, height]: [u32; 2]) -> String {
+pub(super) fn caption(record: &Record, view: &View, region: [f64; 4], [width, height]: [u32; 2]) -> String {
     let [x1, y1, x2, y2] = region;
     let mut text =
         format!("{} × {} px, seen as {width} × {height}", number((x2 - x1).round()), number((y2 - y1).round()));
@@ -278,23 +275,22 @@ fn conversation(record: &Record) -> String {
             escape(&turn.role),
             words(turn.text.trim_end()),
             readings(turn)
+                .iter()
+                .map(|text| format!("<code class=\"action\">{}</code>", escape(text)))
+                .collect::<String>()
         ));
     }
     html
 }
 
 /// What the program read in the policy's words.
-fn readings(turn: &Turn) -> String {
+pub(super) fn readings(turn: &Turn) -> Vec<String> {
     let place = |bbox: [f64; 4]| format!("box {}", bbox.map(|side| number(side.round())).join(", "));
     let bbox = turn.bbox.map(|bbox| format!("box {}", bbox.map(number).join(", ")));
     let boxes =
         turn.boxes.iter().map(|said| format!("Image-{}: {}", said.image, said.bbox.map(place).unwrap_or_default()));
-    [plain(&turn.action), plain(&turn.outcome), bbox.unwrap_or_default()]
-        .into_iter()
-        .chain(boxes)
-        .filter(|text| !text.is_empty())
-        .map(|text| format!("<code class=\"action\">{}</code>", escape(&text)))
-        .collect()
+    let all = [plain(&turn.action), plain(&turn.outcome), bbox.unwrap_or_default()].into_iter().chain(boxes);
+    all.filter(|text| !text.is_empty()).collect()
 }
 
 fn judgement(record: &Record) -> String {
@@ -328,10 +324,11 @@ fn judgement(record: &Record) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::report::load::bare;
     use serde_json::json;
 
-    fn belongs(root: &Path) -> Belongs<'_> {
-        Belongs { run: 0, name: "mgpo", several: true, root, when: "step 1" }
+    fn belongs(run: &Run) -> Belongs<'_> {
+        Belongs { run, colour: 0, several: true, when: "step 1", key: "mgpo.s1" }
     }
 
     #[test]
@@ -345,7 +342,7 @@ mod tests {
             "stop": evil, "rewards": {evil: evil}, "reward": 1.0, "advantage": -0.5
         }))
         .unwrap();
-        let html = card(&record, &belongs(Path::new("/nowhere")), &mut Pictures::default());
+        let html = card(&record, &belongs(&bare("/nowhere")), &mut Pictures::default());
         assert!(!html.contains("<script"), "{html}");
         assert!(!html.contains("\" onload"), "{html}");
         assert!(!html.contains("]]>"), "{html}");
@@ -364,7 +361,7 @@ mod tests {
             ]
         }))
         .unwrap();
-        let html = card(&record, &belongs(folder.path()), &mut Pictures::default());
+        let html = card(&record, &belongs(&bare(&folder.path().to_string_lossy())), &mut Pictures::default());
         assert!(
             html.contains("<rect class=\"region\" x=\"400.0\" y=\"200.0\" width=\"200.0\" height=\"100.0\">"),
             "{html}"

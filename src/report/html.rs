@@ -24,6 +24,19 @@ pub fn escape(text: &str) -> String {
     out
 }
 
+/// JSON for a `<script type="application/json">`. Nothing in it can end the element or open a comment there: `<`, `>` and `&`, which stand in
+/// strings only, are written as their escapes, and so are the two line ends that JavaScript knows and JSON does not.
+pub fn json_in_script(value: &serde_json::Value) -> String {
+    let mut out = String::new();
+    for character in value.to_string().chars() {
+        match character {
+            '<' | '>' | '&' | '\u{2028}' | '\u{2029}' => out.push_str(&format!("\\u{:04x}", character as u32)),
+            _ => out.push(character),
+        }
+    }
+    out
+}
+
 /// Escapes a model's words and shows special tokens (`<|im_end|>`) as small marks; a row of the same token becomes one mark with its count.
 pub fn words(text: &str) -> String {
     let mut out = String::new();
@@ -92,6 +105,14 @@ mod tests {
             "&lt;script&gt;alert(&quot;x&quot;)&lt;/script&gt; &amp; &#39;y&#39; ]]&gt; ␀␛"
         );
         assert_eq!(escape("über 4 µm\n\tja"), "über 4 µm\n\tja");
+    }
+
+    #[test]
+    fn json_in_a_script_cannot_leave_it_and_reads_back() {
+        let evil = serde_json::json!({"</script>": "<!--<script> & ]]> \u{2028}\\u003c"});
+        let text = json_in_script(&evil);
+        assert!(!text.contains(['<', '>', '&', '\u{2028}']), "{text}");
+        assert_eq!(serde_json::from_str::<serde_json::Value>(&text).unwrap(), evil);
     }
 
     #[test]

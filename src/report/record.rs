@@ -27,6 +27,20 @@ pub struct Record {
     pub rewards: Map<String, Value>,
     pub reward: Option<f64>,
     pub advantage: Option<f64>,
+    /// Which tokens the policy wrote, and their log-probs, one entry a token of the whole conversation.
+    pub sampled: Vec<u8>,
+    pub logprobs: Vec<f32>,
+    /// What the update saw at each token that the policy wrote.
+    pub update: Update,
+}
+
+/// One entry a token that the policy wrote; empty where nothing was recorded.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct Update {
+    pub ratios: Vec<f32>,
+    pub entropies: Vec<f32>,
+    pub advantages: Vec<f32>,
 }
 
 /// A box on one of the pictures: where the answer is (for judging and showing; the policy never saw it), or where the policy says it is.
@@ -63,6 +77,8 @@ pub struct Turn {
     pub bbox: Option<[f64; 4]>,
     /// The answer in boxes on several pictures, as it was read.
     pub boxes: Vec<Target>,
+    /// The words token by token; records of earlier versions have none.
+    pub pieces: Vec<String>,
 }
 
 impl Target {
@@ -95,6 +111,16 @@ impl Record {
     /// Whether the question was about several pictures at once, not about one and closer looks at it.
     pub fn several_pictures(&self) -> bool {
         self.images.len() > 1
+    }
+
+    /// Log-probs of the tokens that the policy wrote, in order.
+    pub fn sampled_logprobs(&self) -> impl Iterator<Item = f32> {
+        self.sampled.iter().zip(&self.logprobs).filter(|(sampled, _)| **sampled > 0).map(|(_, logprob)| *logprob)
+    }
+
+    /// The class of the first box that the policy named, empty where none was asked for.
+    pub fn first_outcome(&self) -> String {
+        self.turns.iter().map(|turn| plain(&turn.outcome)).find(|outcome| !outcome.is_empty()).unwrap_or_default()
     }
 
     /// The boxes that the policy answered with.
@@ -136,6 +162,37 @@ pub fn choose(records: &[Record], wanted: usize) -> Vec<usize> {
     chosen.extend(spread(records, &wrong, from_wrong));
     chosen.sort_unstable();
     chosen
+}
+
+/// The indices of about `wanted` episodes, in the order given: whole groups, at even distances over the steps, and of each step the same share at even
+/// distances. So siblings stay together, and where every step asks the same questions (an evaluation), the same ones are taken from each.
+pub fn choose_groups(records: &[Record], wanted: usize) -> Vec<usize> {
+    let mut steps: Vec<(u64, Vec<Vec<usize>>)> = Vec::new();
+    for (index, record) in records.iter().enumerate() {
+        if steps.last().is_none_or(|(step, _)| *step != record.step) {
+            steps.push((record.step, Vec::new()));
+        }
+        let Some((_, groups)) = steps.last_mut() else { continue };
+        match groups.last_mut() {
+            Some(group) if plain(&records[group[0]].group) == plain(&record.group) => group.push(index),
+            _ => groups.push(vec![index]),
+        }
+    }
+    let groups: usize = steps.iter().map(|(_, groups)| groups.len()).sum();
+    if records.len() <= wanted || groups == 0 {
+        return (0..records.len()).collect();
+    }
+    let wanted_groups = (wanted * groups / records.len()).max(1);
+    // At most a fifth more than was wanted, rather than half of it.
+    let (kept, a_step) = match (wanted_groups + wanted_groups / 5) / steps.len() {
+        0 => (wanted_groups, 1),
+        a_step => (steps.len(), a_step),
+    };
+    let chosen = evenly(&(0..steps.len()).collect::<Vec<_>>(), kept).into_iter().flat_map(|step| {
+        let groups = &steps[step].1;
+        evenly(&(0..groups.len()).collect::<Vec<_>>(), a_step).into_iter().flat_map(|group| groups[group].clone())
+    });
+    chosen.collect()
 }
 
 /// `wanted` of `from`, at even distances; one of each group first.
@@ -192,6 +249,21 @@ mod tests {
         assert_eq!(chosen, [0, 12, 24, 25, 37, 49]);
         assert_eq!(choose(&records, 500).len(), 50);
         assert!(choose(&[], 20).is_empty());
+    }
+
+    #[test]
+    fn groups_are_chosen_whole_and_the_same_questions_at_each_step() {
+        // Three rows of a table, ten questions, two answers each.
+        let records: Vec<Record> = (0..60).map(|i| record(i / 20, i % 20 / 2, 1.0)).collect();
+        let chosen = choose_groups(&records, 18);
+        let questions: Vec<(u64, String)> =
+            chosen.iter().map(|&i| (records[i].step, plain(&records[i].group))).collect();
+        let of = |step| questions.iter().filter(|q| q.0 == step).map(|q| q.1.as_str()).collect::<Vec<_>>();
+        assert_eq!(of(0), ["0", "0", "4", "4", "9", "9"]);
+        assert!(of(1) == of(0) && of(2) == of(0));
+        assert_eq!(choose_groups(&records, 4).len(), 4);
+        assert_eq!(choose_groups(&records, 100).len(), 60);
+        assert!(choose_groups(&[], 5).is_empty());
     }
 
     #[test]

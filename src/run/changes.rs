@@ -11,12 +11,13 @@ use crate::config::BadConfig;
 
 /// Keys (or sections, with a dot behind) that change nothing in the steps to come; but a falling learning rate falls over
 /// `train.steps`, and so more slowly in a longer run.
-const FREE: [&str; 11] = [
+const FREE: [&str; 12] = [
     "train.out",
     "train.steps",
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.episodes_every",
+    "train.tensorboard",
     "eval.",
     "model.micro_batch_tokens",
     "model.recompute",

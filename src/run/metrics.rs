@@ -3,6 +3,7 @@
 //! Names are the ones users of verl and TRL know (`reward/mean`, `actor/grad_norm`, `timing_s/step`, ...). What must stay true: a step is in the
 //! file at most once, steps only grow, and a kill can tear the last line only.
 
+use super::events::EventLog;
 use super::write_atomic;
 use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value, json};
@@ -28,6 +29,7 @@ pub struct MetricsLog {
     path: PathBuf,
     file: File,
     last: Option<u64>,
+    events: Option<EventLog>,
 }
 
 impl MetricsLog {
@@ -43,7 +45,17 @@ impl MetricsLog {
             .append(true)
             .open(path)
             .with_context(|| format!("opening the metrics: {}", path.display()))?;
-        Ok(MetricsLog { path: path.to_owned(), file, last })
+        Ok(MetricsLog { path: path.to_owned(), file, last, events: None })
+    }
+
+    /// From here on, what is logged also goes into a new event file beside this one, for TensorBoard.
+    ///
+    /// # Errors
+    /// When the file cannot be made.
+    pub fn with_events(mut self) -> Result<Self> {
+        let folder = self.path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        self.events = Some(EventLog::create(folder, self.last.map_or(0, |last| last + 1))?);
+        Ok(self)
     }
 
     /// Appends the metrics of a step, handed to the system before this returns: a reader sees them at once and a killed process loses none.
@@ -67,7 +79,10 @@ impl MetricsLog {
             .and_then(|()| self.file.flush())
             .with_context(|| format!("writing the metrics of step {step}: {}", self.path.display()))?;
         self.last = Some(step);
-        Ok(())
+        match &mut self.events {
+            Some(events) => events.append(step, &row),
+            None => Ok(()),
+        }
     }
 }
 

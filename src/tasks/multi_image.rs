@@ -337,7 +337,7 @@ mod tests {
             panic!("one turn")
         };
         let Reading { outcome, bbox, boxes } = reading;
-        let turn = Turn { role: "assistant".into(), text: said.into(), tokens: 1, outcome, bbox, boxes };
+        let turn = Turn { outcome, bbox, boxes, ..Turn::new("assistant", said.into(), 1) };
         let episode = Episode {
             id: "a".into(),
             step: 1,
@@ -355,6 +355,7 @@ mod tests {
             parts: Parts::default(),
             reward: 0.0,
             advantage: None,
+            update: None,
         };
         let parts = task.judge(&sample, &episode);
         let reward = task.reward(&parts);

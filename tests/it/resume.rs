@@ -3,8 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use foveate::config;
+use foveate::episode::Record;
 use foveate::rl;
-use foveate::run::{Interrupt, Interrupted, Start};
+use foveate::run::{EVENTS, Interrupt, Interrupted, Start};
 use foveate::sft;
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -154,6 +155,18 @@ fn rl_goes_on_as_if_it_had_not_stopped() {
         assert_eq!(episodes(&whole.train.out), episodes(&plan.train.out), "step {step}");
     }
     assert!(!checkpoints.join("3.tmp").exists());
+    // Each start has its own file for TensorBoard; the second takes back what the first said of later steps (tests of run/events.rs).
+    assert_eq!((event_files(&whole.train.out), event_files(&plan.train.out)), (1, 2));
+}
+
+fn event_files(run: &Path) -> usize {
+    let names = std::fs::read_dir(run).unwrap().map(|entry| entry.unwrap().file_name());
+    names.filter(|name| name.to_string_lossy().starts_with(EVENTS)).count()
+}
+
+fn records(run: &Path, file: &str) -> Vec<Record> {
+    let text = std::fs::read_to_string(run.join(file)).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
 
 #[test]
@@ -172,6 +185,24 @@ fn several_updates_masks_and_dynamic_sampling_run() {
         assert_eq!((&row["ratio/first_update_gap"], &row["val/accuracy"]), (&0.0.into(), &0.0.into()));
         assert_ne!(row["ratio/max"], 1.0, "the second update sees other weights than those that sampled");
     }
+    // What an update saw at each token stands in the record: one number for each token that was sampled, and its share of the text.
+    let played = records(&plan.train.out, "episodes/2.jsonl");
+    let mut seen = Vec::new();
+    for record in &played {
+        let sampled = record.sampled.iter().filter(|sampled| **sampled == 1).count();
+        let update = record.update.as_ref().unwrap();
+        assert_eq!((update.ratios.len(), update.entropies.len()), (sampled, sampled));
+        let policy: Vec<_> = record.turns.iter().filter(|turn| turn.role == "assistant").collect();
+        assert_eq!(policy.iter().map(|turn| turn.pieces.len()).sum::<usize>(), sampled);
+        seen.extend(update.ratios.iter().map(|ratio| *ratio == 1.0));
+    }
+    assert!(
+        seen.contains(&true) && seen.contains(&false),
+        "the first update's tokens have ratio 1, the second's have not"
+    );
+    // And the held-out rows' answers are kept for looking at them over time; no update was made of them.
+    let held_out = records(&plan.train.out, "validation/2.jsonl");
+    assert!(!held_out.is_empty() && held_out.iter().all(|record| record.update.is_none()));
     // Every turn is cut and cut turns are masked: nothing is trained, and nothing breaks.
     let cut = ["rollout.stop=[]", "rollout.max_new_tokens=2", "train.mask_truncated=true", "train.steps=1"];
     let plan = rl_plan(&dir, "masked", &cut);
