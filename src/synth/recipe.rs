@@ -66,13 +66,17 @@ pub mod words {
         format!("```json\n[{}]\n```", rows.join(","))
     }
 
-    /// The same over several pictures, which count from 1.
+    /// The same over several pictures, which count from 1, in the form of `tasks/multi_image.rs`.
     pub fn boxes_in(boxes: &[(usize, [i64; 4], &str)]) -> String {
         let row = |(image, [x1, y1, x2, y2], label): &(usize, [i64; 4], &str)| {
             format!("{{\"image\":{image},\"bbox_2d\":[{x1},{y1},{x2},{y2}],\"label\":\"{label}\"}}")
         };
         let rows: Vec<String> = boxes.iter().map(row).collect();
-        format!("```json\n[{}]\n```", rows.join(","))
+        format!("<answer>[{}]</answer>", rows.join(","))
+    }
+
+    pub fn thought(words: &str) -> String {
+        format!("<think>{words}</think>")
     }
 }
 

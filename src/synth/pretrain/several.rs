@@ -33,10 +33,14 @@ impl Pretrain {
             .collect();
         let Some(&(k, name, bbox)) = alone.choose(rng) else { return self.point(rng, phase, out) };
         let number = (k + 1).to_string();
+        let said = pick(rng, words::SAID).replace("{X}", name).replace("{K}", &number);
         let (wordings, request, answer) = match form {
-            Answer::Box => (words::FIND, words::LOCATE_REQUEST, words::boxes_in(&[(k + 1, self.exactly(bbox), name)])),
+            Answer::Box => {
+                let boxes = words::boxes_in(&[(k + 1, self.exactly(bbox), name)]);
+                (words::FIND, "", words::thought(&said) + &boxes)
+            }
             Answer::Number => (words::WHICH, words::ANSWER_REQUEST, words::boxed(&number)),
-            Answer::Sentence => (words::SAY, "", pick(rng, words::SAID).replace("{X}", name).replace("{K}", &number)),
+            Answer::Sentence => (words::SAY, "", said),
         };
         let question = pick(rng, wordings).replace("{X}", name);
         self.ask(out, views, &question, request, answer);
@@ -58,7 +62,7 @@ impl Pretrain {
         let Some((k, name, bbox)) = chosen else { return Ok(()) };
         let question = pick(rng, words::POINT).replace("{X}", name).replace("{K}", &(k + 1).to_string());
         let answer = words::boxes_in(&[(k + 1, self.exactly(bbox), name)]);
-        self.ask(out, views, &question, words::LOCATE_REQUEST, answer);
+        self.ask(out, views, &question, "", answer);
         Ok(())
     }
 
@@ -104,7 +108,7 @@ impl Pretrain {
         let question =
             pick(rng, words::COMMON).replace("{A}", &(a + 1).to_string()).replace("{B}", &(b + 1).to_string());
         let answer = words::boxes_in(&[(a + 1, self.exactly(first), name), (b + 1, self.exactly(second), name)]);
-        self.ask(out, views, &question, words::LOCATE_REQUEST, answer);
+        self.ask(out, views, &question, "", answer);
         Ok(())
     }
 
@@ -221,7 +225,19 @@ mod tests {
             assert_eq!(asked.matches("<view>").count(), dialogue.views.len());
             let shows = |k: usize, name: &str| dialogue.views[k - 1].objects.iter().any(|(label, _)| label == name);
             let pictures_with = |name: &str| (1..=dialogue.views.len()).filter(|&k| shows(k, name)).collect::<Vec<_>>();
-            if let Some(json) = said.strip_prefix("```json\n").and_then(|json| json.strip_suffix("\n```")) {
+            let (thought, said) = match said.strip_prefix("<think>").and_then(|said| said.split_once("</think>")) {
+                Some((thought, said)) => (thought.to_owned(), said.to_owned()),
+                None => (String::new(), said),
+            };
+            let says_where = |sentence: &str| -> Option<(String, usize)> {
+                let rest = sentence.strip_prefix("The ").or(sentence.strip_prefix("So the "))?;
+                let (name, k) = rest.strip_suffix('.')?.split_once(" is in Image-")?;
+                Some((name.to_owned(), k.parse().ok()?))
+            };
+            if let Some((name, k)) = says_where(&thought) {
+                assert_eq!(pictures_with(&name), [k], "{asked} {thought}");
+            }
+            if let Some(json) = said.strip_prefix("<answer>").and_then(|json| json.strip_suffix("</answer>")) {
                 let boxes: Vec<serde_json::Value> = serde_json::from_str(json).unwrap();
                 for entry in &boxes {
                     let (k, label) = (entry["image"].as_u64().unwrap() as usize, entry["label"].as_str().unwrap());
@@ -243,9 +259,8 @@ mod tests {
                 if asked.contains("Which object is in Image-") {
                     assert_eq!(boxes.len(), 2, "{asked}");
                 }
-            } else if let Some(rest) = said.strip_prefix("The ").or(said.strip_prefix("So the ")) {
-                let (name, k) = rest.strip_suffix('.').unwrap().split_once(" is in Image-").unwrap();
-                assert_eq!(pictures_with(name), [k.parse::<usize>().unwrap()], "{asked} {said}");
+            } else if let Some((name, k)) = says_where(&said) {
+                assert_eq!(pictures_with(&name), [k], "{asked} {said}");
             } else if let Some(rest) = said.strip_prefix("Image-") {
                 let k: usize = rest[..1].parse().unwrap();
                 let view = &dialogue.views[k - 1];
