@@ -13,7 +13,7 @@ use serde_json::json;
 
 use crate::chat::{Chat, Content, Convention, Message, Part};
 use crate::config::{self, BadConfig};
-use crate::data::{Dialogue, Order, Sample, read_dialogues};
+use crate::data::{Dialogue, Format, Order, ReadAs, Sample, read_dialogues};
 use crate::engine::embedded::{self, EarlyHints, Embedded};
 use crate::engine::{Trainer, Weights};
 use crate::episode::Stream;
@@ -54,6 +54,12 @@ pub struct DataOptions {
     /// `[task]`, of rows as `foveate data trajectories` writes them.
     #[serde(default)]
     pub train: Option<PathBuf>,
+    /// With a `[task]`: the format of its rows, where their keys do not tell it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub format: Option<Format>,
+    /// With a `[task]`: where relative paths of pictures start, if not in the folder of the rows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub images: Option<PathBuf>,
     /// Dialogues drawn on the fly from the bundled world.
     #[serde(default)]
     pub pretrain: Option<Recipe>,
@@ -216,7 +222,7 @@ impl Source {
             };
             let task = MultiImageTask::new(options.clone(), processor.budget.factor)?;
             let writing = Writing { convention: Convention::of("qwen2_5_vl")?, reason: data.reason, snap: data.snap };
-            let rows = kind.read(path)?;
+            let rows = kind.read(path, &ReadAs { format: data.format, images: data.images.clone() })?;
             check_rows(&task, &rows, path)?;
             ensure_possible(&rows, path)?;
             for row in &rows {

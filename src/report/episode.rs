@@ -5,6 +5,7 @@
 use super::html::{escape, number, words};
 use super::pictures::{Pictures, Placed};
 use super::record::{Record, Target, Turn, View, plain};
+use crate::table;
 use std::path::{Path, PathBuf};
 
 /// What the page knows about the run an episode belongs to.
@@ -82,7 +83,7 @@ fn right_answer(record: &Record) -> String {
 /// A picture's path as the run wrote it: absolute, relative to the run folder, or relative to where the program was started.
 fn locate(path: &str, root: &Path) -> PathBuf {
     let inside = root.join(path);
-    if inside.is_file() { inside } else { PathBuf::from(path) }
+    if table::is_there(&inside) { inside } else { PathBuf::from(path) }
 }
 
 fn originals(record: &Record, belongs: &Belongs, pictures: &mut Pictures) -> String {
