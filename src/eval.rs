@@ -58,7 +58,7 @@ pub struct DataOptions {
 
 impl DataOptions {
     pub fn read_as(&self) -> ReadAs {
-        ReadAs { format: self.format, images: self.images.clone() }
+        ReadAs { format: self.format, images: self.images.clone(), leave_out_bad: true }
     }
 }
 
@@ -426,7 +426,10 @@ pub fn main(invocation: &Invocation) -> Result<()> {
     tables.extend(if of_bench.is_empty() { tables_by_task(&rows) } else { of_bench });
     folder.save(TABLE, &report::tables_json(&tables)?)?;
     if invocation.json {
-        println!("{}", json!({"table": tables[0], "by_task": tables[1..], "rows": summaries(&rows), "unasked": unasked}));
+        println!(
+            "{}",
+            json!({"table": tables[0], "by_task": tables[1..], "rows": summaries(&rows), "unasked": unasked})
+        );
     } else {
         print_tables(&tables);
     }

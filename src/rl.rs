@@ -59,11 +59,14 @@ pub struct DataOptions {
     /// Where relative paths of pictures start, if not in the folder of the rows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub images: Option<PathBuf>,
+    /// Train on the good rows of a file that has bad ones too; otherwise such a file is refused.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub leave_out_bad: bool,
 }
 
 impl DataOptions {
     pub fn read_as(&self) -> ReadAs {
-        ReadAs { format: self.format, images: self.images.clone() }
+        ReadAs { format: self.format, images: self.images.clone(), leave_out_bad: self.leave_out_bad }
     }
 }
 

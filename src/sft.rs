@@ -60,6 +60,9 @@ pub struct DataOptions {
     /// With a `[task]`: where relative paths of pictures start, if not in the folder of the rows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub images: Option<PathBuf>,
+    /// With a `[task]`: train on the good rows of a file that has bad ones too; otherwise such a file is refused.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub leave_out_bad: bool,
     /// Dialogues drawn on the fly from the bundled world.
     #[serde(default)]
     pub pretrain: Option<Recipe>,
@@ -222,7 +225,8 @@ impl Source {
             };
             let task = MultiImageTask::new(options.clone(), processor.budget.factor)?;
             let writing = Writing { convention: Convention::of("qwen2_5_vl")?, reason: data.reason, snap: data.snap };
-            let rows = kind.read(path, &ReadAs { format: data.format, images: data.images.clone() })?;
+            let images = data.images.clone();
+            let rows = kind.read(path, &ReadAs { format: data.format, images, leave_out_bad: data.leave_out_bad })?;
             check_rows(&task, &rows, path)?;
             ensure_possible(&rows, path)?;
             for row in &rows {

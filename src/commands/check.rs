@@ -50,7 +50,7 @@ pub struct Check {
 impl Check {
     pub fn run(self) -> Result<()> {
         let format = self.format.as_deref().map(Format::named).transpose()?;
-        let read = ReadAs { format, images: self.images.clone() }.check(&self.file)?;
+        let read = ReadAs { format, images: self.images.clone(), leave_out_bad: false }.check(&self.file)?;
         let asked = match &self.model {
             Some(model) => self.ask(model, &read)?,
             None => Vec::new(),
@@ -141,8 +141,12 @@ impl Rig<'_> {
         let opening = self.task.open(row, &sizes)?;
         let visual: Vec<usize> =
             opening.user.views.iter().map(|v| self.processor.grid(v.size).tokens(self.processor.merge)).collect();
-        let messages: Vec<Message> =
-            opening.system.iter().map(|text| Message::system(text)).chain([Message::user(opening.user.parts)]).collect();
+        let messages: Vec<Message> = opening
+            .system
+            .iter()
+            .map(|text| Message::system(text.as_str()))
+            .chain([Message::user(opening.user.parts)])
+            .collect();
         let all = self.chat.encode(&messages, true, &visual)?.ids.len();
         let visual = visual.iter().sum();
         Ok(Tokens { text: all - visual, visual, answer: self.chat.plain_ids(&row.answer)?.len() })
@@ -161,7 +165,8 @@ impl Rig<'_> {
         let of = |count: fn(&(&Sample, Tokens)) -> usize| Spread::of(good.iter().map(count).collect());
         let room = limits.max_tokens.saturating_sub(limits.max_new_tokens);
         let prompt = |(_, t): &(&Sample, Tokens)| t.text + t.visual;
-        let too_long: Vec<String> = good.iter().filter(|row| prompt(row) > room).map(|(row, _)| row.id.clone()).collect();
+        let too_long: Vec<String> =
+            good.iter().filter(|row| prompt(row) > room).map(|(row, _)| row.id.clone()).collect();
         Asked {
             task,
             rows: good.len(),
@@ -231,9 +236,8 @@ fn histogram(values: Vec<usize>) -> Vec<Bin> {
     let (Some(&least), Some(&most)) = (values.iter().min(), values.iter().max()) else { return Vec::new() };
     let widths = (0..).flat_map(|power| [1, 2, 5].map(|n| n * 10usize.saturating_pow(power)));
     let width = widths.into_iter().find(|width| most / width - least / width < BINS).unwrap_or(usize::MAX);
-    let mut bins: Vec<Bin> = (least / width..=most / width)
-        .map(|k| Bin { from: k * width, to: (k + 1) * width - 1, rows: 0 })
-        .collect();
+    let mut bins: Vec<Bin> =
+        (least / width..=most / width).map(|k| Bin { from: k * width, to: (k + 1) * width - 1, rows: 0 }).collect();
     for value in values {
         bins[value / width - least / width].rows += 1;
     }
@@ -263,7 +267,11 @@ impl Asked {
             self.too_long,
             self.max_tokens,
             self.max_new_tokens,
-            if self.first_too_long.is_empty() { String::new() } else { format!(": {}", self.first_too_long.join(", ")) }
+            if self.first_too_long.is_empty() {
+                String::new()
+            } else {
+                format!(": {}", self.first_too_long.join(", "))
+            }
         ));
         const SHOWN: usize = 5;
         for row in self.unaskable.iter().take(SHOWN) {
@@ -284,8 +292,21 @@ mod tests {
     fn bins_are_round_and_hold_every_row() {
         let bin = |from, to, rows| Bin { from, to, rows };
         assert_eq!(histogram(vec![7, 7]), [bin(7, 7, 2)]);
-        assert_eq!(histogram(vec![0, 12, 19]), [bin(0, 1, 1), bin(2, 3, 0), bin(4, 5, 0), bin(6, 7, 0), bin(8, 9, 0),
-            bin(10, 11, 0), bin(12, 13, 1), bin(14, 15, 0), bin(16, 17, 0), bin(18, 19, 1)]);
+        assert_eq!(
+            histogram(vec![0, 12, 19]),
+            [
+                bin(0, 1, 1),
+                bin(2, 3, 0),
+                bin(4, 5, 0),
+                bin(6, 7, 0),
+                bin(8, 9, 0),
+                bin(10, 11, 0),
+                bin(12, 13, 1),
+                bin(14, 15, 0),
+                bin(16, 17, 0),
+                bin(18, 19, 1)
+            ]
+        );
         assert!(histogram(Vec::new()).is_empty());
         let wide = histogram((0..1000).map(|k| 300 + k * 7).collect());
         assert!(wide.len() <= 10 && wide.iter().map(|b| b.rows).sum::<usize>() == 1000, "{wide:?}");

@@ -30,7 +30,10 @@ pub(super) fn visual_probe(given: &Given) -> Result<Sample, Fault> {
 
 /// Without its first folder, where it is not there but is without.
 fn unprefixed(path: &std::path::Path, given: &Given) -> std::path::PathBuf {
-    let shorter = path.strip_prefix(given.base).ok().map(|inner| given.base.join(inner.components().skip(1).collect::<std::path::PathBuf>()));
+    let shorter = path
+        .strip_prefix(given.base)
+        .ok()
+        .map(|inner| given.base.join(inner.components().skip(1).collect::<std::path::PathBuf>()));
     match shorter {
         Some(shorter) if !crate::table::is_there(path) && crate::table::is_there(&shorter) => shorter,
         _ => path.to_owned(),

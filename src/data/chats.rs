@@ -23,7 +23,10 @@ pub(super) fn verl(given: &Given) -> Result<Sample, Fault> {
         None => Value::Null,
     };
     let Some(answer) = word(&truth).filter(|answer| !answer.trim().is_empty()) else {
-        return fault("reward_model.ground_truth", format!("found {}, expected a text that says something", describe(&truth)));
+        return fault(
+            "reward_model.ground_truth",
+            format!("found {}, expected a text that says something", describe(&truth)),
+        );
     };
     let extra = given.value("extra_info").cloned().unwrap_or_default();
     let text = match given.maybe(&["question"]).or_else(|| word(&extra["question"])) {
@@ -31,11 +34,7 @@ pub(super) fn verl(given: &Given) -> Result<Sample, Fault> {
         None => given.value("prompt").and_then(asked).map_or_else(|| missing("prompt"), Ok)?,
     };
     let index = word(&extra["index"]);
-    let published = Published {
-        category: given.maybe(&["data_source"]),
-        answer: truth,
-        ..Published::of(given, index)
-    };
+    let published = Published { category: given.maybe(&["data_source"]), answer: truth, ..Published::of(given, index) };
     // The file at that path is the original; what lies in the row may have been shrunk. Without the file the row's own is shown.
     let original = given.maybe(&["image_path"]).and_then(|_| given.pictures(&["image_path"]).ok());
     let original = original.filter(|paths: &Vec<PathBuf>| paths.iter().all(|path| path.is_file()));

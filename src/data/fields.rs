@@ -67,7 +67,8 @@ impl Given<'_> {
     /// The pictures under the first of these keys that has any: in the table's cells, or in files of their own.
     pub fn pictures(&self, keys: &[&str]) -> Result<Vec<PathBuf>, Fault> {
         for key in keys {
-            if let Some((_, pictures)) = self.record.pictures.iter().find(|(column, p)| column == key && !p.is_empty()) {
+            if let Some((_, pictures)) = self.record.pictures.iter().find(|(column, p)| column == key && !p.is_empty())
+            {
                 return Ok(pictures.clone());
             }
             let names = match self.value(key) {

@@ -70,7 +70,11 @@ fn of_folder(folder: &Path) -> Result<Files> {
             0 => continue,
             1 => return Ok(Files::Rows(files)),
             _ => {
-                bail!("the folder holds {}; name one file, or parts as in NAME-*.parquet: {}", sets.join(", "), place.display())
+                bail!(
+                    "the folder holds {}; name one file, or parts as in NAME-*.parquet: {}",
+                    sets.join(", "),
+                    place.display()
+                )
             }
         }
     }

@@ -214,8 +214,12 @@ mod tests {
     fn what_is_not_known_or_fits_twice_is_named() {
         let of = |value: Value| Format::of(value.as_object().unwrap());
         let said = of(json!({"picture": 1, "words": 2})).unwrap_err();
-        assert!(said.contains("\"picture\", \"words\"") && said.contains("--format") && said.contains("hr_bench"), "{said}");
-        let both = of(json!({"question": "?", "A": "", "B": "", "answer": "A", "cycle_category": 0, "target_instances": []}));
+        assert!(
+            said.contains("\"picture\", \"words\"") && said.contains("--format") && said.contains("hr_bench"),
+            "{said}"
+        );
+        let both =
+            of(json!({"question": "?", "A": "", "B": "", "answer": "A", "cycle_category": 0, "target_instances": []}));
         assert!(both.as_ref().is_err_and(|e| e.contains("fit hr_bench, tree_bench")), "{both:?}");
         let mig = of(json!({"task": "", "images": [], "question": "", "answer": [], "additional_info": ""}));
         assert!(mig.unwrap_err().contains("data convert"));

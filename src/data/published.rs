@@ -179,10 +179,15 @@ mod tests {
         let split = |text: &str| split_options(text).map(|(q, o)| (q, o.join("|")));
         let wanted = |q: &str, o: &str| Some((q.to_owned(), o.to_owned()));
         assert_eq!(
-            split("What colour?\n(A) red\n(B) light blue\nAnswer with the option's letter from the given choices directly."),
+            split(
+                "What colour?\n(A) red\n(B) light blue\nAnswer with the option's letter from the given choices directly."
+            ),
             wanted("What colour?", "(A) red|(B) light blue")
         );
-        assert_eq!(split("Which? (A) a cat (B) a dog (C) A. Smith"), wanted("Which?", "(A) a cat|(B) a dog|(C) A. Smith"));
+        assert_eq!(
+            split("Which? (A) a cat (B) a dog (C) A. Smith"),
+            wanted("Which?", "(A) a cat|(B) a dog|(C) A. Smith")
+        );
         assert_eq!(split("How many?\nA. 1\nB. 2\n\nC) 3"), wanted("How many?", "A. 1|B. 2|C) 3"));
         assert_eq!(split("Who is A. Smith, or B. Jones?"), None);
         assert_eq!(split("Nothing (A) alone"), None);
@@ -190,7 +195,8 @@ mod tests {
 
     #[test]
     fn letters_go_only_where_every_option_has_its_own() {
-        let bare = |options: &[&str]| without_letters(&options.iter().map(|o| (*o).to_owned()).collect::<Vec<_>>()).join("|");
+        let bare =
+            |options: &[&str]| without_letters(&options.iter().map(|o| (*o).to_owned()).collect::<Vec<_>>()).join("|");
         assert_eq!(bare(&["(A) 2", "(B) 3"]), "2|3");
         assert_eq!(bare(&["A. 2", "B. 3"]), "2|3");
         assert_eq!(bare(&["A cat", "B. 3"]), "A cat|B. 3");

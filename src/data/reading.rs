@@ -17,7 +17,7 @@ use super::files::{self, Files};
 use super::{Format, Sample};
 use crate::geometry::{MAX_PICTURE_ASPECT, Size};
 use crate::image;
-use crate::progress::Progress;
+use crate::progress::{Progress, say};
 use crate::table::{self, Bad, Record};
 
 /// How a file is to be read: `[data] format` and `images` of a config.
@@ -27,6 +27,8 @@ pub struct ReadAs {
     pub format: Option<Format>,
     /// Where relative paths of pictures start; without it, in the folder of the file.
     pub images: Option<PathBuf>,
+    /// Go on without the bad rows where all are asked for, and say how many.
+    pub leave_out_bad: bool,
 }
 
 /// Something wrong with a file of rows. `row` counts from 1: lines of JSON lines, items of a list, rows of a table below its headings; 0 is
@@ -110,13 +112,18 @@ pub fn check(path: &Path) -> Result<Report> {
 }
 
 impl ReadAs {
-    /// All rows.
+    /// All rows; with `leave_out_bad`, all good ones.
     ///
     /// # Errors
     /// The file cannot be read, has no rows, or some row is bad; the first few bad rows are named.
     pub fn all(&self, path: &Path) -> Result<Vec<Sample>> {
         let Read { samples, report, .. } = self.good(path)?;
         match report.faults() {
+            Some(faults) if self.leave_out_bad && !samples.is_empty() => {
+                let bad = report.problems.len();
+                say(&format!("{bad} problems, whose rows are left out of {}: {faults}", path.display()));
+                Ok(samples)
+            }
             Some(faults) => bail!("reading data: {faults}: {}", path.display()),
             None => Ok(samples),
         }
@@ -191,9 +198,10 @@ impl ReadAs {
                 rows.format.get_or_insert(Format::VstarFolder);
                 for (k, (file, picture)) in pairs.into_iter().enumerate() {
                     let bad = |reason: String| Bad { number: k + 1, rows: 1, reason };
-                    let values: Result<Map<_, _>, Bad> = std::fs::read(&file)
-                        .map_err(|e| bad(e.to_string()))
-                        .and_then(|b| serde_json::from_slice(&b).map_err(|e| bad(format!("this is no JSON object ({e})"))));
+                    let values: Result<Map<_, _>, Bad> =
+                        std::fs::read(&file).map_err(|e| bad(e.to_string())).and_then(|b| {
+                            serde_json::from_slice(&b).map_err(|e| bad(format!("this is no JSON object ({e})")))
+                        });
                     let pictures = vec![("image".to_owned(), vec![picture])];
                     let record = values.map(|values| Record { number: k + 1, values, pictures });
                     rows.take(record, Path::new(""), Some(&file));
@@ -269,8 +277,7 @@ impl Rows {
                 for sample in samples {
                     let first = self.ids.get(&sample.id).copied();
                     if let Some(first) = first {
-                        let reason =
-                            format!("{:?} was used in row {first} already, expected every id once", sample.id);
+                        let reason = format!("{:?} was used in row {first} already, expected every id once", sample.id);
                         self.problem(file.clone(), row, "id", reason);
                     } else {
                         self.ids.insert(sample.id.clone(), row);
@@ -285,7 +292,9 @@ impl Rows {
     fn notes(&self) -> Vec<String> {
         let mut notes = Vec::new();
         if self.format == Some(Format::VstarFolder) {
-            notes.push("options are shown in an order of each row's own, for the right one is published first".to_owned());
+            notes.push(
+                "options are shown in an order of each row's own, for the right one is published first".to_owned(),
+            );
         }
         let longer = self.found.iter().filter(|row| row.sample.extra.contains_key("turns")).count();
         if longer > 0 {

@@ -51,12 +51,7 @@ pub(super) fn bad(report: &Report) -> Vec<Unasked> {
 ///
 /// # Errors
 /// It can ask none.
-pub(super) fn keep_askable(
-    name: &str,
-    task: &dyn Task,
-    rows: &mut Vec<Sample>,
-    file: &Path,
-) -> Result<Vec<Unasked>> {
+pub(super) fn keep_askable(name: &str, task: &dyn Task, rows: &mut Vec<Sample>, file: &Path) -> Result<Vec<Unasked>> {
     let (mut unasked, mut first) = (Vec::new(), None);
     let count = rows.len();
     rows.retain(|row| match task.check(row) {
@@ -86,8 +81,7 @@ pub(super) fn leave_out(
 ) -> Result<Vec<Unasked>> {
     let reason = |row: &Sample| row.images.iter().find_map(|path| damaged.get(path)).cloned();
     let whole: Vec<bool> = rows.iter().map(|row| reason(row).is_none()).collect();
-    let unasked: Vec<Unasked> =
-        rows.iter().filter_map(|row| Some(Unasked::by(name, row, reason(row)?))).collect();
+    let unasked: Vec<Unasked> = rows.iter().filter_map(|row| Some(Unasked::by(name, row, reason(row)?))).collect();
     ensure!(
         whole.contains(&true) || rows.is_empty(),
         anyhow!("[tasks.{name}] no picture can be decoded: {}: {}", unasked[0].line(), file.display())

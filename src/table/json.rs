@@ -54,8 +54,8 @@ fn one_line(bytes: &[u8]) -> bool {
 
 fn record(number: usize, text: &[u8], expected: &str) -> Result<Record, Bad> {
     let bad = |reason: String| Bad { number, rows: 1, reason };
-    let value: Value = serde_json::from_slice(text)
-        .map_err(|e| bad(format!("this is not JSON ({e}), expected {expected}")))?;
+    let value: Value =
+        serde_json::from_slice(text).map_err(|e| bad(format!("this is not JSON ({e}), expected {expected}")))?;
     match value {
         Value::Object(values) => Ok(Record { number, values, pictures: Vec::new() }),
         other => {
@@ -78,8 +78,7 @@ fn coco(mut whole: Map<String, Value>, each: Each) -> Result<()> {
         _ => Vec::new(),
     };
     let (images, annotations, categories) = (list("images"), list("annotations"), list("categories"));
-    let names: Map<String, Value> =
-        categories.iter().map(|c| (c["id"].to_string(), c["name"].clone())).collect();
+    let names: Map<String, Value> = categories.iter().map(|c| (c["id"].to_string(), c["name"].clone())).collect();
     let mut of: std::collections::HashMap<String, Vec<Value>> = Default::default();
     for mut annotation in annotations {
         // Outlines are most of the file, and nobody asks for them here.

@@ -43,7 +43,8 @@ pub struct Bad {
 pub type Each<'a> = &'a mut dyn FnMut(Result<Record, Bad>) -> Result<()>;
 
 /// Columns in which sets keep pictures.
-const PICTURES: [&str; 8] = ["image", "images", "bytes", "img", "image_bytes", "query_image", "crop_image", "decoded_image"];
+const PICTURES: [&str; 8] =
+    ["image", "images", "bytes", "img", "image_bytes", "query_image", "crop_image", "decoded_image"];
 
 /// Most bytes of one row of text: a quotation mark that does not close would otherwise take the rest of the file.
 const MOST: u64 = 1 << 30;

@@ -294,7 +294,8 @@ fn columns(file: &SerializedFileReader<File>) -> Vec<Column> {
         if descr.max_rep_level() > 1 || !(in_struct || (bare && (!is_text(descr.self_type()) || is_long(file, leaf)))) {
             continue;
         }
-        let beside = |other: &[String]| other.len() == parts.len() && other[..other.len() - 1] == parts[..parts.len() - 1];
+        let beside =
+            |other: &[String]| other.len() == parts.len() && other[..other.len() - 1] == parts[..parts.len() - 1];
         let told = in_struct && schema.columns().iter().any(|c| beside(c.path().parts()) && c.path().parts() != parts);
         found.push(Column { name: name.clone(), leaf, listed, told });
     }

@@ -93,7 +93,8 @@ impl Tsv {
                 record.values.insert(heading.clone(), Value::Null);
                 continue;
             }
-            let text = std::str::from_utf8(cell).map_err(|e| format!("the cell under {heading:?} is not UTF-8 ({e})"))?;
+            let text =
+                std::str::from_utf8(cell).map_err(|e| format!("the cell under {heading:?} is not UTF-8 ({e})"))?;
             // An empty cell says nothing, as a missing key does.
             let value = if text.is_empty() { Value::Null } else { Value::String(text.to_owned()) };
             record.values.insert(heading.clone(), value);
@@ -160,7 +161,6 @@ fn listed(cell: &[u8]) -> Vec<&[u8]> {
     let quoted = |b: &u8| matches!(b, b'\'' | b'"');
     cell.split(quoted).skip(1).step_by(2).collect()
 }
-
 
 #[cfg(test)]
 mod tests {

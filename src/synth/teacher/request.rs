@@ -19,8 +19,8 @@ use super::Options;
 use crate::data::Sample;
 use crate::geometry::{BBox, Size};
 use crate::image::{self, PassOrder, decode_bytes, encode_jpeg, resize};
-use crate::table::picture_bytes;
 use crate::synth::trajectories::{Change, Facts, Relation};
+use crate::table::picture_bytes;
 
 /// A file of at most so many bytes travels as it is, if the teacher may see all of its pixels.
 const SMALL_FILE: usize = 4 << 20;
@@ -239,9 +239,9 @@ pub(super) fn trace(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::fs;
     use crate::data::Target;
     use ::image::RgbImage;
+    use std::fs;
 
     fn options(max_pixels: u64) -> Options {
         Options { max_pixels, ..Options::new("http://h", "m", "calls.jsonl") }
