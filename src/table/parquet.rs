@@ -6,16 +6,19 @@
 //! holds, a fault becomes [`Bad`] rows or an error, and a panic of the library becomes an error too.
 
 use std::fs::File;
+use std::io::{BufReader, Read, Seek, SeekFrom};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use bytes::Bytes;
 use parquet::basic::{ConvertedType, LogicalType, Type as Physical};
 use parquet::column::reader::{ColumnReader, ColumnReaderImpl};
 use parquet::data_type::{ByteArray, ByteArrayType};
-use parquet::file::reader::FileReader;
+use parquet::errors::ParquetError;
+use parquet::file::reader::{ChunkReader, FileReader, Length};
 use parquet::file::serialized_reader::{ReadOptionsBuilder, SerializedFileReader};
 use parquet::record::{Field, Row};
 use parquet::schema::types::{Type, TypePtr};
@@ -27,10 +30,47 @@ pub(super) struct Parquet {
     path: PathBuf,
     /// Tells the readers of this table from others'.
     id: u64,
-    file: SerializedFileReader<File>,
+    file: SerializedFileReader<Chunks>,
     pictures: Vec<Column>,
     /// What is read of every row; None where nothing but pictures is in the file.
     words: Option<Type>,
+}
+
+/// The file, opened anew for each piece: the library's own reader of a [`File`] shares one position among all threads, and two that read
+/// at once get each other's bytes.
+struct Chunks {
+    path: PathBuf,
+    bytes: u64,
+}
+
+impl Length for Chunks {
+    fn len(&self) -> u64 {
+        self.bytes
+    }
+}
+
+impl ChunkReader for Chunks {
+    type T = BufReader<File>;
+
+    fn get_read(&self, start: u64) -> parquet::errors::Result<BufReader<File>> {
+        let mut file = File::open(&self.path)?;
+        file.seek(SeekFrom::Start(start))?;
+        // Heads of pages are all that is read this way.
+        Ok(BufReader::with_capacity(1 << 10, file))
+    }
+
+    fn get_bytes(&self, start: u64, length: usize) -> parquet::errors::Result<Bytes> {
+        let mut file = File::open(&self.path)?;
+        file.seek(SeekFrom::Start(start))?;
+        // A damaged head may claim any length; only what is there is made room for.
+        let there = usize::try_from(self.bytes.saturating_sub(start)).unwrap_or(usize::MAX);
+        let mut bytes = Vec::with_capacity(length.min(there));
+        let read = file.take(length as u64).read_to_end(&mut bytes)?;
+        if read < length {
+            return Err(ParquetError::EOF(format!("{length} bytes were expected at {start}, and there are {read}")));
+        }
+        Ok(bytes.into())
+    }
 }
 
 /// A column of pictures.
@@ -67,7 +107,9 @@ impl Parquet {
         let opening = |error: anyhow::Error| {
             anyhow!("opening a parquet file: {error:#}; is it whole, and not a pointer to it? {}", path.display())
         };
-        let file = File::open(path).with_context(|| format!("reading the data file {}", path.display()))?;
+        let reading = || format!("reading the data file {}", path.display());
+        let bytes = std::fs::metadata(path).with_context(reading)?.len();
+        let file = Chunks { path: path.to_owned(), bytes };
         let file = guarded(|| {
             let options = ReadOptionsBuilder::new().with_page_index().build();
             Ok(SerializedFileReader::new_with_options(file, options)?)
@@ -278,7 +320,7 @@ fn is_bytes(field: &Type) -> bool {
 }
 
 /// The columns that hold pictures: a struct with `bytes` under any name, and bytes or long base64 under the usual ones.
-fn columns(file: &SerializedFileReader<File>) -> Vec<Column> {
+fn columns(file: &SerializedFileReader<Chunks>) -> Vec<Column> {
     let schema = file.metadata().file_metadata().schema_descr();
     let mut found: Vec<Column> = Vec::new();
     for (leaf, descr) in schema.columns().iter().enumerate() {
@@ -302,7 +344,7 @@ fn columns(file: &SerializedFileReader<File>) -> Vec<Column> {
     found
 }
 
-fn is_long(file: &SerializedFileReader<File>, leaf: usize) -> bool {
+fn is_long(file: &SerializedFileReader<Chunks>, leaf: usize) -> bool {
     let chunks = || file.metadata().row_groups().iter().map(|group| group.column(leaf));
     let (bytes, values) =
         chunks().fold((0, 0), |(b, v), chunk| (b + chunk.uncompressed_size(), v + chunk.num_values()));

@@ -305,6 +305,32 @@ fn no_cut_and_no_flip_of_a_table_is_a_panic() {
 }
 
 #[test]
+fn many_threads_read_one_table_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let bytes = |k: u32| (0..40_000u32).map(|i| (i.wrapping_mul(2_654_435_761 + k) >> 13) as u8).collect::<Vec<u8>>();
+    // What begins as a PNG is handed over as it is.
+    let all: Vec<Vec<u8>> = (0..64).map(|k| [b"\x89PNG".to_vec(), bytes(k)].concat()).collect();
+    let table = dir.path().join("t.parquet");
+    parquet_in_pages(&table, &[pictures("image", &all)], 16, Compression::SNAPPY, 1 << 17);
+    let cells = dir.path().join("t.tsv");
+    let rows: Vec<Vec<String>> = all.iter().map(|b| vec![base64(b)]).collect();
+    tsv(&cells, &["image"], &rows);
+    std::thread::scope(|scope| {
+        for thread in 0..8 {
+            let (all, table, cells) = (&all, &table, &cells);
+            scope.spawn(move || {
+                for k in 0..256 {
+                    let row = (k * (2 * thread + 1) + 5 * thread) % all.len();
+                    let file = if k % 4 == 0 { cells } else { table };
+                    let cell = Cell { table: file.clone(), row: row + 1, column: "image".into(), picture: 1 };
+                    assert!(foveate::table::picture_bytes(&cell.path()).unwrap() == all[row], "row {row} in {file:?}");
+                }
+            });
+        }
+    });
+}
+
+#[test]
 fn rows_of_our_own_may_name_pictures_in_tables() {
     let dir = tempfile::tempdir().unwrap();
     tsv(
