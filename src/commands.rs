@@ -1,5 +1,6 @@
 //! The small commands: data, model, trace. Each is a few lines around a library call.
 
+mod check;
 mod trajectories;
 
 use std::path::{Path, PathBuf};
@@ -143,12 +144,8 @@ pub enum Data {
         #[arg(long)]
         json: bool,
     },
-    /// Validate a file of rows, row by row
-    Check {
-        file: PathBuf,
-        #[arg(long)]
-        json: bool,
-    },
+    /// Validate rows of any known format, one by one; with a model, show what would be asked
+    Check(Box<check::Check>),
 }
 
 impl Data {
@@ -204,19 +201,7 @@ impl Data {
                 }
                 Ok(())
             }
-            Data::Check { file, json } => {
-                let report = data::check(&file)?;
-                if json {
-                    println!("{}", serde_json::to_string(&report)?);
-                } else {
-                    for problem in &report.problems {
-                        println!("{problem}");
-                    }
-                    eprintln!("{} rows, {} pictures, {} problems", report.rows, report.pictures, report.problems.len());
-                }
-                ensure!(report.problems.is_empty(), "{} bad rows in {}", report.problems.len(), file.display());
-                Ok(())
-            }
+            Data::Check(command) => command.run(),
         }
     }
 }

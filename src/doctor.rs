@@ -7,7 +7,7 @@ use serde_json::json;
 
 use crate::commands::gib;
 use crate::config;
-use crate::data::Sample;
+use crate::data::{ReadAs, Sample};
 use crate::eval;
 use crate::image::Processor;
 use crate::need::{self, Need};
@@ -58,7 +58,11 @@ fn needs(path: &Path, overrides: &[String]) -> Result<Need> {
         let plan: eval::Plan = config::load(path, overrides)?;
         let factor = Processor::load(&plan.model.path)?.budget.factor;
         let asked = plan.tasks.values().map(|options| {
-            let mut rows = rows_of(&plan.data.test, options)?;
+            // Bad rows are not asked, and are told of when it begins.
+            let mut rows = match plan.data.test.exists() {
+                true => options.asked(plan.data.read_as().good(&plan.data.test)?.samples),
+                false => rows_of(&plan.data.test, options, &plan.data.read_as())?,
+            };
             rows.truncate(plan.data.limit.unwrap_or(usize::MAX));
             Ok((options.task(factor)?, rows))
         });
@@ -74,13 +78,14 @@ fn needs(path: &Path, overrides: &[String]) -> Result<Need> {
     }
     let plan = config::load::<rl::Plan>(path, overrides)?.resolve()?;
     let task = plan.task.task(Processor::load(&plan.model.path)?.budget.factor)?;
-    need::of_rl(&plan, &*task, &rows_of(&plan.data.train, &plan.task)?, true)
+    need::of_rl(&plan, &*task, &rows_of(&plan.data.train, &plan.task, &plan.data.read_as())?, true)
 }
 
 /// The rows as a task asks them, or none where they are not there yet: the question is what a run would need.
-fn rows_of(path: &Path, task: &TaskOptions) -> Result<Vec<Sample>> {
-    if path.exists() {
-        return task.read(path);
+fn rows_of(path: &Path, task: &TaskOptions, read_as: &ReadAs) -> Result<Vec<Sample>> {
+    // The parts of a set may be named with a star.
+    if path.exists() || path.to_string_lossy().contains('*') {
+        return task.read(path, read_as);
     }
     progress::say(&format!("no data yet, so every picture is taken to be large: {}", path.display()));
     Ok(Vec::new())

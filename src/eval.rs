@@ -1,7 +1,9 @@
 //! Tasks x splits -> a table. The same turn loop as training, with its own sampling, and an interval on every number. Rows of MIG-Bench
 //! get the benchmark's own tables by task (`eval/mig_bench.rs`).
 
+pub mod benchmarks;
 pub mod mig_bench;
+mod rows;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -12,7 +14,7 @@ use serde_json::{Value, json};
 
 use crate::chat::{Chat, Convention};
 use crate::config::{self, BadConfig};
-use crate::data::{self, Sample};
+use crate::data::{self, Format, Read, ReadAs, Sample};
 use crate::engine::Sampler;
 use crate::engine::embedded::{self, Embedded};
 use crate::episode::{BoxOutcome, Episode, Stop};
@@ -24,7 +26,7 @@ use crate::reward::mig::Truth;
 use crate::rollout::{self, Stage};
 use crate::run::{Interrupt, Interrupted, Invocation, RunFolder, Start};
 use crate::stats;
-use crate::tasks::{Options as TaskOptions, Task, check_rows};
+use crate::tasks::{Options as TaskOptions, Task};
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -42,10 +44,23 @@ pub struct Plan {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DataOptions {
+    /// Rows of our own or of any format that docs/data.md names.
     pub test: PathBuf,
-    /// Only the first so many rows.
+    /// The format, where the keys of the rows do not tell it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub format: Option<Format>,
+    /// Where relative paths of pictures start, if not in the folder of the rows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub images: Option<PathBuf>,
+    /// Only the first so many good rows.
     #[serde(default)]
     pub limit: Option<usize>,
+}
+
+impl DataOptions {
+    pub fn read_as(&self) -> ReadAs {
+        ReadAs { format: self.format, images: self.images.clone(), leave_out_bad: true }
+    }
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -348,16 +363,18 @@ pub fn main(invocation: &Invocation) -> Result<()> {
     ensure!(plan.data.limit != Some(0), BadConfig("data.limit is 0, which leaves no question to ask".into()));
     plan.rollout.validate()?;
     let file = &plan.data.test;
-    let samples = data::read(file)?;
+    let Read { samples, report, .. } = plan.data.read_as().good(file)?;
+    ensure!(!samples.is_empty(), "reading data: {}: {}", report.faults().unwrap_or_default(), file.display());
+    let mut unasked = rows::bad(&report);
     let factor = Processor::load(&plan.model.path)?.budget.factor;
-    let asked: Vec<Asked> = plan
+    let mut asked: Vec<Asked> = plan
         .tasks
         .iter()
         .map(|(name, options)| {
             let mut rows = options.asked(samples.clone());
             rows.truncate(plan.data.limit.unwrap_or(usize::MAX));
             let task = options.task(factor).with_context(|| format!("[tasks.{name}]"))?;
-            check_rows(&*task, &rows, file).with_context(|| format!("[tasks.{name}]"))?;
+            unasked.extend(rows::keep_askable(name, &*task, &mut rows, file)?);
             let truths = match options {
                 TaskOptions::MultiImage(_) => mig_bench::truths(&rows, file)?,
                 TaskOptions::Crop(_) => Vec::new(),
@@ -370,8 +387,16 @@ pub fn main(invocation: &Invocation) -> Result<()> {
         for Asked { name, rows, .. } in &asked {
             eprintln!("{name}: {} questions, {} answers each", rows.len(), plan.eval.samples);
         }
+        rows::say(&unasked);
         return Ok(());
     }
+    // Headers were read; what is damaged behind them would stop the evaluation where it is met.
+    let every: Vec<&Sample> = asked.iter().flat_map(|asked| &asked.rows).collect();
+    let damaged = data::damaged(&every);
+    for Asked { name, rows, truths, .. } in &mut asked {
+        unasked.extend(rows::leave_out(name, rows, truths, &damaged, file)?);
+    }
+    rows::say(&unasked);
     let all: Vec<(&dyn Task, &[Sample])> = asked.iter().map(|a| (&*a.task, &a.rows[..])).collect();
     need::of_eval(&plan, &all)?.ensure_fits(&plan.model)?;
     let interrupt = Interrupt::install()?;
@@ -395,14 +420,18 @@ pub fn main(invocation: &Invocation) -> Result<()> {
         let records: Vec<_> = episodes.iter().map(Episode::record).collect();
         folder.write_episodes(k as u64, &records)?;
         of_bench.extend(mig_bench::tables(name, &mig_bench::judged(&episodes, samples, truths)));
+        of_bench.extend(benchmarks::tables(name, &episodes, samples));
         rows.push(Figures::of(name, &episodes, samples));
     }
     let title = format!("{} on {}", plan.model.path.display(), plan.data.test.display());
-    let mut tables = vec![table(&title, &rows, &[])];
+    let mut tables = vec![table(&title, &rows, &rows::notes(&unasked))];
     tables.extend(if of_bench.is_empty() { tables_by_task(&rows) } else { of_bench });
     folder.save(TABLE, &report::tables_json(&tables)?)?;
     if invocation.json {
-        println!("{}", json!({"table": tables[0], "by_task": tables[1..], "rows": summaries(&rows)}));
+        println!(
+            "{}",
+            json!({"table": tables[0], "by_task": tables[1..], "rows": summaries(&rows), "unasked": unasked})
+        );
     } else {
         print_tables(&tables);
     }

@@ -35,4 +35,5 @@ pub mod score;
 pub mod sft;
 pub mod stats;
 pub mod synth;
+pub mod table;
 pub mod tasks;

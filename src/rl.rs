@@ -16,7 +16,7 @@ use serde_json::json;
 
 use crate::chat::{Chat, Convention};
 use crate::config::{self, BadConfig};
-use crate::data::{Order, Sample};
+use crate::data::{Format, Order, ReadAs, Sample};
 use crate::engine::embedded::{self, Embedded};
 use crate::engine::{Group, Scores, Trainer, Weights, Who};
 use crate::episode::{BoxOutcome, Episode, Stop, Update};
@@ -51,7 +51,23 @@ pub struct Plan {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DataOptions {
+    /// Rows of our own or of any format that docs/data.md names.
     pub train: PathBuf,
+    /// The format, where the keys of the rows do not tell it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub format: Option<Format>,
+    /// Where relative paths of pictures start, if not in the folder of the rows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub images: Option<PathBuf>,
+    /// Train on the good rows of a file that has bad ones too; otherwise such a file is refused.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub leave_out_bad: bool,
+}
+
+impl DataOptions {
+    pub fn read_as(&self) -> ReadAs {
+        ReadAs { format: self.format, images: self.images.clone(), leave_out_bad: self.leave_out_bad }
+    }
 }
 
 /// Held-out questions during training, played as `[rollout]` says but for the temperature.
@@ -245,11 +261,11 @@ struct Ready {
 impl Ready {
     fn of(plan: &Plan) -> Result<Ready> {
         let task = plan.task.task(Processor::load(&plan.model.path)?.budget.factor)?;
-        let rows = plan.task.read(&plan.data.train)?;
+        let rows = plan.task.read(&plan.data.train, &plan.data.read_as())?;
         check_rows(&*task, &rows, &plan.data.train)?;
         let mut held_out = Vec::new();
         if let Some(path) = &plan.eval.rows {
-            held_out = plan.task.read(path)?;
+            held_out = plan.task.read(path, &ReadAs::default())?;
             held_out.truncate(plan.eval.limit.unwrap_or(usize::MAX));
             check_rows(&*task, &held_out, path)?;
         }

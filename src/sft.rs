@@ -13,7 +13,7 @@ use serde_json::json;
 
 use crate::chat::{Chat, Content, Convention, Message, Part};
 use crate::config::{self, BadConfig};
-use crate::data::{Dialogue, Order, Sample, read_dialogues};
+use crate::data::{Dialogue, Format, Order, ReadAs, Sample, read_dialogues};
 use crate::engine::embedded::{self, EarlyHints, Embedded};
 use crate::engine::{Trainer, Weights};
 use crate::episode::Stream;
@@ -54,6 +54,15 @@ pub struct DataOptions {
     /// `[task]`, of rows as `foveate data trajectories` writes them.
     #[serde(default)]
     pub train: Option<PathBuf>,
+    /// With a `[task]`: the format of its rows, where their keys do not tell it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub format: Option<Format>,
+    /// With a `[task]`: where relative paths of pictures start, if not in the folder of the rows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub images: Option<PathBuf>,
+    /// With a `[task]`: train on the good rows of a file that has bad ones too; otherwise such a file is refused.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub leave_out_bad: bool,
     /// Dialogues drawn on the fly from the bundled world.
     #[serde(default)]
     pub pretrain: Option<Recipe>,
@@ -219,7 +228,8 @@ impl Source {
             };
             let task = MultiImageTask::new(options.clone(), processor.budget.factor)?;
             let writing = Writing { convention: Convention::of("qwen2_5_vl")?, reason: data.reason, snap: data.snap };
-            let rows = kind.read(path)?;
+            let images = data.images.clone();
+            let rows = kind.read(path, &ReadAs { format: data.format, images, leave_out_bad: data.leave_out_bad })?;
             check_rows(&task, &rows, path)?;
             ensure_possible(&rows, path)?;
             for row in &rows {

@@ -15,9 +15,10 @@ use serde::de::DeserializeOwned;
 use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
-use super::{Sample, Target, mgrounding, mig_bench, picture_size, refcoco, write};
+use super::{Sample, Target, mgrounding, mig_bench, refcoco, write};
 use crate::config::BadConfig;
 use crate::geometry::{BBox, Size};
+use crate::image;
 use crate::progress::Progress;
 
 /// What a file is converted from.
@@ -224,7 +225,7 @@ impl Pictures {
             .par_iter()
             .map(|&(name, row)| {
                 let path = located(name, base, remap);
-                let size = picture_size(&path, false);
+                let size = image::size(&path);
                 bar.add(1);
                 (row, name, path, size)
             })
@@ -324,7 +325,7 @@ fn plain(path: &str) -> PathBuf {
     Path::new(path).components().filter(|part| *part != Component::CurDir).collect()
 }
 
-fn located(name: &str, base: &Path, remap: &[Remap]) -> PathBuf {
+pub(super) fn located(name: &str, base: &Path, remap: &[Remap]) -> PathBuf {
     let name = plain(name);
     let moved = remap.iter().find_map(|r| Some(r.new.join(name.strip_prefix(&r.old).ok()?)));
     let path = base.join(moved.unwrap_or(name));

@@ -1,36 +1,47 @@
 //! Rows of data: what is asked about which pictures, and what the answer is.
 //!
-//! It hides the file format (JSON lines, one row a line) behind [`Sample`]; other formats become this one first ([`convert`]).
-//! Pictures stay closed files here. What must stay true: a row is either wholly valid or refused with its file, its number and the key at
-//! fault; paths in a file are relative to that file and absolute (or relative to the working directory) in a `Sample`; boxes are
-//! in original pixels.
+//! It hides file formats behind [`Sample`]: our own rows (below) and those of other sets as their authors publish them ([`Format`]), from
+//! the containers that `table` opens; [`convert`] writes rows of our own from sets whose pictures must be found first. Pictures stay
+//! closed here: a sample names them by path, also those that lie in a cell of a table. What must stay true: a row is either wholly
+//! valid or refused with its file, its number and the key at fault; paths in a file are relative to that file and absolute (or relative
+//! to the working directory) in a `Sample`; boxes are in original pixels.
 //!
 //! ```json
 //! {"id": "plates-test-00000-0", "images": ["images/test_00000.jpg"], "question": "What number is on the plate under the fox?",
 //!  "answer": "7", "targets": [{"image": 1, "bbox": [812, 640, 857, 685], "label": "plate under the fox"}]}
 //! ```
 
-use std::collections::HashMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
-use rayon::prelude::*;
+use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use crate::geometry::{BBox, MAX_PICTURE_ASPECT, Size};
+use crate::geometry::BBox;
 
+mod answers;
+mod chats;
+mod choices;
 pub mod convert;
 mod dialogue;
+mod fields;
+mod files;
+mod format;
+mod grounding;
 mod mgrounding;
 mod mig_bench;
 mod order;
+mod published;
+mod reading;
 mod refcoco;
 mod row;
 
 pub use dialogue::{Dialogue, read_dialogues};
+pub use format::Format;
 pub use order::Order;
+pub use published::{PUBLISHED, Published};
+pub use reading::{Problem, Read, ReadAs, Report, check, damaged, read};
 
 /// One row.
 #[derive(Clone, Debug, PartialEq)]
@@ -92,162 +103,6 @@ pub struct Target {
     /// Original pixels.
     pub bbox: BBox,
     pub label: Option<String>,
-}
-
-/// Something wrong with a file of rows. `row` counts from 1, as an editor counts lines; 0 is the file as a whole.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Problem {
-    pub row: usize,
-    pub key: String,
-    pub reason: String,
-}
-
-impl std::fmt::Display for Problem {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match (self.row, self.key.is_empty()) {
-            (0, _) => write!(f, "{}", self.reason),
-            (row, true) => write!(f, "row {row}: {}", self.reason),
-            (row, false) => write!(f, "row {row}, key {:?}: {}", self.key, self.reason),
-        }
-    }
-}
-
-/// What [`check`] found.
-#[derive(Clone, Debug, Serialize)]
-pub struct Report {
-    pub path: PathBuf,
-    /// Rows that are not blank, good or bad.
-    pub rows: usize,
-    /// Different pictures named in the rows.
-    pub pictures: usize,
-    pub problems: Vec<Problem>,
-}
-
-/// All rows of a file, in order. Blank lines are skipped.
-///
-/// # Errors
-/// The file cannot be read, has no rows, or some row is bad; the first few bad rows are named.
-pub fn read(path: &Path) -> Result<Vec<Sample>> {
-    let (samples, report) = examine(path, false)?;
-    const SHOWN: usize = 3;
-    if report.problems.is_empty() {
-        return Ok(samples);
-    }
-    let shown: Vec<String> = report.problems.iter().take(SHOWN).map(Problem::to_string).collect();
-    let more = match report.problems.len().saturating_sub(SHOWN) {
-        0 => String::new(),
-        n => format!("; and {n} more (foveate data check lists them all)"),
-    };
-    bail!("reading data: {}{more}: {}", shown.join("; "), path.display())
-}
-
-/// Reads every row and decodes every picture; lists all that is wrong.
-///
-/// # Errors
-/// Only when the file itself cannot be read; bad rows are in the report.
-pub fn check(path: &Path) -> Result<Report> {
-    Ok(examine(path, true)?.1)
-}
-
-fn examine(path: &Path, decode: bool) -> Result<(Vec<Sample>, Report)> {
-    let bytes = std::fs::read(path).with_context(|| format!("reading the data file {}", path.display()))?;
-    let folder = path.parent().unwrap_or(Path::new(""));
-    let mut problems = Vec::new();
-    let mut parsed: Vec<(usize, Sample)> = Vec::new();
-    let mut ids: HashMap<String, usize> = HashMap::new();
-    let mut rows = 0;
-    // Some editors begin a UTF-8 file with a byte order mark, which is no JSON.
-    let lines = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes);
-    for (i, line) in lines.split(|&b| b == b'\n').enumerate() {
-        if line.trim_ascii().is_empty() {
-            continue;
-        }
-        rows += 1;
-        match row::parse(line, folder) {
-            Ok(sample) => {
-                if let Some(first) = ids.insert(sample.id.clone(), i + 1) {
-                    problems.push(Problem {
-                        row: i + 1,
-                        key: "id".into(),
-                        reason: format!("{:?} was used in row {first} already, expected every id once", sample.id),
-                    });
-                }
-                parsed.push((i + 1, sample));
-            }
-            Err((key, reason)) => problems.push(Problem { row: i + 1, key, reason }),
-        }
-    }
-    if rows == 0 {
-        problems.push(Problem {
-            row: 0,
-            key: String::new(),
-            reason: "there are no rows, expected one JSON object a line".into(),
-        });
-    }
-    let mut paths: Vec<&PathBuf> = parsed.iter().flat_map(|(_, sample)| &sample.images).collect();
-    paths.sort();
-    paths.dedup();
-    let sizes: HashMap<&PathBuf, Result<Size, String>> =
-        paths.par_iter().map(|&path| (path, picture_size(path, decode).map_err(|e| format!("{e:#}")))).collect();
-    for (row, sample) in &parsed {
-        problems.extend(picture_problems(*row, sample, &sizes));
-    }
-    problems.sort_by_key(|p| p.row);
-    let report = Report { path: path.to_owned(), rows, pictures: sizes.len(), problems };
-    Ok((parsed.into_iter().map(|(_, sample)| sample).collect(), report))
-}
-
-/// Missing or damaged pictures of a row, and boxes outside them.
-fn picture_problems(row: usize, sample: &Sample, sizes: &HashMap<&PathBuf, Result<Size, String>>) -> Vec<Problem> {
-    let mut problems = Vec::new();
-    for (k, path) in sample.images.iter().enumerate() {
-        let reason = match sizes.get(path) {
-            Some(Err(reason)) => reason.clone(),
-            Some(Ok(size)) if size.too_thin() => format!(
-                "{size} pixels, expected an aspect ratio of at most {MAX_PICTURE_ASPECT}; cut or pad it first: {}",
-                path.display()
-            ),
-            _ => continue,
-        };
-        problems.push(Problem { row, key: format!("images[{k}]"), reason });
-    }
-    for (k, target) in sample.targets.iter().enumerate() {
-        let Some(Ok(size)) = sample.images.get(target.image - 1).and_then(|path| sizes.get(path)) else {
-            continue;
-        };
-        if !size.bounds().contains(&target.bbox) {
-            problems.push(Problem {
-                row,
-                key: format!("targets[{k}].bbox"),
-                reason: format!("found {}, expected a box inside the picture, which is {size}", target.bbox),
-            });
-        }
-    }
-    problems
-}
-
-/// Width and height as shown, that is after the EXIF orientation; with `decode` the whole picture is read.
-pub(crate) fn picture_size(path: &Path, decode: bool) -> Result<Size> {
-    use ::image::ImageDecoder;
-    if !path.exists() {
-        bail!("there is no picture at {}", path.display());
-    }
-    if decode {
-        return Ok(crate::image::decode(path)?.size());
-    }
-    let reading = || format!("reading the picture {}", path.display());
-    let mut decoder = ::image::ImageReader::open(path)
-        .with_context(reading)?
-        .with_guessed_format()
-        .with_context(reading)?
-        .into_decoder()
-        .with_context(reading)?;
-    let (width, height) = decoder.dimensions();
-    use ::image::metadata::Orientation::*;
-    Ok(match decoder.orientation().with_context(reading)? {
-        Rotate90 | Rotate270 | Rotate90FlipH | Rotate270FlipH => Size::new(height, width),
-        NoTransforms | Rotate180 | FlipHorizontal | FlipVertical => Size::new(width, height),
-    })
 }
 
 /// Writes rows; the file appears whole or not at all. Paths under the file's folder are written relative to it.

@@ -2,8 +2,7 @@
 //!
 //! Two layouts are read: lmms-lab's (`bbox` as x, y, width and height in pixels, `answer` a list of expressions, one row each as its
 //! REC variant has it), exported to JSON or JSON lines; and VLM-R1's (`problem`, `solution` as two corners in pixels). What must stay
-//! true: a question is an expression of the set, or VLM-R1's own words. Parquet is not read: the library for it would be by
-//! far the largest dependency of the program, and `datasets` exports these files with one call.
+//! true: a question is an expression of the set, or VLM-R1's own words. `data/grounding.rs` reads the same rows without a conversion.
 
 use std::path::{Path, PathBuf};
 
@@ -16,37 +15,33 @@ use crate::geometry::BBox;
 
 #[derive(Deserialize)]
 #[serde(expecting = "a JSON object")]
-struct Row {
+pub(super) struct Row {
     #[serde(default)]
     image: Value,
     file_name: Option<String>,
-    question_id: Option<Value>,
+    pub question_id: Option<Value>,
     answer: Option<Vec<String>>,
-    bbox: Option<[f64; 4]>,
+    pub bbox: Option<[f64; 4]>,
     problem: Option<String>,
-    solution: Option<[f64; 4]>,
+    pub solution: Option<[f64; 4]>,
+}
+
+/// One question of a row.
+pub(super) struct Asked {
+    pub question: String,
+    pub label: Option<String>,
+    /// Pixels; may be without an area.
+    pub bbox: BBox,
 }
 
 pub(super) fn read(text: &str) -> Result<Drafts> {
     let rows = items::<Row>(text)?;
     let mut drafts = Drafts { read: rows.len(), ..Drafts::default() };
     for (number, row) in rows {
-        let image = row.picture().with_context(|| format!("row {number}"))?;
-        let (questions, bbox) = match (row.answer, row.bbox, row.problem, row.solution) {
-            (Some(answers), Some([x, y, w, h]), ..) => {
-                let locate = |said: String| (format!("Locate this in the picture: {}", said.trim()), Some(said));
-                (answers.into_iter().map(locate).collect::<Vec<_>>(), BBox::new(x, y, x + w, y + h))
-            }
-            (_, _, Some(problem), Some(corners)) => {
-                // The set's own wording.
-                let label = problem.split_once("this sentence describes: ").map(|(_, said)| said.trim().to_owned());
-                (vec![(words(&problem), label)], BBox::from(corners))
-            }
-            _ => bail!(
-                "row {number}: expected \"bbox\" and \"answer\" (lmms-lab) or \"problem\" and \"solution\" (VLM-R1)"
-            ),
-        };
-        for (k, (question, label)) in questions.into_iter().enumerate() {
+        let at = || format!("row {number}");
+        let image = row.picture().with_context(at)?;
+        let extra: Map<_, _> = row.question_id.iter().map(|id| ("question_id".to_owned(), id.clone())).collect();
+        for (k, Asked { question, label, bbox }) in row.asked().with_context(at)?.into_iter().enumerate() {
             if !(bbox.width() > 0.0 && bbox.height() > 0.0) {
                 drafts.left_out.add("a box without an area", number);
                 continue;
@@ -59,7 +54,7 @@ pub(super) fn read(text: &str) -> Result<Drafts> {
                 places: vec![Place { image: 1, bbox, unit: Unit::Pixels, label }],
                 task: Some("refcoco".into()),
                 split: None,
-                extra: row.question_id.iter().map(|id| ("question_id".to_owned(), id.clone())).collect::<Map<_, _>>(),
+                extra: extra.clone(),
             });
         }
     }
@@ -67,6 +62,27 @@ pub(super) fn read(text: &str) -> Result<Drafts> {
 }
 
 impl Row {
+    /// Each expression with its box.
+    pub fn asked(&self) -> Result<Vec<Asked>> {
+        match (&self.answer, self.bbox, &self.problem, self.solution) {
+            (Some(answers), Some([x, y, w, h]), ..) => {
+                let bbox = BBox::new(x, y, x + w, y + h);
+                let locate = |said: &String| Asked {
+                    question: format!("Locate this in the picture: {}", said.trim()),
+                    label: Some(said.clone()),
+                    bbox,
+                };
+                Ok(answers.iter().map(locate).collect())
+            }
+            (_, _, Some(problem), Some(corners)) => {
+                // The set's own wording.
+                let label = problem.split_once("this sentence describes: ").map(|(_, said)| said.trim().to_owned());
+                Ok(vec![Asked { question: words(problem), label, bbox: BBox::from(corners) }])
+            }
+            _ => bail!("expected \"bbox\" and \"answer\" (lmms-lab) or \"problem\" and \"solution\" (VLM-R1)"),
+        }
+    }
+
     /// In exports of lmms-lab's set `image` holds the picture's bytes, or nothing, and its name is under `file_name`.
     fn picture(&self) -> Result<String> {
         let named = self.image.as_str().or(self.file_name.as_deref()).or(self.image["path"].as_str());

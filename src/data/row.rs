@@ -1,38 +1,28 @@
-//! One line of a data file becomes a [`Sample`], or the key at fault and why.
+//! A row of our own becomes a [`Sample`], or the key at fault and why.
 //!
 //! Written by hand over `serde_json::Value` so that an error says which key was wrong, what was found there and what was
 //! expected. What must stay true: no value is guessed; only numbers given as answers or ids are taken as their text.
 
-use std::path::Path;
+use serde_json::Value;
 
-use serde_json::{Map, Value};
-
+use super::fields::{Fault, Given, describe, fault, optional_text, said, text, texts};
 use super::{Sample, Target};
 use crate::geometry::BBox;
 
-/// Key and reason.
-type Fault = (String, String);
-
-fn fault<T>(key: impl Into<String>, reason: impl Into<String>) -> Result<T, Fault> {
-    Err((key.into(), reason.into()))
-}
-
-/// `folder` is where relative picture paths start.
-pub(super) fn parse(line: &[u8], folder: &Path) -> Result<Sample, Fault> {
-    let value: Value = serde_json::from_slice(line)
-        .map_err(|e| (String::new(), format!("this is not JSON ({e}), expected one JSON object a line")))?;
-    let Value::Object(mut row) = value else {
-        return fault("", format!("found {}, expected one JSON object a line", describe(&value)));
-    };
+pub(super) fn parse(given: &Given) -> Result<Sample, Fault> {
+    let mut row = given.values().clone();
     let id = match row.shift_remove("id") {
         Some(Value::Number(n)) => n.to_string(),
         other => text("id", other)?,
     };
-    let names = texts("images", row.shift_remove("images"))?;
-    if names.is_empty() {
+    let named = row.shift_remove("images");
+    let images = match given.record.pictures.iter().find(|(column, _)| column == "images") {
+        Some((_, inside)) => inside.clone(),
+        None => texts("images", named)?.iter().map(|name| given.base.join(name)).collect(),
+    };
+    if images.is_empty() {
         return fault("images", "found an empty list, expected at least one path");
     }
-    let images = names.iter().map(|name| folder.join(name)).collect::<Vec<_>>();
     let question = said("question", row.shift_remove("question"))?;
     let choices = match row.shift_remove("choices") {
         None | Some(Value::Null) => Vec::new(),
@@ -84,66 +74,26 @@ fn target(key: &str, value: Value, images: usize) -> Result<Target, Fault> {
     Ok(Target { image: number, bbox, label })
 }
 
-fn text(key: &str, value: Option<Value>) -> Result<String, Fault> {
-    match value {
-        Some(Value::String(text)) => Ok(text),
-        None => fault(key, "this key is missing, expected a text"),
-        Some(other) => fault(key, format!("found {}, expected a text", describe(&other))),
-    }
-}
-
-/// A text that says something: nothing can be asked by an empty question, nor judged by an empty answer.
-fn said(key: &str, value: Option<Value>) -> Result<String, Fault> {
-    let said = text(key, value)?;
-    if said.trim().is_empty() {
-        return fault(key, format!("found {}, expected a text that says something", describe(&Value::String(said))));
-    }
-    Ok(said)
-}
-
-fn optional_text(key: &str, row: &mut Map<String, Value>) -> Result<Option<String>, Fault> {
-    match row.shift_remove(key) {
-        None | Some(Value::Null) => Ok(None),
-        some => text(key, some).map(Some),
-    }
-}
-
-fn texts(key: &str, value: Option<Value>) -> Result<Vec<String>, Fault> {
-    match value {
-        Some(Value::Array(list)) => {
-            list.into_iter().enumerate().map(|(k, v)| text(&format!("{key}[{k}]"), Some(v))).collect()
-        }
-        None => fault(key, "this key is missing, expected a list of texts"),
-        Some(other) => fault(key, format!("found {}, expected a list of texts", describe(&other))),
-    }
-}
-
-/// A value in an error message: its kind, and itself as far as it is short.
-fn describe(value: &Value) -> String {
-    let short = |text: String| {
-        if text.chars().count() > 60 { text.chars().take(57).collect::<String>() + "..." } else { text }
-    };
-    match value {
-        Value::Null => "nothing".into(),
-        Value::Bool(b) => format!("{b}"),
-        Value::Number(n) => format!("the number {n}"),
-        Value::String(s) => format!("the text {}", short(format!("{s:?}"))),
-        Value::Array(_) => format!("the list {}", short(value.to_string())),
-        Value::Object(_) => format!("the object {}", short(value.to_string())),
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::Format;
     use super::*;
+    use crate::table::Record;
+    use std::path::Path;
+
+    fn read(line: &str) -> Result<Sample, Fault> {
+        let values = serde_json::from_str(line).unwrap();
+        let record = Record { number: 1, values, pictures: Vec::new() };
+        parse(&Given { format: Format::Own, record: &record, base: Path::new("d"), ordinal: 1 })
+    }
 
     fn key_of(line: &str) -> String {
-        parse(line.as_bytes(), Path::new("d")).unwrap_err().0
+        read(line).unwrap_err().0
     }
 
     #[test]
     fn numbers_are_taken_as_answers_and_ids_but_nothing_else() {
-        let sample = parse(br#"{"id":3,"images":["x.jpg"],"question":"?","answer":42}"#, Path::new("d")).unwrap();
+        let sample = read(r#"{"id":3,"images":["x.jpg"],"question":"?","answer":42}"#).unwrap();
         assert_eq!((sample.id.as_str(), sample.answer.as_str()), ("3", "42"));
         assert_eq!(sample.images, [Path::new("d/x.jpg")]);
         assert_eq!(key_of(r#"{"id":3,"images":["x.jpg"],"question":"?","answer":true}"#), "answer");
@@ -156,6 +106,5 @@ mod tests {
         );
         assert_eq!(key_of(r#"{"id":3,"images":["x"],"question":" ","answer":"4"}"#), "question");
         assert_eq!(key_of(r#"{"id":3,"images":["x"],"question":"?","answer":""}"#), "answer");
-        assert_eq!(key_of("[1]"), "");
     }
 }

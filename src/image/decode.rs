@@ -9,11 +9,12 @@
 //! clips everything over 255 to white, which no data set can want. Lossy formats may differ from libjpeg by a few grey levels.
 
 use crate::geometry::{BBox, Size};
+use crate::table::{Cell, picture_bytes};
 use ::image::error::{ImageError, LimitErrorKind};
 use ::image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits, RgbImage};
 use anyhow::{Context, Result, bail, ensure};
 use std::fs;
-use std::io::Cursor;
+use std::io::{BufRead, Cursor, Seek};
 use std::path::Path;
 
 /// Most pixels of a picture that is opened, as PIL's limit against decompression bombs: 179 megapixels, 537 MB decoded.
@@ -62,11 +63,14 @@ impl std::fmt::Debug for Picture {
     }
 }
 
-/// Opens a PNG, JPEG or WebP file (of an animation, the first frame).
+/// Opens a PNG, JPEG or WebP file (of an animation, the first frame), or one that lies in a cell of a table.
 ///
 /// # Errors
 /// One message with what was found, what to do, and the path.
 pub fn decode(path: &Path) -> Result<Picture> {
+    if in_table(path) {
+        return decode_bytes(&picture_bytes(path)?, &path.display().to_string());
+    }
     let found =
         fs::metadata(path).with_context(|| format!("opening a picture: is the path right? {}", path.display()))?;
     ensure!(
@@ -84,7 +88,37 @@ pub fn decode(path: &Path) -> Result<Picture> {
     decode_bytes(&bytes, &path.display().to_string())
 }
 
-/// The same from memory; `name` is what errors call it.
+/// A plain file of that name goes before a cell.
+fn in_table(path: &Path) -> bool {
+    Cell::named(path).is_some() && !path.is_file()
+}
+
+/// Width and height as shown, that is after the EXIF orientation, from the header alone.
+///
+/// # Errors
+/// There is no picture, or its header cannot be read.
+pub fn size(path: &Path) -> Result<Size> {
+    let reading = || format!("reading the picture {}", path.display());
+    if in_table(path) {
+        return size_of(ImageReader::new(Cursor::new(picture_bytes(path)?))).with_context(reading);
+    }
+    if !path.exists() {
+        bail!("there is no picture at {}", path.display());
+    }
+    size_of(ImageReader::open(path).with_context(reading)?).with_context(reading)
+}
+
+fn size_of(reader: ImageReader<impl BufRead + Seek>) -> Result<Size> {
+    let mut decoder = reader.with_guessed_format()?.into_decoder()?;
+    let (width, height) = decoder.dimensions();
+    use ::image::metadata::Orientation::*;
+    Ok(match decoder.orientation()? {
+        Rotate90 | Rotate270 | Rotate90FlipH | Rotate270FlipH => Size::new(height, width),
+        NoTransforms | Rotate180 | FlipHorizontal | FlipVertical => Size::new(width, height),
+    })
+}
+
+/// A picture from memory; `name` is what errors call it.
 ///
 /// # Errors
 /// As [`decode`].

@@ -15,7 +15,7 @@ mod resize;
 
 pub use self::bench::bench_image;
 pub use self::cache::{CacheStats, PictureCache};
-pub use self::decode::{MAX_PIXELS, Picture, decode, decode_bytes};
+pub use self::decode::{MAX_PIXELS, Picture, decode, decode_bytes, size};
 pub use self::draw::{Color, draw_box, encode_jpeg, encode_png, save};
 pub use self::patches::{Patches, Processor, cut, patches};
 pub use self::resize::PassOrder;

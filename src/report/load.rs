@@ -6,6 +6,7 @@
 use super::record::Record;
 use super::table::{self, TABLE, Table};
 use crate::run::{self, CONFIG, ENVIRONMENT, Environment, METRICS, Metrics};
+use crate::table::is_there;
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 use std::fs;
@@ -55,17 +56,17 @@ impl Run {
     /// together with what lies beside it, the picture is found there.
     pub fn locate(&self, path: &str) -> PathBuf {
         let inside = self.root.join(path);
-        if inside.is_file() {
+        if is_there(&inside) {
             return inside;
         }
         let plain = PathBuf::from(path);
-        if plain.is_file() {
+        if is_there(&plain) {
             return plain;
         }
         let beside = || {
             let was_beside = self.made_in()?.parent()?.to_owned();
             let moved = self.root.parent()?.join(plain.strip_prefix(was_beside).ok()?);
-            moved.is_file().then_some(moved)
+            is_there(&moved).then_some(moved)
         };
         beside().unwrap_or(plain)
     }

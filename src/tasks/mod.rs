@@ -14,7 +14,7 @@ use serde::de::{Deserialize, Deserializer, Error as _};
 
 use crate::chat::{Action, Convention, Part};
 use crate::config::BadConfig;
-use crate::data::{self, FAULTY, Sample};
+use crate::data::{FAULTY, ReadAs, Sample};
 use crate::episode::{BoxOutcome, Episode, Stop};
 use crate::geometry::{BBox, Budget, Size, View};
 use crate::reward::{Named, Parts};
@@ -155,9 +155,9 @@ impl Options {
     /// The rows of a file as this task asks them.
     ///
     /// # Errors
-    /// Those of [`data::read`].
-    pub fn read(&self, path: &Path) -> Result<Vec<Sample>> {
-        Ok(self.asked(data::read(path)?))
+    /// Those of [`ReadAs::all`].
+    pub fn read(&self, path: &Path, read_as: &ReadAs) -> Result<Vec<Sample>> {
+        Ok(self.asked(read_as.all(path)?))
     }
 
     /// Rows as this task asks them: those of a file, or others (`[task] ask`).

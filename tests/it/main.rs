@@ -2,6 +2,7 @@
 
 mod agreement;
 mod cli;
+mod formats;
 mod learns;
 mod parity;
 mod resume;

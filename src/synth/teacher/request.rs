@@ -4,7 +4,6 @@
 //! a check only, and with the order not to tell them; the digest of a request hangs on everything the teacher gets to see
 //! (a picture counts by the digest of its file) and on nothing else, so that equal requests are paid for once.
 
-use std::fs;
 use std::io::Cursor;
 use std::path::{Path, PathBuf};
 
@@ -17,10 +16,11 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use super::Options;
-use crate::data::{Sample, picture_size};
+use crate::data::Sample;
 use crate::geometry::{BBox, Size};
-use crate::image::{PassOrder, decode_bytes, encode_jpeg, resize};
+use crate::image::{self, PassOrder, decode_bytes, encode_jpeg, resize};
 use crate::synth::trajectories::{Change, Facts, Relation};
+use crate::table::picture_bytes;
 
 /// A file of at most so many bytes travels as it is, if the teacher may see all of its pixels.
 const SMALL_FILE: usize = 4 << 20;
@@ -55,9 +55,9 @@ impl<'a> Request<'a> {
     pub fn new(sample: &'a Sample, facts: &Facts, options: &Options) -> Result<Request<'a>> {
         let (mut urls, mut sizes) = (Vec::new(), Vec::new());
         for path in &sample.images {
-            let bytes = fs::read(path).with_context(|| format!("reading a picture: {}", path.display()))?;
+            let bytes = picture_bytes(path)?;
             urls.push(format!("sha256:{};max_pixels={}", hex(&bytes), options.max_pixels));
-            sizes.push(picture_size(path, false)?);
+            sizes.push(image::size(path)?);
         }
         let mut record = json!({
             "model": options.model,
@@ -173,7 +173,7 @@ fn in_words(relation: &Relation) -> String {
 /// A picture as it travels: the file itself where it is small, upright and of a kind that every server reads; else a JPEG
 /// of at most `max_pixels`.
 fn data_uri(path: &Path, max_pixels: u64) -> Result<String> {
-    let bytes = fs::read(path).with_context(|| format!("reading a picture: {}", path.display()))?;
+    let bytes = picture_bytes(path)?;
     let picture = decode_bytes(&bytes, &path.display().to_string())?;
     let size = picture.size();
     let kind = match ::image::guess_format(&bytes) {
@@ -241,6 +241,7 @@ mod tests {
     use super::*;
     use crate::data::Target;
     use ::image::RgbImage;
+    use std::fs;
 
     fn options(max_pixels: u64) -> Options {
         Options { max_pixels, ..Options::new("http://h", "m", "calls.jsonl") }
@@ -343,7 +344,7 @@ mod tests {
         for path in turned {
             let uri = data_uri(&path, 1 << 20).unwrap();
             let bytes = BASE64.decode(uri.split_once(";base64,").unwrap().1).unwrap();
-            assert_eq!(decode_bytes(&bytes, "sent").unwrap().size(), picture_size(&path, false).unwrap());
+            assert_eq!(decode_bytes(&bytes, "sent").unwrap().size(), image::size(&path).unwrap());
             assert!(is_upright(&bytes));
         }
     }

@@ -1,0 +1,314 @@
+//! `foveate data check`: what is wrong with a file of rows, and what a model would be asked.
+//!
+//! What must stay true: with a model, a row is put into the very words, views and tokens that a run would open its conversation with; the
+//! later turns of a conversation come on top and are the policy's. Weights are not opened.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, ensure};
+use clap::Args;
+use rayon::prelude::*;
+use serde::Serialize;
+use serde_json::json;
+
+use crate::chat::{Chat, Message};
+use crate::config::{self, BadConfig};
+use crate::data::{Format, Read, ReadAs, Sample};
+use crate::geometry::Size;
+use crate::image::Processor;
+use crate::rollout;
+use crate::tasks::{Options as TaskOptions, Task};
+
+#[derive(Args)]
+pub struct Check {
+    /// A file, a folder, or parts of a set as NAME-*.parquet: any format that docs/data.md names
+    file: PathBuf,
+    /// The format, where the keys of the rows do not tell it
+    #[arg(long)]
+    format: Option<String>,
+    /// Folder in which relative paths of pictures start [default: that of FILE]
+    #[arg(long)]
+    images: Option<PathBuf>,
+    /// Checkpoint folder: shows the tokens of each row (weights are not opened)
+    #[arg(long)]
+    model: Option<PathBuf>,
+    /// crop or multi_image [default: crop where every row has one picture]
+    #[arg(long, requires = "model", conflicts_with = "config")]
+    task: Option<String>,
+    /// Config of a run or an evaluation, for its tasks and its limits
+    #[arg(long, requires = "model")]
+    config: Option<PathBuf>,
+    /// Overrides of it, for instance task.max_pixels=1003520
+    #[arg(requires = "config")]
+    overrides: Vec<String>,
+    /// One JSON object on stdout
+    #[arg(long)]
+    json: bool,
+}
+
+impl Check {
+    pub fn run(self) -> Result<()> {
+        let format = self.format.as_deref().map(Format::named).transpose()?;
+        let read = ReadAs { format, images: self.images.clone(), leave_out_bad: false }.check(&self.file)?;
+        let asked = match &self.model {
+            Some(model) => self.ask(model, &read)?,
+            None => Vec::new(),
+        };
+        let report = &read.report;
+        if self.json {
+            let mut out = json!(report);
+            if self.model.is_some() {
+                out["asked"] = json!(asked);
+            }
+            println!("{out}");
+        } else {
+            report.problems.iter().for_each(|problem| println!("{problem}"));
+            report.notes.iter().for_each(|note| eprintln!("{note}"));
+            eprintln!(
+                "{} rows{}, {} pictures, {} problems",
+                report.rows,
+                report.format.map(|format| format!(" of format {}", format.name())).unwrap_or_default(),
+                report.pictures,
+                report.problems.len()
+            );
+            asked.iter().for_each(|asked| print!("\n{}", asked.text()));
+        }
+        let bad = report.problems.len();
+        ensure!(bad == 0, "{bad} problems in {}", self.file.display());
+        Ok(())
+    }
+
+    fn ask(&self, model: &std::path::Path, read: &Read) -> Result<Vec<Asked>> {
+        let chat = Chat::load(model)?;
+        let processor = Processor::load(model)?;
+        let (tasks, limits) = self.tasks(&read.samples)?;
+        let factor = processor.budget.factor;
+        let ask = |(name, options): (String, TaskOptions)| {
+            let task = options.task(factor).with_context(|| format!("[{name}]"))?;
+            let rows = options.asked(read.samples.clone());
+            let rig = Rig { chat: &chat, processor: &processor, task: &*task, sizes: &read.sizes };
+            Ok(rig.measure(name, &rows, &limits))
+        };
+        tasks.into_iter().map(ask).collect()
+    }
+
+    /// The tasks by their names, and the limits of the rollout.
+    fn tasks(&self, rows: &[Sample]) -> Result<(Vec<(String, TaskOptions)>, rollout::Options)> {
+        let Some(path) = &self.config else {
+            let single = rows.iter().all(|row| row.images.len() == 1);
+            let kind = self.task.clone().unwrap_or_else(|| if single { "crop" } else { "multi_image" }.into());
+            let options: TaskOptions = toml::from_str(&format!("kind = {}", json!(kind)))
+                .map_err(|_| BadConfig(format!("--task {kind}: expected crop or multi_image")))?;
+            return Ok((vec![(kind, options)], rollout::Options::default()));
+        };
+        let mut config: toml::Table = config::load(path, &self.overrides)?;
+        let bad = |section: &str, error: toml::de::Error| {
+            BadConfig(format!("[{section}] of the config: {}: {}", config::explain(&error.to_string()), path.display()))
+        };
+        let limits = match config.remove("rollout") {
+            Some(section) => section.try_into().map_err(|e| bad("rollout", e))?,
+            None => rollout::Options::default(),
+        };
+        let tasks: BTreeMap<String, TaskOptions> = match (config.remove("task"), config.remove("tasks")) {
+            (Some(task), _) => BTreeMap::from([("task".to_owned(), task.try_into().map_err(|e| bad("task", e))?)]),
+            (None, Some(tasks)) => tasks.try_into().map_err(|e| bad("tasks", e))?,
+            (None, None) => return Err(BadConfig(format!("the config has no task: {}", path.display())).into()),
+        };
+        Ok((tasks.into_iter().collect(), limits))
+    }
+}
+
+/// What every row is put through.
+struct Rig<'a> {
+    chat: &'a Chat,
+    processor: &'a Processor,
+    task: &'a dyn Task,
+    sizes: &'a HashMap<PathBuf, Size>,
+}
+
+/// Tokens of the opening of a conversation.
+struct Tokens {
+    text: usize,
+    visual: usize,
+    answer: usize,
+}
+
+impl Rig<'_> {
+    fn tokens(&self, row: &Sample) -> Result<Tokens> {
+        self.task.check(row)?;
+        let sizes: Vec<Size> = row.images.iter().filter_map(|path| self.sizes.get(path)).copied().collect();
+        let opening = self.task.open(row, &sizes)?;
+        let visual: Vec<usize> =
+            opening.user.views.iter().map(|v| self.processor.grid(v.size).tokens(self.processor.merge)).collect();
+        let messages: Vec<Message> = opening
+            .system
+            .iter()
+            .map(|text| Message::system(text.as_str()))
+            .chain([Message::user(opening.user.parts)])
+            .collect();
+        let all = self.chat.encode(&messages, true, &visual)?.ids.len();
+        let visual = visual.iter().sum();
+        Ok(Tokens { text: all - visual, visual, answer: self.chat.plain_ids(&row.answer)?.len() })
+    }
+
+    fn measure(&self, task: String, rows: &[Sample], limits: &rollout::Options) -> Asked {
+        let each: Vec<Result<Tokens>> = rows.par_iter().map(|row| self.tokens(row)).collect();
+        let mut unaskable = Vec::new();
+        let mut good = Vec::new();
+        for (row, tokens) in rows.iter().zip(each) {
+            match tokens {
+                Ok(tokens) => good.push((row, tokens)),
+                Err(error) => unaskable.push(format!("{}: {error:#}", row.named())),
+            }
+        }
+        let of = |count: fn(&(&Sample, Tokens)) -> usize| Spread::of(good.iter().map(count).collect());
+        let room = limits.max_tokens.saturating_sub(limits.max_new_tokens);
+        let prompt = |(_, t): &(&Sample, Tokens)| t.text + t.visual;
+        let too_long: Vec<String> =
+            good.iter().filter(|row| prompt(row) > room).map(|(row, _)| row.id.clone()).collect();
+        Asked {
+            task,
+            rows: good.len(),
+            prompt: of(|(_, t)| t.text + t.visual),
+            text: of(|(_, t)| t.text),
+            visual: of(|(_, t)| t.visual),
+            answer: of(|(_, t)| t.answer),
+            pictures: of(|(row, _)| row.images.len()),
+            max_tokens: limits.max_tokens,
+            max_new_tokens: limits.max_new_tokens,
+            too_long: too_long.len(),
+            first_too_long: too_long.into_iter().take(10).collect(),
+            histogram: histogram(good.iter().map(prompt).collect()),
+            unaskable,
+        }
+    }
+}
+
+/// What one task makes of the rows.
+#[derive(Serialize)]
+struct Asked {
+    task: String,
+    rows: usize,
+    /// Tokens of the first turn: text and pictures.
+    prompt: Spread,
+    text: Spread,
+    visual: Spread,
+    answer: Spread,
+    pictures: Spread,
+    max_tokens: usize,
+    max_new_tokens: usize,
+    /// Rows whose first turn leaves no room for an answer.
+    too_long: usize,
+    first_too_long: Vec<String>,
+    histogram: Vec<Bin>,
+    unaskable: Vec<String>,
+}
+
+#[derive(Default, Serialize)]
+struct Spread {
+    least: usize,
+    median: usize,
+    mean: f64,
+    most: usize,
+}
+
+impl Spread {
+    fn of(mut values: Vec<usize>) -> Spread {
+        values.sort_unstable();
+        let (Some(&least), Some(&most)) = (values.first(), values.last()) else { return Spread::default() };
+        let mean = values.iter().sum::<usize>() as f64 / values.len() as f64;
+        Spread { least, median: values[values.len() / 2], mean, most }
+    }
+}
+
+/// Rows whose prompts have `from` to `to` tokens, both included.
+#[derive(Debug, PartialEq, Serialize)]
+struct Bin {
+    from: usize,
+    to: usize,
+    rows: usize,
+}
+
+/// At most ten bins of one round width.
+fn histogram(values: Vec<usize>) -> Vec<Bin> {
+    const BINS: usize = 10;
+    let (Some(&least), Some(&most)) = (values.iter().min(), values.iter().max()) else { return Vec::new() };
+    let widths = (0..).flat_map(|power| [1, 2, 5].map(|n| n * 10usize.saturating_pow(power)));
+    let width = widths.into_iter().find(|width| most / width - least / width < BINS).unwrap_or(usize::MAX);
+    let mut bins: Vec<Bin> =
+        (least / width..=most / width).map(|k| Bin { from: k * width, to: (k + 1) * width - 1, rows: 0 }).collect();
+    for value in values {
+        bins[value / width - least / width].rows += 1;
+    }
+    bins
+}
+
+impl Asked {
+    fn text(&self) -> String {
+        let mut out = format!("{}: {} rows\n", self.task, self.rows);
+        let lines = [
+            ("first turn, tokens", &self.prompt),
+            ("of text", &self.text),
+            ("of pictures", &self.visual),
+            ("answer, tokens", &self.answer),
+            ("pictures a row", &self.pictures),
+        ];
+        for (what, Spread { least, median, mean, most }) in lines {
+            out.push_str(&format!("  {what:<20} {least:>6} to {most:<6} median {median}, mean {mean:.1}\n"));
+        }
+        let tallest = self.histogram.iter().map(|bin| bin.rows).max().unwrap_or(1).max(1);
+        for Bin { from, to, rows } in &self.histogram {
+            let bar = "#".repeat((rows * 40).div_ceil(tallest));
+            out.push_str(&format!("  {:>13} {rows:>7} {bar}\n", format!("{from}-{to}")));
+        }
+        out.push_str(&format!(
+            "  {} rows are too long for {} tokens with {} of an answer{}\n",
+            self.too_long,
+            self.max_tokens,
+            self.max_new_tokens,
+            if self.first_too_long.is_empty() {
+                String::new()
+            } else {
+                format!(": {}", self.first_too_long.join(", "))
+            }
+        ));
+        const SHOWN: usize = 5;
+        for row in self.unaskable.iter().take(SHOWN) {
+            out.push_str(&format!("  cannot be asked: {row}\n"));
+        }
+        if self.unaskable.len() > SHOWN {
+            out.push_str(&format!("  and {} more cannot be asked\n", self.unaskable.len() - SHOWN));
+        }
+        out
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bins_are_round_and_hold_every_row() {
+        let bin = |from, to, rows| Bin { from, to, rows };
+        assert_eq!(histogram(vec![7, 7]), [bin(7, 7, 2)]);
+        assert_eq!(
+            histogram(vec![0, 12, 19]),
+            [
+                bin(0, 1, 1),
+                bin(2, 3, 0),
+                bin(4, 5, 0),
+                bin(6, 7, 0),
+                bin(8, 9, 0),
+                bin(10, 11, 0),
+                bin(12, 13, 1),
+                bin(14, 15, 0),
+                bin(16, 17, 0),
+                bin(18, 19, 1)
+            ]
+        );
+        assert!(histogram(Vec::new()).is_empty());
+        let wide = histogram((0..1000).map(|k| 300 + k * 7).collect());
+        assert!(wide.len() <= 10 && wide.iter().map(|b| b.rows).sum::<usize>() == 1000, "{wide:?}");
+    }
+}
