@@ -150,8 +150,6 @@ fn around<'a>(row: &'a Row, mention: &Mention) -> (&'a str, &'a str) {
     (before.unwrap_or_default(), after.unwrap_or_default())
 }
 
-/// "Image-1, Image-2 and Image-3".
-
 #[cfg(test)]
 mod tests {
     use super::super::Sample;
