@@ -137,91 +137,103 @@ pub fn by_rules(sample: &Sample, facts: &Facts, detail: Detail, seed: u64) -> St
     let name =
         sample.id.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
     let mut rng = stream(seed, PURPOSE, name);
-    let rng = &mut rng;
-    let tell = |rng: &mut ChaCha8Rng, image: usize| {
-        let what = facts.objects.get(image - 1).map(|all| listed(&left_to_right(all))).unwrap_or_default();
-        match what.as_str() {
-            "" => String::new(),
-            what => pick(rng, &["Image-{K} shows {X}. ", "In Image-{K} there {IS} {X}. ", "I see {X} in Image-{K}. "])
-                .replace("{K}", &image.to_string())
-                .replace("{IS}", if plural(what) { "are" } else { "is" })
-                .replace("{X}", what),
+    let sentence = |relation: &Relation| match detail {
+        Detail::Full => in_full(&mut rng, relation, sample, facts),
+        Detail::Brief => in_brief(&mut rng, relation, sample, facts),
+    };
+    facts.relations.iter().map(sentence).collect::<String>().trim().to_owned()
+}
+
+/// What a picture shows, in one of several wordings; nothing of nothing.
+fn shows(rng: &mut ChaCha8Rng, facts: &Facts, image: usize) -> String {
+    let what = facts.objects.get(image - 1).map(|all| listed(&left_to_right(all))).unwrap_or_default();
+    match what.as_str() {
+        "" => String::new(),
+        what => pick(rng, &["Image-{K} shows {X}. ", "In Image-{K} there {IS} {X}. ", "I see {X} in Image-{K}. "])
+            .replace("{K}", &image.to_string())
+            .replace("{IS}", if plural(what) { "are" } else { "is" })
+            .replace("{X}", what),
+    }
+}
+
+fn in_full(rng: &mut ChaCha8Rng, relation: &Relation, sample: &Sample, facts: &Facts) -> String {
+    let images = |text: &str, reference: usize, target: usize| {
+        text.replace("{A}", &format!("Image-{reference}")).replace("{B}", &format!("Image-{target}"))
+    };
+    match relation {
+        Relation::SameObject { reference, target, name } => {
+            let first = images(&format!("{{A}} shows {}. ", with_article(name)), *reference, *target);
+            let seen = shows(rng, facts, *target);
+            let side = side_of(sample, facts, *target, name);
+            let text = pick(
+                rng,
+                &[
+                    "The {X} of {A} is the{S} {X} of {B}.",
+                    "So the {X} of {A} is the{S} {X} of {B}.",
+                    "The{S} {X} of {B} is that of {A}.",
+                ],
+            );
+            first + &seen + &images(&text.replace("{X}", name).replace("{S}", &side), *reference, *target)
         }
-    };
-    let shows = |rng: &mut ChaCha8Rng, image: usize| match detail {
-        Detail::Full => tell(rng, image),
-        Detail::Brief => String::new(),
-    };
-    let mut out = String::new();
-    for relation in &facts.relations {
-        let images = |text: String, reference: usize, target: usize| {
-            text.replace("{A}", &format!("Image-{reference}")).replace("{B}", &format!("Image-{target}"))
-        };
-        match relation {
-            Relation::SameObject { reference, target, name } => {
-                out += &images(format!("{{A}} shows {}. ", with_article(name)), *reference, *target);
-                out += &shows(rng, *target);
-                let side = side_of(sample, facts, *target, name);
-                let text = pick(
-                    rng,
-                    &[
-                        "The {X} of {A} is the{S} {X} of {B}.",
-                        "So the {X} of {A} is the{S} {X} of {B}.",
-                        "The{S} {X} of {B} is that of {A}.",
-                    ],
-                );
-                out += &images(text.replace("{X}", name).replace("{S}", &side), *reference, *target);
-            }
-            Relation::Difference { change, name, was } => {
-                out += &tell(rng, 1);
-                out += &tell(rng, 2);
-                out += &match (change, was) {
-                    (Change::Added, _) => format!("Image-1 has no {name}; Image-2 has."),
-                    (Change::Removed, _) => format!("Image-2 has no {name}; Image-1 has."),
-                    (Change::Moved, _) => format!("The {name} of Image-1 stands elsewhere in Image-2."),
-                    (Change::Swapped, Some(was)) => {
-                        format!("Where Image-1 has the {was}, Image-2 has the {name}.")
-                    }
-                    (Change::Swapped, None) => format!("The {name} is in Image-2 alone."),
-                };
-            }
-            Relation::OnlyIn { name, target } => {
-                for image in 1..=sample.images.len() {
-                    out += &shows(rng, image);
-                }
-                out +=
-                    &images(pick(rng, &["The {X} is in {B}.", "So the {X} is in {B}."]).to_owned(), *target, *target)
-                        .replace("{X}", name);
-            }
-            Relation::PartOf { reference, target, name } => {
-                out += &images(format!("{{A}} shows {} closely. ", with_article(name)), *reference, *target);
-                out += &shows(rng, *target);
-                let text = pick(
-                    rng,
-                    &["{A} is the area around the {X} of {B}.", "So {A} is what lies around the {X} of {B}."],
-                );
-                out += &images(text.replace("{X}", name), *reference, *target);
-            }
-            Relation::Follows { reference, target, name } => {
-                let between: Vec<String> = (*reference..=*target).map(|k| format!("Image-{k}")).collect();
-                out += &format!("I follow the {name} over {}. ", in_words(&between));
-                out += &images(format!("In {{B}} the {name} of {{A}} stands elsewhere."), *reference, *target);
-            }
-            Relation::Place { reference, name, is } => {
-                out += &shows(rng, *reference);
-                out += &images(format!("The {name} is {is} in {{A}}. "), *reference, *reference);
-            }
-            Relation::SameKind { reference, target, name } => {
-                out += &shows(rng, *target);
-                out += &images(
-                    pick(rng, &["{B} has the {X} of {A} too.", "The {X} of {A} is in {B} too."]).replace("{X}", name),
-                    *reference,
-                    *target,
-                );
-            }
+        Relation::Difference { change, name, was } => {
+            shows(rng, facts, 1) + &shows(rng, facts, 2) + &difference(*change, name, was.as_deref())
+        }
+        Relation::OnlyIn { name, target } => {
+            let seen: String = (1..=sample.images.len()).map(|image| shows(rng, facts, image)).collect();
+            let text = pick(rng, &["The {X} is in {B}.", "So the {X} is in {B}."]);
+            seen + &images(&text.replace("{X}", name), *target, *target)
+        }
+        Relation::PartOf { reference, target, name } => {
+            let first = images(&format!("{{A}} shows {} closely. ", with_article(name)), *reference, *target);
+            let seen = shows(rng, facts, *target);
+            let text =
+                pick(rng, &["{A} is the area around the {X} of {B}.", "So {A} is what lies around the {X} of {B}."]);
+            first + &seen + &images(&text.replace("{X}", name), *reference, *target)
+        }
+        Relation::Follows { reference, target, name } => {
+            let between: Vec<String> = (*reference..=*target).map(|k| format!("Image-{k}")).collect();
+            let first = format!("I follow the {name} over {}. ", in_words(&between));
+            first + &images(&format!("In {{B}} the {name} of {{A}} stands elsewhere."), *reference, *target)
+        }
+        Relation::Place { reference, name, is } => {
+            shows(rng, facts, *reference) + &format!("The {name} is {is} in Image-{reference}. ")
+        }
+        Relation::SameKind { reference, target, name } => {
+            let seen = shows(rng, facts, *target);
+            let text = pick(rng, &["{B} has the {X} of {A} too.", "The {X} of {A} is in {B} too."]);
+            seen + &images(&text.replace("{X}", name), *reference, *target)
         }
     }
-    out.trim().to_owned()
+}
+
+/// The same in the fewest words: what is asked for, and where it is.
+fn in_brief(rng: &mut ChaCha8Rng, relation: &Relation, sample: &Sample, facts: &Facts) -> String {
+    match relation {
+        Relation::SameObject { reference, target, name } => {
+            let side = side_of(sample, facts, *target, name);
+            format!("Image-{reference} shows {}. The{side} {name} is in Image-{target}.", with_article(name))
+        }
+        // Two pictures can only be compared thing by thing.
+        Relation::Difference { .. } => in_full(rng, relation, sample, facts),
+        Relation::OnlyIn { name, target } | Relation::Follows { target, name, .. } => {
+            format!("The {name} is in Image-{target}.")
+        }
+        Relation::PartOf { reference, target, name } => {
+            format!("Image-{reference} shows {} closely. The {name} is in Image-{target}.", with_article(name))
+        }
+        Relation::Place { reference, name, is } => format!("The {name} is {is} in Image-{reference}. "),
+        Relation::SameKind { target, name, .. } => format!("The {name} is in Image-{target}."),
+    }
+}
+
+fn difference(change: Change, name: &str, was: Option<&str>) -> String {
+    match (change, was) {
+        (Change::Added, _) => format!("Image-1 has no {name}; Image-2 has."),
+        (Change::Removed, _) => format!("Image-2 has no {name}; Image-1 has."),
+        (Change::Moved, _) => format!("The {name} of Image-1 stands elsewhere in Image-2."),
+        (Change::Swapped, Some(was)) => format!("Where Image-1 has the {was}, Image-2 has the {name}."),
+        (Change::Swapped, None) => format!("The {name} is in Image-2 alone."),
+    }
 }
 
 /// " left" or " right", where a picture has two of a name and the row's target is one of them.
@@ -493,7 +505,7 @@ mod tests {
         assert!(trace.contains("left fox of Image-2"), "{trace}");
         assert_eq!(judge(&trace, &row), Ok(()));
         let brief = by_rules(&row, &Facts::of(&row).unwrap(), Detail::Brief, 1);
-        assert!(brief.contains("left fox of Image-2") && !brief.contains("apple"), "{brief}");
+        assert_eq!(brief, "Image-1 shows a fox. The left fox is in Image-2.");
         assert_eq!(judge(&brief, &row), Ok(()));
     }
 

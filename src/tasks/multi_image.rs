@@ -35,6 +35,8 @@ pub struct Options {
     /// asked as they stand.
     pub ask: Option<Ask>,
     pub weights: PartWeights,
+    /// The reward for picture and object is multiplied by the format's: what is read out of a text without form is worth little.
+    pub format_gate: bool,
     pub reward: MultiImage,
 }
 
@@ -47,6 +49,7 @@ impl Default for Options {
             most_images: 16,
             ask: None,
             weights: PartWeights::default(),
+            format_gate: false,
             reward: MultiImage::default(),
         }
     }
@@ -276,7 +279,9 @@ impl Task for MultiImageTask {
 
     fn reward(&self, parts: &Parts) -> f64 {
         let PartWeights { format, image, object } = self.options.weights;
-        parts.total(&Parts::from([("format", format), ("image", image), ("object", object)]))
+        let form = parts.get("format").unwrap_or(0.0);
+        let gate = if self.options.format_gate { form } else { 1.0 };
+        format * form + gate * parts.total(&Parts::from([("image", image), ("object", object)]))
     }
 }
 
@@ -409,6 +414,11 @@ mod tests {
         // Not gated, the box counts wherever it is said to be.
         let ungated = task_with(|o| o.reward.gate = reward::Gate::None);
         assert_eq!(judged(&ungated, &right.replace("\"image\": 2", "\"image\": 1")).1, 1.0);
+        // A tag is missing: the parts are what they are, the reward is less.
+        let by_form = task_with(|o| o.format_gate = true);
+        assert_eq!(judged(&by_form, right).1, 2.0);
+        let (parts, reward, _) = judged(&by_form, &right.replace("</think>", ""));
+        assert_eq!((parts.get("image"), reward), (Some(1.0), 1.5));
     }
 
     fn task_with(change: impl FnOnce(&mut Options)) -> MultiImageTask {
