@@ -7,144 +7,34 @@
 //! Every random number comes from (seed, step, group, member, turn), so a resumed run goes on bit for bit as the
 //! uninterrupted one would have.
 
-use std::collections::BTreeMap;
+mod metrics;
+mod plan;
+mod play_only;
+
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
+pub use plan::{DataOptions, EvalOptions, Plan, TrainOptions};
+pub use play_only::main as rollout_main;
+
 use crate::chat::{Chat, Convention};
-use crate::config::{self, BadConfig};
-use crate::data::{Format, Order, ReadAs, Sample};
+use crate::config;
+use crate::data::{Order, ReadAs, Sample};
 use crate::engine::embedded::{self, Embedded};
 use crate::engine::{Group, Scores, Trainer, Weights, Who};
-use crate::episode::{BoxOutcome, Episode, Stop, Update};
+use crate::episode::{Episode, Stop, Update};
 use crate::eval;
 use crate::image::{PictureCache, Processor};
 use crate::need;
 use crate::objective::{Advantages, Correction, Objective, Outcome, Sequence, Tally};
-use crate::optim::Optim;
 use crate::progress::{self, Progress};
 use crate::rollout::{self, Stage};
 use crate::run::{Interrupt, Interrupted, Invocation, Metrics, RunFolder, Start, Stopwatch, peak_rss};
-use crate::tasks::{Options as TaskOptions, Task, check_rows, ensure_possible};
-
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Plan {
-    pub model: embedded::Options,
-    pub data: DataOptions,
-    pub task: TaskOptions,
-    #[serde(default)]
-    pub rollout: rollout::Options,
-    /// `preset` and any setting of `objective::Objective` over it.
-    #[serde(default)]
-    pub objective: toml::Table,
-    #[serde(default)]
-    pub optim: Optim,
-    pub train: TrainOptions,
-    #[serde(default)]
-    pub eval: EvalOptions,
-}
-
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct DataOptions {
-    /// Rows of our own or of any format that docs/data.md names.
-    pub train: PathBuf,
-    /// The format, where the keys of the rows do not tell it.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub format: Option<Format>,
-    /// Where relative paths of pictures start, if not in the folder of the rows.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub images: Option<PathBuf>,
-    /// Train on the good rows of a file that has bad ones too; otherwise such a file is refused.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub leave_out_bad: bool,
-}
-
-impl DataOptions {
-    pub fn read_as(&self) -> ReadAs {
-        ReadAs { format: self.format, images: self.images.clone(), leave_out_bad: self.leave_out_bad }
-    }
-}
-
-/// Held-out questions during training, played as `[rollout]` says but for the temperature.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct EvalOptions {
-    pub rows: Option<PathBuf>,
-    /// Only the first so many.
-    pub limit: Option<usize>,
-    /// Every so many steps, and after the last; 0 never.
-    pub every: u64,
-    /// 0 is greedy.
-    pub temperature: f32,
-}
-
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct TrainOptions {
-    /// Run folder.
-    pub out: PathBuf,
-    pub steps: u64,
-    /// Questions per step.
-    pub prompts: usize,
-    /// Episodes per question.
-    pub group: usize,
-    /// Optimiser updates per step; the questions are dealt out evenly.
-    pub updates: usize,
-    /// With `drop_equal_groups`: play at most so many times the questions of a step to fill it.
-    pub refill: usize,
-    /// MG-Thinker's variance gate, for `drop_equal_groups`: the run has so many phases, and `min_spread` is halved with each; 1 keeps it.
-    pub spread_phases: u64,
-    /// Where a step has several updates: the questions with the highest mean reward first, the lowest last (MG-Thinker's bands). With
-    /// the gate and `refill = 1`, the questions of a step are its candidate pool: what the gate leaves is dealt out to the updates.
-    pub bands: bool,
-    /// Multiply the advantages of a question by exp(1 - its mean IoU), or mean reward where no IoU is known (UniVG-R1, arXiv 2505.14231).
-    pub weigh_hard: bool,
-    /// Over-long and truncated episodes get no policy loss instead of their reward.
-    pub mask_truncated: bool,
-    pub seed: u64,
-    /// 0 writes a checkpoint at the end only.
-    pub checkpoint_every: u64,
-    pub keep_checkpoints: usize,
-    /// Write the episodes of every so many steps, and of the last; 0 writes none.
-    pub episodes_every: u64,
-    /// Write the metrics a second time as TensorBoard reads them.
-    pub tensorboard: bool,
-}
-
-impl Default for TrainOptions {
-    fn default() -> TrainOptions {
-        TrainOptions {
-            out: "runs/rl".into(),
-            steps: 100,
-            prompts: 16,
-            group: 8,
-            updates: 1,
-            refill: 3,
-            spread_phases: 1,
-            bands: false,
-            weigh_hard: false,
-            mask_truncated: false,
-            seed: 1,
-            checkpoint_every: 20,
-            keep_checkpoints: 2,
-            episodes_every: 1,
-            tensorboard: true,
-        }
-    }
-}
-
-impl TrainOptions {
-    /// What the gate's spread is multiplied with in this step: halved with each phase.
-    fn share_of_spread(&self, step: u64) -> f64 {
-        let phase = (step - 1) * self.spread_phases / self.steps.max(1);
-        0.5f64.powi(phase as i32)
-    }
-}
+use crate::tasks::{Task, check_rows, ensure_possible};
+use metrics::{count, largest_ratio_gap};
 
 /// What the loop itself must remember between steps; weights and optimiser are the engine's.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -152,76 +42,6 @@ struct State {
     order: Order,
     /// Groups played so far; numbers them.
     groups: u64,
-}
-
-impl Plan {
-    pub fn objective(&self) -> Result<Objective> {
-        Objective::from_table(self.objective.clone())
-            .map_err(|e| BadConfig(format!("[objective] {}", config::explain(&format!("{e:#}")))).into())
-    }
-
-    /// How held-out questions are sampled.
-    fn held_out_rollout(&self) -> rollout::Options {
-        rollout::Options { temperature: self.eval.temperature, ..self.rollout.clone() }
-    }
-
-    /// Refuses what cannot work, before anything is loaded, and writes every default of the objective out.
-    pub fn resolve(mut self) -> Result<Plan> {
-        let mut objective = self.objective()?;
-        // Dr. GRPO's constant is the longest response that could have been written.
-        objective.norm_length.get_or_insert((self.rollout.max_new_tokens * self.task.turns()) as f64);
-        self.objective = toml::Table::try_from(&objective).context("writing out the objective")?;
-        let t = &self.train;
-        let bad = |text: String| Err(BadConfig(text).into());
-        self.rollout.validate()?;
-        self.optim.validate()?;
-        self.model.trainable()?;
-        if t.prompts == 0 || t.group == 0 || t.updates == 0 || t.steps == 0 {
-            return bad("train.steps, train.prompts, train.group and train.updates must be at least 1".into());
-        }
-        if !t.prompts.is_multiple_of(t.updates) {
-            return bad(format!(
-                "train.prompts = {} cannot be dealt out to train.updates = {} evenly",
-                t.prompts, t.updates
-            ));
-        }
-        if t.spread_phases == 0 {
-            return bad("train.spread_phases is 0, expected at least 1".into());
-        }
-        if t.spread_phases > 1 && !(objective.drop_equal_groups && objective.min_spread > 0.0) {
-            return bad(format!(
-                "train.spread_phases = {} halves objective.min_spread over the run; that needs objective.drop_equal_groups = true and a \
-                 min_spread above 0",
-                t.spread_phases
-            ));
-        }
-        if t.bands && t.updates == 1 {
-            return bad("train.bands orders the updates of a step, and train.updates is 1; take at least 2".into());
-        }
-        if t.group == 1 && objective.needs_siblings() {
-            return bad(
-                "train.group = 1: the objective compares the episodes of a question with each other, so every advantage would be 0; \
-                 take at least 2"
-                    .into(),
-            );
-        }
-        if self.eval.every > 0 && self.eval.rows.is_none() {
-            return bad(format!("eval.every = {}, but eval.rows names no file with held-out rows", self.eval.every));
-        }
-        self.held_out_rollout().validate().map_err(|e| BadConfig(format!("in [eval]: {e}")))?;
-        if self.rollout.temperature <= 0.0 {
-            return bad(format!(
-                "rollout.temperature = {}: training needs a distribution, so more than 0",
-                self.rollout.temperature
-            ));
-        }
-        if self.rollout.top_k.is_some() || self.rollout.top_p.is_some() {
-            return bad(
-                "rollout.top_k and rollout.top_p truncate the distribution; they are for evaluation only".into()
-            );
-        }
-        Ok(self)
-    }
 }
 
 /// `foveate rl CONFIG`.
@@ -623,185 +443,9 @@ fn difficulty(episodes: &[Episode], groups: &[Vec<usize>]) -> Vec<f64> {
     weights
 }
 
-/// The largest distance from 1 of any token's ratio.
-fn largest_ratio_gap(tally: &Tally) -> f64 {
-    let report: BTreeMap<&str, f64> = tally.report().into_iter().collect();
-    let far = |key| report.get(key).map_or(0.0, |r| (r - 1.0).abs());
-    far("ratio/min").max(far("ratio/max"))
-}
-
-/// What the episodes of a step were like, under the names users of verl and TRL know, and the grounding ones.
-fn count(episodes: &[Episode], metrics: &mut Metrics) {
-    let mut put = |key: &str, value: f64| {
-        metrics.insert(key.to_owned(), json!(value));
-    };
-    let n = episodes.len().max(1) as f64;
-    let lengths: Vec<f64> = episodes.iter().map(|e| e.stream.sampled_count() as f64).collect();
-    put("response_length/mean", eval::average(lengths.iter().copied()));
-    put("response_length/max", lengths.iter().copied().fold(0.0, f64::max));
-    let cut = episodes.iter().filter(|e| e.stop == Stop::Truncated).count() as f64;
-    put("response_length/clip_ratio", cut / n);
-    put("prompt_length/mean", eval::average(episodes.iter().map(|e| e.stream.prompt_len() as f64)));
-    put(
-        "num_turns/mean",
-        eval::average(episodes.iter().map(|e| e.turns.iter().filter(|t| t.role == "assistant").count() as f64)),
-    );
-    let mut parts: BTreeMap<String, f64> = BTreeMap::new();
-    for e in episodes {
-        for (name, value) in e.parts.iter() {
-            *parts.entry(format!("rewards/{name}/mean")).or_default() += value / n;
-        }
-    }
-    for (name, value) in parts {
-        put(&name, value);
-    }
-    let outcomes: Vec<BoxOutcome> = episodes.iter().filter_map(|e| e.turns.iter().find_map(|t| t.outcome)).collect();
-    if !outcomes.is_empty() {
-        let m = outcomes.len() as f64;
-        let mut classes: BTreeMap<String, usize> = BTreeMap::new();
-        for o in &outcomes {
-            *classes.entry(eval::name_of(o)).or_default() += 1;
-        }
-        let valid = outcomes.iter().filter(|o| **o == BoxOutcome::Valid).count();
-        put("grounding/valid_box", valid as f64 / m);
-        for (class, count) in classes {
-            put(&format!("box/{class}"), count as f64 / m);
-        }
-    }
-    let held: Vec<bool> = episodes.iter().filter_map(eval::contains_target).collect();
-    if !held.is_empty() {
-        put("grounding/contains_target", held.iter().filter(|h| **h).count() as f64 / held.len() as f64);
-    }
-    let areas: Vec<f64> = episodes.iter().filter_map(eval::box_area_share).collect();
-    if !areas.is_empty() {
-        put("grounding/box_area", eval::average(areas.iter().copied()));
-    }
-    for stop in [Stop::Answered, Stop::TurnLimit, Stop::Truncated, Stop::OverLong, Stop::InvalidBox] {
-        let count = episodes.iter().filter(|e| e.stop == stop).count() as f64;
-        put(&format!("stop/{}", eval::name_of(&stop)), count / n);
-    }
-}
-
-/// `foveate rollout CONFIG`: plays one step's worth of questions per step and writes the episodes; nothing is trained.
-pub fn rollout_main(invocation: &Invocation) -> Result<()> {
-    let plan: Plan = config::load::<Plan>(&invocation.config, &invocation.overrides)?.resolve()?;
-    if invocation.start != Start::New {
-        return Err(BadConfig("a rollout keeps no checkpoint, so there is nothing to --resume".into()).into());
-    }
-    let Ready { rows, task, objective, .. } = Ready::of(&plan)?;
-    if invocation.dry_run {
-        invocation.show(&plan)?;
-        eprintln!("{} rows; {} episodes a step", rows.len(), plan.train.prompts * plan.train.group);
-        return Ok(());
-    }
-    need::of_rl(&plan, &*task, &rows, false)?.ensure_fits(&plan.model)?;
-    let interrupt = Interrupt::install()?;
-    let mut engine = Embedded::open(&plan.model, None)?;
-    let (chat, pictures, processor) = (engine.chat.clone(), engine.pictures.clone(), engine.processor.clone());
-    let context = Loop {
-        plan: &plan,
-        objective: &objective,
-        task: &*task,
-        chat: &chat,
-        pictures: &pictures,
-        processor: &processor,
-        convention: engine.convention,
-    };
-    let folder = RunFolder::create(&plan.train.out)?;
-    folder.begin(&config::to_toml(&plan)?, None)?;
-    let mut state = State { order: Order::new(rows.len(), plan.train.seed)?, groups: 0 };
-    let mut log = folder.metrics_log()?;
-    let bar = Progress::start("playing", "step", 0, plan.train.steps);
-    for step in 1..=plan.train.steps {
-        let mut metrics = Metrics::new();
-        let (episodes, _) = context.play(&mut engine, &rows, &mut state, step, &mut metrics)?;
-        count(&episodes, &mut metrics);
-        metrics.insert("reward/mean".into(), json!(eval::average(episodes.iter().map(|e| e.reward))));
-        let records: Vec<_> = episodes.iter().map(Episode::record).collect();
-        folder.write_episodes(step, &records)?;
-        log.append(step, &metrics)?;
-        bar.step(format!("reward {:.3}", eval::average(episodes.iter().map(|e| e.reward))));
-        if interrupt.asked() {
-            return Err(Interrupted::after(step, &plan.train.out).into());
-        }
-    }
-    bar.finish();
-    if invocation.json {
-        println!("{}", json!({"run": plan.train.out}));
-    } else {
-        println!("{}", plan.train.out.display());
-    }
-    Ok(())
-}
-
 /// The newest checkpoint of a run, or an error that says where none was found.
 pub fn newest_checkpoint(run: &Path) -> Result<PathBuf> {
     Ok(crate::run::latest_checkpoint(run)?
         .with_context(|| format!("the run has no checkpoint yet: {}", run.display()))?
         .path)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_gate_is_halved_with_each_phase() {
-        let train = TrainOptions { steps: 8, spread_phases: 4, ..TrainOptions::default() };
-        let shares: Vec<f64> = (1..=8).map(|step| train.share_of_spread(step)).collect();
-        assert_eq!(shares, [1.0, 1.0, 0.5, 0.5, 0.25, 0.25, 0.125, 0.125]);
-        assert_eq!(TrainOptions { spread_phases: 1, ..train }.share_of_spread(8), 1.0);
-    }
-
-    /// The reference config says something about every key there is, and holds the published values: the defaults.
-    #[test]
-    fn the_reference_config_names_every_key() {
-        let text = include_str!("../configs/mgpo_paper.toml");
-        let plan: Plan = config::parse::<Plan>(text, &[]).unwrap().resolve().unwrap();
-        assert_eq!(plan.objective().unwrap().kl_coef, Objective::default().kl_coef);
-        let TaskOptions::Crop(published) = plan.task.clone() else { panic!("another task") };
-        let default = crate::tasks::crop::Options::default();
-        assert_eq!((published.max_pixels, published.min_pixels), (default.max_pixels, default.min_pixels));
-        let table = toml::Table::try_from(&plan).unwrap();
-        let optional = ["top_k", "top_p", "dual_clip", "norm_length", "rows", "limit"];
-        for key in
-            table.values().filter_map(toml::Value::as_table).flat_map(|section| section.keys().map(String::as_str))
-        {
-            let named = text.lines().any(|line| line.trim_start_matches("# ").starts_with(&format!("{key} =")));
-            assert!(named || optional.contains(&key), "configs/mgpo_paper.toml does not mention {key}");
-        }
-        assert!(optional.iter().all(|key| text.contains(key)));
-    }
-
-    #[test]
-    fn every_shipped_config_is_read() {
-        for text in [include_str!("../configs/demo_mgpo.toml"), include_str!("../configs/demo_grpo.toml")] {
-            config::parse::<Plan>(text, &[]).unwrap().resolve().unwrap();
-        }
-        // Every ablation that the file names.
-        let mirg = include_str!("../configs/mirg_rl.toml");
-        let changes: Vec<Vec<String>> = mirg
-            .lines()
-            .filter_map(|line| line.strip_prefix("#   "))
-            .flat_map(|line| line.split("  ").filter(|words| words.contains('=')))
-            .map(|words| words.split_whitespace().filter(|word| word.contains('=')).map(str::to_owned).collect())
-            .collect();
-        assert!(changes.len() >= 5, "{changes:?}");
-        for overrides in
-            changes.into_iter().filter(|all| !all.iter().any(|one| one.starts_with("data."))).chain([vec![]])
-        {
-            config::parse::<Plan>(mirg, &overrides).unwrap().resolve().unwrap();
-        }
-        for text in [
-            include_str!("../configs/eval_plates.toml"),
-            include_str!("../configs/eval_mig_bench.toml"),
-            include_str!("../configs/mirg_gain.toml"),
-        ] {
-            config::parse::<eval::Plan>(text, &[]).unwrap();
-        }
-        config::parse::<crate::sft::Plan>(include_str!("../configs/sft_dialogues.toml"), &[]).unwrap();
-        config::parse::<crate::sft::Plan>(include_str!("../configs/nano_pretrain.toml"), &[]).unwrap();
-        config::parse::<crate::sft::Plan>(include_str!("../configs/nano_several.toml"), &[]).unwrap();
-        config::parse::<crate::sft::Plan>(include_str!("../configs/mirg_sft.toml"), &[]).unwrap();
-    }
 }
