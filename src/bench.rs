@@ -10,6 +10,7 @@ use anyhow::{Context, Result, ensure};
 use clap::{Args, Subcommand};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -235,37 +236,14 @@ impl Speak {
         let Speak { decoder, prompt, new_tokens } = self;
         ensure!(prompt > 0 && new_tokens > 0, "--prompt and --new-tokens: expected at least 1");
         let model = decoder.model()?;
-        let v = model.config.text.vocab;
         let mut rng = ChaCha8Rng::seed_from_u64(1);
         let prompts: Vec<Vec<u32>> = (0..decoder.batch).map(|_| decoder.ids(&mut rng, prompt)).collect();
         let mut times = Vec::new();
         for step in 0..decoder.warmup + decoder.steps {
             let started = Instant::now();
-            let mut cache = Cache::new(&model);
-            let ids = prompts.iter().map(|_| cache.add_sequence(None, prompt + new_tokens));
-            let sequences: Vec<SequenceId> = ids.collect::<Result<_>>()?;
-            let first: Vec<i32> = (0..prompt as i32).collect();
-            let mut said: Vec<Vec<u32>> = prompts.clone();
-            let mut position = first.clone();
-            for n in 0..new_tokens {
-                let from = if n == 0 { 0 } else { prompt + n - 1 };
-                let extensions: Vec<Extension> = sequences
-                    .iter()
-                    .zip(&said)
-                    .map(|(sequence, ids)| Extension {
-                        sequence: *sequence,
-                        ids: &ids[from..],
-                        positions: [&position; 3],
-                        features: &[],
-                    })
-                    .collect();
-                let hidden = model.extend(&mut cache, &extensions)?;
-                let mut logits = model.next_logits(&cache, &hidden, &[]);
-                for (row, ids) in logits.chunks_exact_mut(v).zip(&mut said) {
-                    ids.push(sample::categorical(row, 1.0, rng.random()).0);
-                }
-                position = vec![(prompt + n) as i32];
-            }
+            let first = Cache::new(&model);
+            let at_once = prompts.len().div_ceil(model.lanes(prompts.len()));
+            prompts.par_chunks(at_once).try_for_each(|prompts| speak(&model, first.beside(), prompts, new_tokens))?;
             if step >= decoder.warmup {
                 times.push(started.elapsed().as_secs_f64());
             }
@@ -277,6 +255,37 @@ impl Speak {
             "new_tokens_per_second": round((decoder.batch * new_tokens) as f64 / seconds), "peak_rss_mib": peak_rss() >> 20,
         }))
     }
+}
+
+/// Continues prompts of equal length by so many tokens each.
+fn speak(model: &Vlm, mut cache: Cache, prompts: &[Vec<u32>], new_tokens: usize) -> Result<()> {
+    let v = model.config.text.vocab;
+    let mut rng = ChaCha8Rng::seed_from_u64(1);
+    let prompt = prompts.first().map_or(0, Vec::len);
+    let ids = prompts.iter().map(|_| cache.add_sequence(None, prompt + new_tokens));
+    let sequences: Vec<SequenceId> = ids.collect::<Result<_>>()?;
+    let mut said: Vec<Vec<u32>> = prompts.to_vec();
+    let mut position: Vec<i32> = (0..prompt as i32).collect();
+    for n in 0..new_tokens {
+        let from = if n == 0 { 0 } else { prompt + n - 1 };
+        let extensions: Vec<Extension> = sequences
+            .iter()
+            .zip(&said)
+            .map(|(sequence, ids)| Extension {
+                sequence: *sequence,
+                ids: &ids[from..],
+                positions: [&position; 3],
+                features: &[],
+            })
+            .collect();
+        let hidden = model.extend(&mut cache, &extensions)?;
+        let mut logits = model.next_logits(&cache, &hidden, &[]);
+        for (row, ids) in logits.chunks_exact_mut(v).zip(&mut said) {
+            ids.push(sample::categorical(row, 1.0, rng.random()).0);
+        }
+        position = vec![(prompt + n) as i32];
+    }
+    Ok(())
 }
 
 fn read_rows(path: &Path) -> Result<Vec<Row>> {

@@ -193,6 +193,13 @@ impl Format {
         if row.contains_key("task") && row.contains_key("additional_info") {
             return Err("this is MIG-Bench, whose rows are made with: foveate data convert --from mig_bench".into());
         }
+        // Its boxes are in thousandths of a picture that its words name, which only the converter knows.
+        let spoken = row.get("conversations").or(row.get("messages")).map(Value::to_string);
+        if fit == [Format::Sharegpt] && spoken.is_some_and(|text| text.contains("<|box_start|>")) {
+            return Err("these conversations have boxes as MGrounding-630k has them, whose rows are made with: foveate data convert --from \
+                        mgrounding; to read the words alone, --format sharegpt or [data] format"
+                .into());
+        }
         match fit[..] {
             [one] => Ok(one),
             [] => Err(format!("no known format has the keys {keys}; {say}, one of {}", names(&Format::ALL))),
@@ -223,6 +230,9 @@ mod tests {
         assert!(both.as_ref().is_err_and(|e| e.contains("fit hr_bench, tree_bench")), "{both:?}");
         let mig = of(json!({"task": "", "images": [], "question": "", "answer": [], "additional_info": ""}));
         assert!(mig.unwrap_err().contains("data convert"));
+        let talk = |text: &str| json!({"images": [], "conversations": [{"from": "gpt", "value": text}]});
+        assert!(of(talk("<|box_start|>(0,0),(9,9)<|box_end|>")).unwrap_err().contains("--from mgrounding"));
+        assert_eq!(of(talk("A cat.")).unwrap(), Format::Sharegpt);
         for format in Format::ALL {
             assert_eq!(Format::named(format.name()).unwrap(), format);
             assert_eq!(serde_json::to_value(format).unwrap(), format.name());

@@ -30,18 +30,21 @@ struct Scale {
     test: usize,
     sft: &'static [&'static str],
     rl: &'static [&'static str],
+    /// The first held-out questions are asked every so many steps of RL, for the report to show how the answers change.
+    watch: (usize, u64),
 }
 
-const FULL: Scale = Scale { train: 3000, test: 480, sft: &[], rl: &[] };
+const FULL: Scale = Scale { train: 2000, test: 360, sft: &[], rl: &[], watch: (24, 20) };
 const QUICK: Scale = Scale {
     train: 60,
     test: 24,
     sft: &["train.steps=3", "train.batch=8"],
     rl: &["train.steps=2", "train.prompts=2", "train.group=4"],
+    watch: (6, 1),
 };
 
 /// Share of the rows that the fine-tuning learns from; RL has the others.
-const SHARE: f64 = 0.7;
+const SHARE: f64 = 0.6;
 
 /// The runs: folder, what it is called in the table, what it changes in its config.
 const SFTS: [(&str, &str, &[&str]); 2] =
@@ -85,6 +88,9 @@ pub fn main(request: &Request) -> Result<()> {
         plan.model.path.clone_from(&from);
         plan.data.train = traces.join("rl.jsonl");
         (plan.train.out, plan.train.seed) = (request.out.join(run), request.seed);
+        // Nothing is chosen by these: the table at the end asks all of them of the last weights.
+        plan.eval.rows = Some(data.join("test.jsonl"));
+        (plan.eval.limit, plan.eval.every) = (Some(scale.watch.0), scale.watch.1);
         let plan = plan.resolve()?;
         trained(rl::train(&plan, start_of(&plan.train.out), &interrupt, &mut |_, _| {}), request)?;
         models.push((name, rl::newest_checkpoint(&plan.train.out)?));

@@ -5,31 +5,28 @@
 //! sampling are those of training, to the last bit.
 
 use std::cell::Cell;
-use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
-use foveate_kernels::sample;
-use rand::{Rng, SeedableRng};
-use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
+mod lane;
 pub mod memory;
 mod tower;
 
+use self::lane::{Lane, READ_AT_ONCE, Unread, Voice};
 use self::tower::{OnFeatures, Tower};
-use super::{Completion, Finish, Group, Prompt, Sampler, Sampling, Scores, Trainer, Weights, Who};
+use super::{Completion, Group, Prompt, Sampler, Sampling, Scores, Trainer, Weights, Who};
 use crate::batch::{self, Batch};
 use crate::chat::{Chat, Convention};
 use crate::config::BadConfig;
 use crate::episode::{Placed, Stream};
 use crate::geometry::Grid;
 use crate::image::{PictureCache, Processor};
-use crate::model;
 use crate::model::block::Keep;
-use crate::model::generate::{Cache, Extension, SequenceId};
+use crate::model::generate::Cache;
 use crate::model::memory::memory;
 use crate::model::{Dtype, Early, Gradients, Head, Slopes, Target, Trainable, Vlm};
 use crate::optim::{AdamW, Optim, Trained};
@@ -129,13 +126,6 @@ pub struct Training {
     pub reference: bool,
 }
 
-/// A conversation whose keys and values are still in the cache.
-struct Kept {
-    sequence: SequenceId,
-    /// How many tokens of the stream it holds.
-    rows: usize,
-}
-
 struct Learning {
     gradients: Gradients,
     optimizer: AdamW,
@@ -159,16 +149,12 @@ pub struct Embedded {
     /// Ids that cannot be sampled: vision tokens (a sampled one would have no picture) and rows without a token.
     banned: Vec<u32>,
     training: Option<Learning>,
-    cache: Option<Cache>,
-    kept: HashMap<u64, Kept>,
+    lanes: Vec<Lane>,
     tower: Tower,
 }
 
 /// The optimiser's state in a checkpoint folder.
 const OPTIMIZER: &str = "optimizer.safetensors";
-
-/// Rows of prompts and crops that are read in one call; a longer one is read alone.
-const READ_AT_ONCE: usize = 2048;
 
 impl Embedded {
     /// Opens a checkpoint for sampling, and for training if `training` says how.
@@ -221,8 +207,7 @@ impl Embedded {
             temperature: training.map_or(1.0, |t| t.temperature),
             banned,
             training: training_state,
-            cache: None,
-            kept: HashMap::new(),
+            lanes: Vec::new(),
             tower,
         })
     }
@@ -271,150 +256,51 @@ impl Embedded {
         Ok(batch)
     }
 
-    /// Continues conversations in the cache: prompts first, then token by token until all have stopped.
+    /// Continues conversations in their lanes, or deals them out to new ones.
     fn generate(&mut self, prompts: &[Prompt], sampling: &Sampling) -> Result<Vec<Vec<Completion>>> {
-        struct Speaker {
-            prompt: usize,
-            sequence: SequenceId,
-            next_position: i32,
-            rng: ChaCha8Rng,
-            out: Completion,
-            done: bool,
+        // An error leaves no lane behind that holds half of a turn.
+        let mut lanes = std::mem::take(&mut self.lanes);
+        let lane_of = |lanes: &[Lane], p: &Prompt| lanes.iter().position(|lane| lane.rows_of(p.session).is_some());
+        let going_on = prompts.iter().all(|p| p.seeds.len() == 1 && lane_of(&lanes, p).is_some());
+        if !going_on {
+            let first = Cache::new(&self.model);
+            lanes = (1..self.model.lanes(prompts.len())).map(|_| Lane::new(first.beside())).collect();
+            lanes.push(Lane::new(first));
         }
-        let fits = prompts.iter().all(|p| p.seeds.len() == 1 && self.kept.contains_key(&p.session));
-        if !fits {
-            self.cache = Some(Cache::new(&self.model));
-            self.kept.clear();
-        }
-        let mut cache = self.cache.take().context("no cache to continue in")?;
-        let d = self.model.config.text.hidden;
-
-        // What each prompt still has to read, with its images, which are encoded together.
-        let unread = |this: &Self, p: &Prompt| if fits { this.kept[&p.session].rows } else { 0 };
-        let views: Vec<&Placed> = prompts
+        let places: Vec<usize> = prompts
             .iter()
-            .flat_map(|p| {
-                let from = unread(self, p);
-                p.stream.images.iter().filter(move |i| i.first >= from)
+            .enumerate()
+            .map(|(i, p)| lane_of(&lanes, p).unwrap_or(i * lanes.len() / prompts.len()))
+            .collect();
+
+        // The pictures of all are encoded together.
+        let views: Vec<Vec<&Placed>> = prompts
+            .iter()
+            .zip(&places)
+            .map(|(p, &place)| {
+                let from = lanes[place].rows_of(p.session).unwrap_or(0);
+                p.stream.images.iter().filter(|i| i.first >= from).collect()
             })
             .collect();
-        let mut encoded = self.encode(&views)?.into_iter();
-        let mut reads = Vec::with_capacity(prompts.len());
-        for p in prompts {
-            let from = unread(self, p);
-            let pictures = p.stream.images.iter().filter(|i| i.first >= from).count();
-            let features: Vec<f32> = encoded.by_ref().take(pictures).flat_map(|f| f.to_vec()).collect();
-            let own = if p.seeds.len() == 1 { sampling.max_new_tokens } else { 0 };
-            let sequence = match fits {
-                true => self.kept[&p.session].sequence,
-                false => cache.add_sequence(None, p.stream.len() + own)?,
-            };
-            cache.make_room(sequence, p.stream.len() - from + own);
-            let positions = model::positions(&p.stream.ids, &p.stream.grids(), &self.model.config)?;
-            reads.push((from, sequence, positions, features));
+        let mut encoded = self.encode(&views.concat())?.into_iter();
+        let mut work: Vec<(&mut Lane, Vec<Unread>, Vec<usize>)> =
+            lanes.iter_mut().map(|lane| (lane, Vec::new(), Vec::new())).collect();
+        for (i, (prompt, views)) in prompts.iter().zip(&views).enumerate() {
+            let features = encoded.by_ref().take(views.len()).collect();
+            work[places[i]].1.push(Unread { prompt, features });
+            work[places[i]].2.push(i);
         }
-        let extensions: Vec<Extension> = prompts
-            .iter()
-            .zip(&reads)
-            .map(|(p, (from, sequence, positions, features))| Extension {
-                sequence: *sequence,
-                ids: &p.stream.ids[*from..],
-                positions: positions.axes.each_ref().map(|a| &a[*from..]),
-                features,
-            })
-            .collect();
-        // A few rows do not fill the machine, and too many fill its memory.
-        let mut hidden = Vec::with_capacity(prompts.len() * d);
-        let mut rest = &extensions[..];
-        while !rest.is_empty() {
-            let mut rows = 0;
-            let fit = rest
-                .iter()
-                .take_while(|e| {
-                    rows += e.ids.len();
-                    rows <= READ_AT_ONCE
-                })
-                .count()
-                .max(1);
-            hidden.extend(self.model.extend(&mut cache, &rest[..fit])?);
-            rest = &rest[fit..];
+        let voice = Voice { model: &self.model, chat: &self.chat, banned: &self.banned, sampling };
+        let read_at_once = READ_AT_ONCE / work.len();
+        let said: Vec<(Vec<usize>, Vec<Vec<Completion>>)> = work
+            .into_par_iter()
+            .map(|(lane, unread, indices)| Ok((indices, lane.speak(&voice, &unread, read_at_once)?)))
+            .collect::<Result<_>>()?;
+        let mut completions: Vec<Vec<Completion>> = prompts.iter().map(|_| Vec::new()).collect();
+        for (i, all) in said.into_iter().flat_map(|(indices, said)| indices.into_iter().zip(said)) {
+            completions[i] = all;
         }
-
-        let mut speakers = Vec::new();
-        let mut rows = Vec::new();
-        for (i, (p, (_, sequence, positions, _))) in prompts.iter().zip(&reads).enumerate() {
-            for &seed in p.seeds {
-                let sequence = match p.seeds.len() {
-                    1 => *sequence,
-                    _ => cache.add_sequence(Some(*sequence), sampling.max_new_tokens)?,
-                };
-                rows.extend_from_slice(&hidden[i * d..(i + 1) * d]);
-                speakers.push(Speaker {
-                    prompt: i,
-                    sequence,
-                    next_position: positions.next,
-                    rng: ChaCha8Rng::seed_from_u64(seed),
-                    out: Completion { ids: vec![], logprobs: vec![], finish: Finish::Length },
-                    done: false,
-                });
-            }
-        }
-
-        let v = self.model.config.text.vocab;
-        let stop_ids = self.chat.special.stops.clone();
-        let mut active: Vec<usize> = (0..speakers.len()).collect();
-        for n in 1..=sampling.max_new_tokens {
-            let mut logits = self.model.next_logits(&cache, &rows, &self.banned);
-            let drawn: Vec<(u32, f32)> = {
-                let us: Vec<f64> = active.iter().map(|&s| speakers[s].rng.random::<f64>()).collect();
-                logits.par_chunks_mut(v).zip(us).map(|(row, u)| draw(row, sampling, u)).collect()
-            };
-            let mut ids = Vec::with_capacity(active.len());
-            for (&s, &(id, logprob)) in active.iter().zip(&drawn) {
-                let speaker = &mut speakers[s];
-                speaker.out.ids.push(id);
-                speaker.out.logprobs.push(logprob);
-                if stop_ids.contains(&id) && !sampling.ignore_end {
-                    speaker.out.finish = Finish::EndOfTurn;
-                    speaker.done = true;
-                } else if self.completes(&speaker.out.ids, &sampling.stop)? {
-                    speaker.out.finish = Finish::StopText;
-                    speaker.done = true;
-                }
-                ids.push(id);
-            }
-            // The last token of a turn is not in the cache yet: it is read at the start of the next turn, if there is one.
-            let going: Vec<usize> = (0..active.len()).filter(|&k| !speakers[active[k]].done).collect();
-            if n == sampling.max_new_tokens || going.is_empty() {
-                break;
-            }
-            let positions: Vec<i32> = going.iter().map(|&k| speakers[active[k]].next_position).collect();
-            let extensions: Vec<Extension> = going
-                .iter()
-                .zip(&positions)
-                .map(|(&k, position)| Extension {
-                    sequence: speakers[active[k]].sequence,
-                    ids: std::slice::from_ref(&ids[k]),
-                    positions: [std::slice::from_ref(position); 3],
-                    features: &[],
-                })
-                .collect();
-            rows = self.model.extend(&mut cache, &extensions)?;
-            let next: Vec<usize> = going.iter().map(|&k| active[k]).collect();
-            for &s in &next {
-                speakers[s].next_position += 1;
-            }
-            active = next;
-        }
-
-        let mut completions: Vec<Vec<Completion>> = prompts.iter().map(|p| Vec::with_capacity(p.seeds.len())).collect();
-        for speaker in speakers {
-            let p = &prompts[speaker.prompt];
-            let session = p.session + completions[speaker.prompt].len() as u64;
-            self.kept.insert(session, Kept { sequence: speaker.sequence, rows: cache.len(speaker.sequence) });
-            completions[speaker.prompt].push(speaker.out);
-        }
-        self.cache = Some(cache);
+        self.lanes = lanes;
         Ok(completions)
     }
 
@@ -498,18 +384,6 @@ impl Embedded {
         Ok(Hinted { rows: hinted, early: said.iter().map(|said| -said.get()).collect() })
     }
 
-    /// Whether the text written so far ends a turn by a stop text.
-    fn completes(&self, ids: &[u32], stops: &[String]) -> Result<bool> {
-        if stops.is_empty() {
-            return Ok(false);
-        }
-        // A token is at least one byte, so the end of the text is in the last tokens.
-        let longest = stops.iter().map(String::len).max().unwrap_or(0);
-        let tail = self.chat.decode(&ids[ids.len().saturating_sub(longest + 4)..], true)?;
-        // The token that completes a stop text may carry on behind it ("```\n"); an earlier completion would have stopped.
-        Ok(stops.iter().any(|s| tail.contains(s.as_str())))
-    }
-
     /// Swaps the trained weights with the kept first ones; called in pairs.
     fn swap_reference(&mut self) -> Result<()> {
         let training =
@@ -531,19 +405,6 @@ impl Embedded {
         }
         Ok(all)
     }
-}
-
-fn draw(row: &mut [f32], sampling: &Sampling, u: f64) -> (u32, f32) {
-    if sampling.temperature <= 0.0 {
-        return sample::greedy(row);
-    }
-    if let Some(k) = sampling.top_k {
-        sample::top_k(row, k);
-    }
-    if let Some(p) = sampling.top_p {
-        sample::top_p(row, sampling.temperature, f64::from(p));
-    }
-    sample::categorical(row, sampling.temperature, u)
 }
 
 fn split(batch: &Batch, logprobs: &[f32], entropies: &[f32]) -> Vec<Vec<Scores>> {
@@ -569,8 +430,7 @@ impl Sampler for Embedded {
     }
 
     fn end_step(&mut self) {
-        self.cache = None;
-        self.kept.clear();
+        self.lanes.clear();
     }
 }
 

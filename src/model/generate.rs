@@ -8,10 +8,11 @@
 //! rows a call has.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use anyhow::{Result, ensure};
 use foveate_kernels::attention::{self, Keys, PANEL, Span};
-use foveate_kernels::{linear, logprob};
+use foveate_kernels::logprob;
 
 use super::Vlm;
 use super::block::{self, Laid, Params, Qkv};
@@ -40,11 +41,16 @@ pub struct Cache {
     /// Values of one row: heads × width.
     width: usize,
     sequences: Vec<Sequence>,
-    laid: Option<Laid>,
+    /// Shared by the caches of one state of the weights.
+    laid: Option<Arc<Laid>>,
 }
 
 /// Values of the language model up to which its weights are laid out once more for decoding: 128 Mi f32 are 512 MiB.
 pub const LAID_OUT: usize = 128 << 20;
+
+/// Values up to which conversations are dealt out to the threads ([`Vlm::lanes`]): 4 Mi f32 are 16 MiB. Of a larger model each thread would
+/// fetch all weights from memory for itself.
+const OWN_WEIGHTS: usize = 4 << 20;
 
 /// New tokens of one sequence.
 #[derive(Clone, Copy, Debug)]
@@ -69,8 +75,14 @@ impl Cache {
             rows: 0,
             width: text.kv_heads * text.head_dim(),
             sequences: Vec::new(),
-            laid: None,
+            laid: model.lay_out().map(Arc::new),
         }
+    }
+
+    /// An empty one for other sequences of the same weights.
+    pub fn beside(&self) -> Cache {
+        let layers = || vec![Vec::new(); self.k.len()];
+        Cache { k: layers(), v: layers(), rows: 0, width: self.width, sequences: Vec::new(), laid: self.laid.clone() }
     }
 
     /// A sequence with room for `reserve` tokens of its own, after all tokens that `shared` holds now.
@@ -183,12 +195,8 @@ impl Vlm {
             return Ok(Vec::new());
         }
 
-        let laid = match cache.laid.take() {
-            // Few rows now, or one token after the other from here on.
-            None if ids.len() < linear::FEW_ROWS || extensions.iter().all(|e| e.ids.len() == 1) => self.lay_out(),
-            laid => laid,
-        };
-        let params = Params::new(weights, laid.as_ref());
+        let laid = cache.laid.clone();
+        let params = Params::new(weights, laid.as_deref());
         let table = config.rotation(axes.each_ref().map(Vec::as_slice));
         let mut x = text::inputs(index, weights, &ids, &features, &runs, d);
         for (l, layer) in index.layers.iter().enumerate() {
@@ -217,7 +225,6 @@ impl Vlm {
         for e in extensions {
             cache.sequences[e.sequence.0].len += e.ids.len();
         }
-        cache.laid = laid;
         Ok(block::normed(&x, &weights[index.norm.clone()], dims.eps).0)
     }
 
@@ -231,13 +238,27 @@ impl Vlm {
         logprob::logits(hidden, self.head(), laid, banned, d, v)
     }
 
+    /// Over how many threads `conversations` are best dealt out, each with a cache of its own: a small model's threads that share every
+    /// product of every token mostly wait for each other.
+    pub fn lanes(&self, conversations: usize) -> usize {
+        match self.text_values() <= OWN_WEIGHTS {
+            true => rayon::current_num_threads().min(conversations).max(1),
+            false => 1,
+        }
+    }
+
+    /// Values of the language model's matrices, its head included.
+    fn text_values(&self) -> usize {
+        let index = &self.weights.layout.text;
+        index.layers.iter().flat_map(Block::maps).map(|map| map.w.len()).sum::<usize>() + index.head.len()
+    }
+
     /// The language model's weights as few rows like them, if they are not too many.
     fn lay_out(&self) -> Option<Laid> {
         let index = &self.weights.layout.text;
         let (d, v) = (self.config.text.hidden, self.config.text.vocab);
         let head = Affine { w: index.head.clone(), b: None, inputs: d, outputs: v };
         let maps = || index.layers.iter().flat_map(Block::maps).chain([&head]);
-        let values: usize = maps().map(|map| map.w.len()).sum();
-        (values <= LAID_OUT).then(|| Laid::new(maps(), &self.weights.data))
+        (self.text_values() <= LAID_OUT).then(|| Laid::new(maps(), &self.weights.data))
     }
 }
