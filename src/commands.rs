@@ -79,6 +79,18 @@ pub fn score_bench(rows: &Path, enlarge: bool, as_json: bool) -> Result<()> {
     Ok(())
 }
 
+/// `foveate score --compare A B`: two evaluations of the same rows, question by question.
+pub fn score_compare(first: &Path, second: &Path, as_json: bool) -> Result<()> {
+    let comparisons = eval::compare::compare(first, second)?;
+    if as_json {
+        println!("{}", json!({"first": first, "second": second, "comparisons": comparisons}));
+    } else {
+        let names = [first, second].map(|path| path.display().to_string());
+        eval::print_tables(&eval::compare::tables(&comparisons, [&names[0], &names[1]]));
+    }
+    Ok(())
+}
+
 #[derive(Subcommand)]
 pub enum Data {
     /// Draw a bundled data set from a seed

@@ -15,7 +15,7 @@ use crate::progress;
 use crate::rl;
 use crate::run::Environment;
 use crate::sft;
-use crate::tasks::{Options as TaskOptions, Task};
+use crate::tasks::Options as TaskOptions;
 
 pub fn main(path: Option<&Path>, overrides: &[String], as_json: bool) -> Result<()> {
     let machine = Environment::now();
@@ -57,17 +57,14 @@ fn needs(path: &Path, overrides: &[String]) -> Result<Need> {
     if sections.contains_key("tasks") {
         let plan: eval::Plan = config::load(path, overrides)?;
         let factor = Processor::load(&plan.model.path)?.budget.factor;
-        let asked = plan.tasks.values().map(|options| {
-            // Bad rows are not asked, and are told of when it begins.
-            let mut rows = match plan.data.test.exists() {
-                true => options.asked(plan.data.read_as().good(&plan.data.test)?.samples),
-                false => rows_of(&plan.data.test, options, &plan.data.read_as())?,
-            };
-            rows.truncate(plan.data.limit.unwrap_or(usize::MAX));
-            Ok((options.task(factor)?, rows))
-        });
-        let asked: Vec<(Box<dyn Task>, Vec<Sample>)> = asked.collect::<Result<_>>()?;
-        let asked: Vec<(&dyn Task, &[Sample])> = asked.iter().map(|(task, rows)| (&**task, &rows[..])).collect();
+        // Bad rows are not asked, and are told of when it begins.
+        let read = plan.data.test.exists().then(|| plan.data.read_as().good(&plan.data.test)).transpose()?;
+        let rows = |options: &TaskOptions| match &read {
+            Some(read) => Ok(options.asked(read.samples.clone())),
+            None => rows_of(&plan.data.test, options, &plan.data.read_as()),
+        };
+        let sizes = read.as_ref().map(|read| read.sizes.clone()).unwrap_or_default();
+        let asked = plan.asks(factor, &sizes, &rows)?;
         return need::of_eval(&plan, &asked);
     }
     // A config of sft may have a task too; it counts dialogues, not questions.

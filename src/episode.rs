@@ -228,8 +228,13 @@ impl Episode {
     /// Whether the answer was right: the part of the judgement that says so (`accuracy`; for boxes on several pictures `joint`), or, for
     /// a task without one, more than half of the reward.
     pub fn right(&self) -> bool {
-        self.parts.get("accuracy").or(self.parts.get("joint")).unwrap_or(self.reward) > 0.5
+        right(&self.parts, self.reward)
     }
+}
+
+/// [`Episode::right`] of a record.
+pub fn right(parts: &Parts, reward: f64) -> bool {
+    parts.get("accuracy").or(parts.get("joint")).unwrap_or(reward) > 0.5
 }
 
 /// The turn of the conversation and the region it showed; what the report draws.
@@ -275,7 +280,8 @@ impl Episode {
         self.turns.iter().find_map(|t| t.bbox)
     }
 
-    pub fn record(&self) -> Record {
+    /// The views that were shown, each with the number of turns that the policy had taken before it.
+    pub fn views(&self) -> Vec<ShownView> {
         // An image belongs to the message during which it was placed: count the sampled runs before it.
         let mut views = Vec::new();
         for placed in &self.stream.images {
@@ -294,6 +300,10 @@ impl Episode {
                 turn,
             });
         }
+        views
+    }
+
+    pub fn record(&self) -> Record {
         Record {
             id: self.id.clone(),
             step: self.step,
@@ -304,7 +314,7 @@ impl Episode {
             answer: self.answer.clone(),
             images: self.images.clone(),
             targets: self.targets.clone(),
-            views,
+            views: self.views(),
             turns: self.turns.clone(),
             stop: self.stop,
             rewards: self.parts.clone(),

@@ -1,32 +1,44 @@
-//! Tasks x splits -> a table. The same turn loop as training, with its own sampling, and an interval on every number. Rows of MIG-Bench
-//! get the benchmark's own tables by task (`eval/mig_bench.rs`).
+//! Tasks x splits -> a table. The same turn loop as training, with its own sampling, and an interval on every number. The same rows can be
+//! played under several protocols (`eval/asked.rs`), which are compared question by question (`eval/items.rs`). Published benchmarks get tables
+//! of their own (`eval/benchmarks.rs`, `eval/mig_bench.rs`).
 
+mod asked;
 pub mod benchmarks;
+pub mod compare;
+mod figures;
+pub mod items;
 pub mod mig_bench;
 mod rows;
+pub mod size;
+
+pub use asked::Asked;
+pub use figures::{
+    Figures, Over, Summary, average, box_area_share, contains_target, name_of, print_tables, summaries, summarise,
+    table, tables_by_task,
+};
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::chat::{Chat, Convention};
 use crate::config::{self, BadConfig};
 use crate::data::{self, Format, Read, ReadAs, Sample};
 use crate::engine::Sampler;
 use crate::engine::embedded::{self, Embedded};
-use crate::episode::{BoxOutcome, Episode, Stop};
+use crate::episode::Episode;
 use crate::image::{PictureCache, Processor};
 use crate::need;
-use crate::progress::Progress;
-use crate::report::{self, Cell, Row, TABLE, Table, Unit};
-use crate::reward::mig::Truth;
+use crate::progress::{self, Progress};
+use crate::report::{self, TABLE};
 use crate::rollout::{self, Stage};
-use crate::run::{Interrupt, Interrupted, Invocation, RunFolder, Start};
-use crate::stats;
+use crate::run::{Interrupt, Interrupted, Invocation, RunFolder, Start, write_atomic};
+use crate::tasks::protocol::Protocol;
 use crate::tasks::{Options as TaskOptions, Task};
+use items::{ITEMS, Items};
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -35,7 +47,7 @@ pub struct Plan {
     pub data: DataOptions,
     #[serde(default)]
     pub rollout: rollout::Options,
-    /// Each is one row of the table.
+    /// Each is one row of the table, or one for each of `eval.protocols`.
     pub tasks: BTreeMap<String, TaskOptions>,
     #[serde(default)]
     pub eval: EvalOptions,
@@ -55,6 +67,9 @@ pub struct DataOptions {
     /// Only the first so many good rows.
     #[serde(default)]
     pub limit: Option<usize>,
+    /// Options of multiple choice are shown in an order that follows from this number and the row's id. Without it, as published.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shuffle_options: Option<u64>,
 }
 
 impl DataOptions {
@@ -73,143 +88,21 @@ pub struct EvalOptions {
     pub samples: usize,
     /// Questions that advance together.
     pub batch: usize,
+    /// Plays every task under each of these; differences are over the first of them. Without any, tasks are played as they are written.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub protocols: Vec<Protocol>,
+    /// The most turns under the protocol `free`.
+    pub free_turns: usize,
 }
 
 impl Default for EvalOptions {
     fn default() -> EvalOptions {
-        EvalOptions { out: "runs/eval".into(), seed: 1, samples: 1, batch: 64 }
+        EvalOptions { out: "runs/eval".into(), seed: 1, samples: 1, batch: 64, protocols: vec![], free_turns: 4 }
     }
-}
-
-/// The figures of one row of the table.
-#[derive(Clone, Debug, Serialize)]
-pub struct Summary {
-    pub questions: usize,
-    pub episodes: usize,
-    pub accuracy: stats::Estimate,
-    /// Share of first grounding turns whose box holds the target; a bad box holds nothing. None where no row has a target.
-    pub containment: Option<stats::Estimate>,
-    /// Share of first grounding turns with a usable box.
-    pub valid_box: Option<stats::Estimate>,
-    /// Accuracy where the box held the target, and where it did not.
-    pub accuracy_if_contained: Option<stats::Estimate>,
-    pub accuracy_if_not: Option<stats::Estimate>,
-    pub boxes: BTreeMap<String, usize>,
-    pub stops: BTreeMap<String, usize>,
-    pub response_length: f64,
-    /// Mean area of the first usable box, as a share of the picture.
-    pub box_area: Option<f64>,
-    /// For boxes on several pictures: answers that name the right pictures, and the mean IoU. `accuracy` is then the joint one: the
-    /// right picture and an IoU of at least 0.5.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub right_image: Option<stats::Estimate>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub iou: Option<stats::Estimate>,
-}
-
-/// One row of the tables: the figures of all questions, and of those of each kind, where the rows say of which they are.
-#[derive(Clone, Debug)]
-pub struct Figures {
-    pub name: String,
-    pub all: Summary,
-    pub by_task: Vec<(String, Summary)>,
-}
-
-impl Figures {
-    /// Of the episodes that [`play_all`] returned for these samples.
-    pub fn of(name: &str, episodes: &[Episode], samples: &[Sample]) -> Figures {
-        let mut by_task: Vec<(String, Vec<&Episode>)> = Vec::new();
-        for episode in episodes {
-            let Some(task) = samples.get(episode.group as usize).and_then(|sample| sample.task.clone()) else {
-                continue;
-            };
-            match by_task.iter_mut().find(|(name, _)| *name == task) {
-                Some((_, of_task)) => of_task.push(episode),
-                None => by_task.push((task, vec![episode])),
-            }
-        }
-        let by_task = by_task.into_iter().map(|(task, episodes)| (task, summarise(episodes))).collect();
-        Figures { name: name.to_owned(), all: summarise(episodes), by_task }
-    }
-}
-
-/// A box holds a target when at least this share of the target's area lies in it: whole, up to rounding outward.
-const HOLDS: f64 = 0.95;
-
-/// Whether the first grounding turn of an episode names a region that contains the target; None without target or grounding.
-pub fn contains_target(episode: &Episode) -> Option<bool> {
-    let target = episode.targets.first()?;
-    episode.turns.iter().find(|t| t.outcome.is_some())?;
-    Some(episode.first_box().is_some_and(|b| b.contains_fraction(&target.bbox) >= HOLDS))
-}
-
-pub fn summarise<'a>(episodes: impl IntoIterator<Item = &'a Episode>) -> Summary {
-    let episodes: &[&Episode] = &episodes.into_iter().collect::<Vec<_>>();
-    let share = |items: Vec<(u64, bool)>| (!items.is_empty()).then(|| share_by_question(&items));
-    let right = Episode::right;
-    let parts = |name: &str| -> Vec<(u64, f64)> {
-        episodes.iter().filter_map(|e| Some((e.group, e.parts.get(name)?))).collect()
-    };
-    let grounded: Vec<(&Episode, BoxOutcome)> =
-        episodes.iter().filter_map(|&e| e.turns.iter().find_map(|t| t.outcome).map(|o| (e, o))).collect();
-    let held: Vec<(&Episode, bool)> = episodes.iter().filter_map(|&e| contains_target(e).map(|c| (e, c))).collect();
-    let mut boxes = BTreeMap::new();
-    let mut stops = BTreeMap::new();
-    for (_, outcome) in &grounded {
-        *boxes.entry(name_of(outcome)).or_insert(0) += 1;
-    }
-    for e in episodes {
-        *stops.entry(name_of::<Stop>(&e.stop)).or_insert(0) += 1;
-    }
-    let mut questions: Vec<u64> = episodes.iter().map(|e| e.group).collect();
-    questions.sort_unstable();
-    questions.dedup();
-    let areas: Vec<f64> = episodes.iter().copied().filter_map(box_area_share).collect();
-    Summary {
-        questions: questions.len(),
-        episodes: episodes.len(),
-        accuracy: share_by_question(&episodes.iter().map(|e| (e.group, right(e))).collect::<Vec<_>>()),
-        containment: share(held.iter().map(|(e, c)| (e.group, *c)).collect()),
-        valid_box: share(grounded.iter().map(|(e, o)| (e.group, *o == BoxOutcome::Valid)).collect()),
-        accuracy_if_contained: share(held.iter().filter(|(_, c)| *c).map(|(e, _)| (e.group, right(e))).collect()),
-        accuracy_if_not: share(held.iter().filter(|(_, c)| !*c).map(|(e, _)| (e.group, right(e))).collect()),
-        boxes,
-        stops,
-        response_length: average(episodes.iter().map(|e| e.stream.sampled_count() as f64)),
-        box_area: (!areas.is_empty()).then(|| average(areas.iter().copied())),
-        // Where several pictures are asked for, the part is their F1; right are only all of them.
-        right_image: share(parts("image").into_iter().map(|(question, f1)| (question, f1 > 1.0 - 1e-9)).collect()),
-        iou: {
-            let (questions, ious): (Vec<u64>, Vec<f64>) = parts("iou").into_iter().unzip();
-            (!ious.is_empty()).then(|| stats::clustered_mean(&ious, &questions))
-        },
-    }
-}
-
-/// The mean, 0 of nothing.
-pub fn average(values: impl Iterator<Item = f64>) -> f64 {
-    stats::mean(&values.collect::<Vec<_>>()).unwrap_or(0.0)
-}
-
-/// A share with its interval; answers to one question are not independent, so questions are the clusters.
-fn share_by_question(items: &[(u64, bool)]) -> stats::Estimate {
-    let values: Vec<f64> = items.iter().map(|(_, right)| f64::from(u8::from(*right))).collect();
-    let questions: Vec<u64> = items.iter().map(|(question, _)| *question).collect();
-    stats::clustered_share(&values, &questions)
-}
-
-/// Area of the first usable box as a share of its picture; the first view of an episode is the whole picture.
-pub fn box_area_share(episode: &Episode) -> Option<f64> {
-    let whole = episode.stream.images.first()?.view.region;
-    episode.first_box().map(|b| b.area() / whole.area())
-}
-
-/// The snake_case name that serde gives an enum.
-pub fn name_of<T: Serialize>(value: &T) -> String {
-    serde_json::to_value(value).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default()
 }
 
 /// Everything that stays the same between the rows of a table.
+#[derive(Clone, Copy)]
 pub struct Bench<'a> {
     pub chat: &'a Chat,
     pub pictures: &'a PictureCache,
@@ -256,149 +149,47 @@ pub fn play_all(
     Ok(episodes)
 }
 
-/// The value in percent with its interval.
-fn cell(estimate: Option<&stats::Estimate>) -> Cell {
-    let Some(e) = estimate else { return Cell::default() };
-    let percent = |share: f64| 100.0 * share;
-    Cell::from(stats::Estimate { value: percent(e.value), low: percent(e.low), high: percent(e.high), n: e.n })
-}
-
-/// What stands in a column of a table.
-type Figure = (&'static str, fn(&Summary) -> Option<&stats::Estimate>);
-
-const ANSWERS: &[Figure] = &[
-    ("right answers", |s| Some(&s.accuracy)),
-    ("box contains the target", |s| s.containment.as_ref()),
-    ("box usable", |s| s.valid_box.as_ref()),
-];
-const BOXES: &[Figure] = &[
-    ("right picture and IoU ≥ 0.5", |s| Some(&s.accuracy)),
-    ("right picture", |s| s.right_image.as_ref()),
-    ("mean IoU", |s| s.iou.as_ref()),
-];
-
-fn figures_of<'a>(mut summaries: impl Iterator<Item = &'a Summary>) -> &'static [Figure] {
-    if summaries.any(|s| s.iou.is_some()) { BOXES } else { ANSWERS }
-}
-
-/// All questions: a row each, the main figures.
-pub fn table(title: &str, rows: &[Figures], notes: &[String]) -> Table {
-    let columns = figures_of(rows.iter().map(|row| &row.all));
-    Table {
-        title: title.to_owned(),
-        columns: columns.iter().map(|(heading, _)| (*heading).to_owned()).collect(),
-        rows: rows
-            .iter()
-            .map(|row| Row {
-                name: row.name.clone(),
-                cells: columns.iter().map(|(_, of)| cell(of(&row.all))).collect(),
-                about: String::new(),
-            })
-            .collect(),
-        notes: notes.to_vec(),
-        unit: Some(Unit::Percent),
-    }
-}
-
-/// Where the questions are of several kinds: each of the main figures by kind.
-pub fn tables_by_task(rows: &[Figures]) -> Vec<Table> {
-    let mut tasks: Vec<&str> = Vec::new();
-    for (task, _) in rows.iter().flat_map(|row| &row.by_task) {
-        if !tasks.contains(&task.as_str()) {
-            tasks.push(task);
-        }
-    }
-    if tasks.len() < 2 {
-        return Vec::new();
-    }
-    let table = |(heading, of): &Figure| {
-        let cell_of = |row: &Figures, task: &str| {
-            cell(row.by_task.iter().find(|(name, _)| name == task).and_then(|(_, summary)| of(summary)))
-        };
-        let rows: Vec<Row> = rows
-            .iter()
-            .map(|row| Row {
-                name: row.name.clone(),
-                cells: tasks.iter().map(|task| cell_of(row, task)).collect(),
-                about: String::new(),
-            })
-            .collect();
-        let columns = tasks.iter().map(|task| task.replace('_', " ")).collect();
-        Table { title: format!("{heading}, by task"), columns, rows, notes: Vec::new(), unit: Some(Unit::Percent) }
-    };
-    let shown = figures_of(rows.iter().map(|row| &row.all)).iter().map(table);
-    // Containment and boxes mean nothing where nobody was asked for a box.
-    shown.filter(|table| table.rows.iter().flat_map(|row| &row.cells).any(|cell| cell.value.is_some())).collect()
-}
-
-/// The tables for a terminal, on stdout.
-pub fn print_tables(tables: &[Table]) {
-    for table in tables {
-        println!("\n{table}");
-    }
-}
-
-/// The figures of each row by its name, for programs to read.
-pub fn summaries(rows: &[Figures]) -> Value {
-    let row = |row: &Figures| {
-        let by_task: serde_json::Map<String, Value> = row.by_task.iter().map(|(t, s)| (t.clone(), json!(s))).collect();
-        let mut value = json!(row.all);
-        if by_task.len() > 1 {
-            value["by_task"] = by_task.into();
-        }
-        (row.name.clone(), value)
-    };
-    Value::Object(rows.iter().map(row).collect())
-}
-
 /// `foveate eval CONFIG`.
 pub fn main(invocation: &Invocation) -> Result<()> {
     let plan: Plan = config::load(&invocation.config, &invocation.overrides)?;
-    ensure!(!plan.tasks.is_empty(), BadConfig("the config has no task; add a section [tasks.NAME]".into()));
-    ensure!(plan.eval.samples > 0, BadConfig("eval.samples is 0, expected at least 1".into()));
+    plan.validate()?;
     ensure!(
         invocation.start == Start::New,
         BadConfig("an evaluation keeps no checkpoint, so there is nothing to --resume".into())
     );
-    ensure!(plan.data.limit != Some(0), BadConfig("data.limit is 0, which leaves no question to ask".into()));
-    plan.rollout.validate()?;
     let file = &plan.data.test;
-    let Read { samples, report, .. } = plan.data.read_as().good(file)?;
+    let Read { mut samples, report, sizes } = plan.data.read_as().good(file)?;
     ensure!(!samples.is_empty(), "reading data: {}: {}", report.faults().unwrap_or_default(), file.display());
+    let mut notes = plan.notes();
+    if let Some(seed) = plan.data.shuffle_options {
+        notes.extend(data::shuffle_options(&mut samples, seed).note(seed));
+    }
     let mut unasked = rows::bad(&report);
     let factor = Processor::load(&plan.model.path)?.budget.factor;
-    let mut asked: Vec<Asked> = plan
-        .tasks
-        .iter()
-        .map(|(name, options)| {
-            let mut rows = options.asked(samples.clone());
-            rows.truncate(plan.data.limit.unwrap_or(usize::MAX));
-            let task = options.task(factor).with_context(|| format!("[tasks.{name}]"))?;
-            unasked.extend(rows::keep_askable(name, &*task, &mut rows, file)?);
-            let truths = match options {
-                TaskOptions::MultiImage(_) => mig_bench::truths(&rows, file)?,
-                TaskOptions::Crop(_) => Vec::new(),
-            };
-            Ok(Asked { name, task, rows, truths })
-        })
-        .collect::<Result<_>>()?;
+    let mut asked = plan.asks(factor, &sizes, &|options| Ok(options.asked(samples.clone())))?;
+    for Asked { name, of, task, samples, truths, .. } in &mut asked {
+        unasked.extend(rows::keep_askable(name, &**task, samples, file)?);
+        if let Some(TaskOptions::MultiImage(_)) = plan.tasks.get(of) {
+            *truths = mig_bench::truths(samples, file)?;
+        }
+    }
     if invocation.dry_run {
         invocation.show(&plan)?;
-        for Asked { name, rows, .. } in &asked {
-            eprintln!("{name}: {} questions, {} answers each", rows.len(), plan.eval.samples);
+        for Asked { name, samples, .. } in &asked {
+            eprintln!("{name}: {} questions, {} answers each", samples.len(), plan.eval.samples);
         }
         rows::say(&unasked);
         return Ok(());
     }
     // Headers were read; what is damaged behind them would stop the evaluation where it is met.
-    let every: Vec<&Sample> = asked.iter().flat_map(|asked| &asked.rows).collect();
+    let every: Vec<&Sample> = asked.iter().flat_map(|asked| &asked.samples).collect();
     let damaged = data::damaged(&every);
-    for Asked { name, rows, truths, .. } in &mut asked {
-        unasked.extend(rows::leave_out(name, rows, truths, &damaged, file)?);
+    for Asked { name, samples, truths, .. } in &mut asked {
+        unasked.extend(rows::leave_out(name, samples, truths, &damaged, file)?);
     }
+    notes.iter().for_each(|note| progress::say(note));
     rows::say(&unasked);
-    let all: Vec<(&dyn Task, &[Sample])> = asked.iter().map(|a| (&*a.task, &a.rows[..])).collect();
-    need::of_eval(&plan, &all)?.ensure_fits(&plan.model)?;
+    need::of_eval(&plan, &asked)?.ensure_fits(&plan.model)?;
     let interrupt = Interrupt::install()?;
     let mut engine = Embedded::open(&plan.model, None)?;
     let (chat, pictures, processor) = (engine.chat.clone(), engine.pictures.clone(), engine.processor.clone());
@@ -414,23 +205,58 @@ pub fn main(invocation: &Invocation) -> Result<()> {
     // Claimed only now that everything a person can get wrong has been read: a failed start leaves no folder behind.
     let folder = RunFolder::create(&plan.eval.out)?;
     folder.begin(&config::to_toml(&plan)?, None)?;
-    let (mut rows, mut of_bench) = (Vec::new(), Vec::new());
-    for (k, Asked { name, task, rows: samples, truths }) in asked.iter().enumerate() {
-        let episodes = play_all(&bench, name, &**task, &mut engine, samples)?;
+    // Those that show what was named under `two_turns` come last, but stand in the table where the config has them.
+    let mut order: Vec<usize> = (0..asked.len()).collect();
+    order.sort_by_key(|&k| asked[k].protocol.as_ref().is_some_and(|(protocol, _)| protocol.needs_regions()));
+    let mut regions: BTreeMap<&str, asked::Regions> = BTreeMap::new();
+    let mut items = Items::default();
+    let mut played: Vec<Option<(Figures, Vec<report::Table>)>> = asked.iter().map(|_| None).collect();
+    for k in order {
+        let Asked { name, of, protocol, samples, truths, .. } = &asked[k];
+        let named = regions.get(of.as_str()).map_or(&[][..], |regions| &regions[..]);
+        let episodes = asked[k].play(&bench, plan.eval.free_turns, &mut engine, named)?;
         let records: Vec<_> = episodes.iter().map(Episode::record).collect();
         folder.write_episodes(k as u64, &records)?;
-        of_bench.extend(mig_bench::tables(name, &mig_bench::judged(&episodes, samples, truths)));
-        of_bench.extend(benchmarks::tables(name, &episodes, samples));
-        rows.push(Figures::of(name, &episodes, samples));
+        let areas: Vec<Option<f64>> = samples.iter().map(|row| size::target_area(row, &sizes)).collect();
+        let mut of_bench = mig_bench::tables(name, &mig_bench::judged(&episodes, samples, truths));
+        of_bench.extend(benchmarks::tables(name, &episodes, samples, bench.convention));
+        items.add(name, &episodes, samples, &areas, &benchmarks::verdicts(&episodes, samples, bench.convention));
+        let mut figures = Figures::of(name, &episodes, samples, &areas);
+        if let Some((protocol, _)) = protocol {
+            protocol.about().clone_into(&mut figures.about);
+            if protocol.is_control() {
+                figures = figures.without_boxes();
+            }
+            if *protocol == Protocol::TwoTurns {
+                regions.insert(of, asked::regions(&episodes, plan.eval.samples));
+            }
+        }
+        played[k] = Some((figures, of_bench));
     }
+    let (mut rows, of_bench): (Vec<Figures>, Vec<Vec<report::Table>>) = played.into_iter().flatten().unzip();
+    let of_bench: Vec<report::Table> = of_bench.into_iter().flatten().collect();
+    let necessity = compare_protocols(&asked, &mut rows, &mut items);
     let title = format!("{} on {}", plan.model.path.display(), plan.data.test.display());
-    let mut tables = vec![table(&title, &rows, &rows::notes(&unasked))];
+    if rows.iter().any(|row| row.over.is_some()) {
+        notes.push(OVER.to_owned());
+    }
+    notes.extend(rows::notes(&unasked));
+    let mut tables = vec![table(&title, &rows, &notes)];
+    tables.extend(necessity);
+    tables.extend(size::table(&rows));
     tables.extend(if of_bench.is_empty() { tables_by_task(&rows) } else { of_bench });
     folder.save(TABLE, &report::tables_json(&tables)?)?;
+    write_atomic(folder.root().join(ITEMS), &items.lines()?)?;
     if invocation.json {
         println!(
             "{}",
-            json!({"table": tables[0], "by_task": tables[1..], "rows": summaries(&rows), "unasked": unasked})
+            json!({
+                "table": tables[0],
+                "by_task": tables[1..],
+                "rows": summaries(&rows),
+                "unasked": unasked,
+                "items": folder.root().join(ITEMS),
+            })
         );
     } else {
         print_tables(&tables);
@@ -438,11 +264,66 @@ pub fn main(invocation: &Invocation) -> Result<()> {
     Ok(())
 }
 
-/// What one `[tasks.NAME]` will ask.
-struct Asked<'a> {
-    name: &'a String,
-    task: Box<dyn Task>,
-    rows: Vec<Sample>,
-    /// Row by row, where they are of MIG-Bench and answered in boxes.
-    truths: Vec<Option<Truth>>,
+const OVER: &str = "differences in points, question by question, with 95 % intervals; p: McNemar's exact test, or the sign-flip test where a \
+                    question has several answers";
+
+impl Plan {
+    /// # Errors
+    /// Values that no evaluation can be played with, named.
+    fn validate(&self) -> Result<()> {
+        ensure!(!self.tasks.is_empty(), BadConfig("the config has no task; add a section [tasks.NAME]".into()));
+        ensure!(self.eval.samples > 0, BadConfig("eval.samples is 0, expected at least 1".into()));
+        ensure!(self.data.limit != Some(0), BadConfig("data.limit is 0, which leaves no question to ask".into()));
+        ensure!(
+            self.eval.free_turns > 0 || !self.eval.protocols.contains(&Protocol::Free),
+            BadConfig("eval.free_turns is 0, expected at least 1".into())
+        );
+        self.rollout.validate()
+    }
+
+    /// What a reader of the table must know of how it came about.
+    fn notes(&self) -> Vec<String> {
+        let mut notes = Vec::new();
+        let k = self.eval.samples;
+        if k > 1 {
+            notes.push(format!(
+                "every question is answered {k} times: shares of right answers are Avg@{k}, intervals count questions"
+            ));
+            if self.rollout.temperature == 0.0 {
+                notes.push(format!("rollout.temperature is 0, so the {k} answers to a question are all the same"));
+            }
+        }
+        notes
+    }
+}
+
+/// Compares the protocols of each task with its first one, and classes the questions by whether a crop was needed.
+fn compare_protocols(asked: &[Asked], rows: &mut [Figures], items: &mut Items) -> Vec<report::Table> {
+    let mut tables = Vec::new();
+    let mut done: Vec<&str> = Vec::new();
+    for first in asked.iter().filter(|asked| asked.protocol.is_some()) {
+        if done.contains(&first.of.as_str()) {
+            continue;
+        }
+        done.push(&first.of);
+        let of_task: Vec<(&str, Protocol)> = asked
+            .iter()
+            .filter(|other| other.of == first.of)
+            .filter_map(|other| Some((other.name.as_str(), other.protocol.as_ref()?.0)))
+            .collect();
+        for (name, _) in &of_task[1..] {
+            let over = items.difference(name, &first.name);
+            if let Some(row) = rows.iter_mut().find(|row| row.name == *name) {
+                row.over = over.map(|difference| Over { row: first.name.clone(), difference });
+            }
+        }
+        let named = |wanted: Protocol| of_task.iter().find(|(_, protocol)| *protocol == wanted).map(|(name, _)| *name);
+        let with: Vec<&str> =
+            of_task.iter().filter(|(_, protocol)| protocol.shows_a_crop()).map(|(name, _)| *name).collect();
+        if let (Some(without), false) = (named(Protocol::NoTool).or(named(Protocol::OneTurn)), with.is_empty()) {
+            with.iter().for_each(|name| items.class(name, without));
+            tables.push(items.necessity(&with, without));
+        }
+    }
+    tables
 }

@@ -77,15 +77,18 @@ enum Command {
     /// New random models, information, export
     #[command(subcommand)]
     Model(commands::Model),
-    /// Judge answers: JSON rows on stdin, JSON rows on stdout; or another program's predictions for a benchmark
+    /// Judge answers: JSON rows on stdin, JSON rows on stdout; or another program's predictions for a benchmark; or compare two evaluations
     Score {
         /// Rows of MIG-Bench, as `data convert` writes them: stdin holds lines of {"id", "prediction", "shown"?}, stdout gets the tables
         #[arg(long, value_name = "ROWS")]
         bench: Option<PathBuf>,
+        /// Two evaluations of the same rows, question by question: run folders, or files of their items or episodes
+        #[arg(long, num_args = 2, value_names = ["A", "B"], conflicts_with = "bench")]
+        compare: Vec<PathBuf>,
         /// Enlarge official boxes downward, as MIG-Bench's script does for Migician and for no other model
         #[arg(long, requires = "bench")]
         enlarge: bool,
-        /// Tables as JSON (the output is JSON always without --bench)
+        /// Tables as JSON (judgements are JSON always)
         #[arg(long)]
         json: bool,
     },
@@ -198,7 +201,10 @@ fn run_command(command: Command) -> anyhow::Result<()> {
         }
         Command::Data(command) => command.run(),
         Command::Model(command) => command.run(),
-        Command::Score { bench: Some(rows), enlarge, json } => commands::score_bench(&rows, enlarge, json),
+        Command::Score { compare, json, .. } if !compare.is_empty() => {
+            commands::score_compare(&compare[0], &compare[1], json)
+        }
+        Command::Score { bench: Some(rows), enlarge, json, .. } => commands::score_bench(&rows, enlarge, json),
         Command::Score { .. } => commands::score(),
         Command::Trace(command) => command.run(),
         Command::Bench(workload) => workload.run(),

@@ -112,12 +112,12 @@ pub fn of_rl(plan: &rl::Plan, task: &dyn Task, rows: &[Sample], learns: bool) ->
 }
 
 /// Of `foveate eval`: the largest of its tasks, each with the rows that it asks.
-pub fn of_eval(plan: &eval::Plan, tasks: &[(&dyn Task, &[Sample])]) -> Result<Need> {
+pub fn of_eval(plan: &eval::Plan, asked: &[eval::Asked]) -> Result<Need> {
     let model = Model::open(&plan.model.path)?;
     let mut most: Option<Need> = None;
     let largest = plan.tasks.values().map(|t| t.max_pixels()).max().unwrap_or(0);
-    for &(task, rows) in tasks {
-        let rehearsal = model.rehearse(task, &plan.rollout, rows, plan.eval.batch, plan.eval.samples, largest)?;
+    for eval::Asked { task, samples: rows, .. } in asked {
+        let rehearsal = model.rehearse(&**task, &plan.rollout, rows, plan.eval.batch, plan.eval.samples, largest)?;
         let groups = rehearsal.groups(plan.eval.batch.min(rows.len().max(1)), plan.eval.samples);
         let new = plan.rollout.max_new_tokens;
         let held = memory::of_step(&model.config, &plan.model, Trainable::ALL, None, &groups, new);

@@ -18,7 +18,9 @@ pub use boxes::{
 pub(crate) use boxes::{truth, truth_box};
 pub use choice::letter;
 pub use number::{Number, number};
-pub use official::{Official, matched_letter, mme_realworld_letter, vstar_letter};
+pub use official::{
+    Official, matched_letter, mme_realworld_letter, tree_bench_boxes, tree_bench_iou, tree_bench_letter, vstar_letter,
+};
 pub use shaping::{over_long, repetition};
 pub use text::{normalise, same_text};
 

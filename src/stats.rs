@@ -119,28 +119,6 @@ pub fn clustered_share<K: Ord>(values: &[f64], clusters: &[K]) -> Estimate {
     Estimate { value, low, high, n }
 }
 
-/// Two systems on the same questions.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Paired {
-    /// Questions only the first got right.
-    pub only_first: usize,
-    /// Questions only the second got right.
-    pub only_second: usize,
-    /// Two-sided exact p of McNemar's test.
-    pub p: f64,
-}
-
-/// Compares two systems question by question; `first[i]` and `second[i]` answer the same question.
-///
-/// # Panics
-/// If the two slices differ in length: that is a bug of the caller, not of the data.
-pub fn paired(first: &[bool], second: &[bool]) -> Paired {
-    assert_eq!(first.len(), second.len(), "both systems answer the same questions");
-    let count = |a: bool, b: bool| first.iter().zip(second).filter(|&(&x, &y)| (x, y) == (a, b)).count();
-    let (only_first, only_second) = (count(true, false), count(false, true));
-    Paired { only_first, only_second, p: mcnemar_exact(only_first, only_second) }
-}
-
 /// The exact two-sided p-value of McNemar's test: under "no difference" each of the `b + c` questions on which the
 /// systems disagree is a fair coin (McNemar 1947, doi:10.1007/BF02295996). 1 when they never disagree.
 pub fn mcnemar_exact(b: usize, c: usize) -> f64 {
@@ -158,6 +136,84 @@ pub fn mcnemar_exact(b: usize, c: usize) -> f64 {
         tail += (log_choose - n as f64 * std::f64::consts::LN_2).exp();
     }
     (2.0 * tail).min(1.0)
+}
+
+/// By how much one system is better than another on the same questions.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Difference {
+    /// Mean over questions of the first's share of right answers less the second's, between -1 and 1, with its 95 % interval; `n` counts questions.
+    #[serde(flatten)]
+    pub estimate: Estimate,
+    /// Two-sided exact p under "for each question, who does better is a fair coin".
+    pub p: f64,
+}
+
+/// Compares two systems question by question. `first[i]` of `of_first` answers of the first to question i were right, and so for the second.
+///
+/// The interval is Agresti and Min's for matched pairs (2005, doi:10.1002/sim.1781): half a question of each of the four outcomes is
+/// added to the normal interval of the mean difference, so that it has a width where the systems never disagree; with several answers to a
+/// question its mean difference takes the place of -1, 0 or 1. The p-value is that of the exact sign-flip test, which is McNemar's
+/// where each question has one answer.
+///
+/// ```
+/// use foveate::stats::difference;
+/// let d = difference(&[1, 1, 1, 0], 1, &[0, 1, 0, 0], 1);
+/// assert_eq!((d.estimate.value, d.estimate.n, d.p), (0.5, 4, 0.5));
+/// ```
+///
+/// # Panics
+/// If the two slices differ in length or a system gave no answers: that is a bug of the caller, not of the data.
+pub fn difference(first: &[usize], of_first: usize, second: &[usize], of_second: usize) -> Difference {
+    assert_eq!(first.len(), second.len(), "both systems answer the same questions");
+    assert!(of_first > 0 && of_second > 0, "both systems answer");
+    // In whole numbers, of which `unit` is one right answer of each.
+    let unit = (of_first * of_second) as f64;
+    let steps: Vec<i64> =
+        first.iter().zip(second).map(|(&a, &b)| (a * of_second) as i64 - (b * of_first) as i64).collect();
+    let n = steps.len();
+    if n == 0 {
+        return Difference { estimate: Estimate { value: f64::NAN, low: f64::NAN, high: f64::NAN, n }, p: 1.0 };
+    }
+    let sum: f64 = steps.iter().map(|&s| s as f64 / unit).sum();
+    let squares: f64 = steps.iter().map(|&s| (s as f64 / unit).powi(2)).sum();
+    let padded = n as f64 + 2.0;
+    let centre = sum / padded;
+    let half = Z95 * (((squares + 1.0) / padded - centre * centre) / padded).sqrt();
+    // A difference of everything stands at the end of its interval, not beyond it.
+    let value = sum / n as f64;
+    let (low, high) = ((centre - half).max(-1.0).min(value), (centre + half).min(1.0).max(value));
+    Difference { estimate: Estimate { value, low, high, n }, p: sign_flip(&steps) }
+}
+
+/// The exact two-sided p-value of the sign-flip test: how often the sum of `steps` would be at least as far from 0 if the sign of each were
+/// a fair coin (Fisher 1935, The Design of Experiments, section 21).
+fn sign_flip(steps: &[i64]) -> f64 {
+    let divisor = steps.iter().fold(0, |divisor, &step| gcd(divisor, step.unsigned_abs()));
+    let sizes: Vec<usize> =
+        steps.iter().filter(|&&step| step != 0).map(|step| (step.unsigned_abs() / divisor) as usize).collect();
+    if sizes.iter().all(|&size| size == 1) {
+        let better = steps.iter().filter(|&&step| step > 0).count();
+        return mcnemar_exact(better, sizes.len() - better);
+    }
+    // The chance of each sum of the steps that came up positive, one step after another.
+    let all: usize = sizes.iter().sum();
+    let mut chance = vec![0.0_f64; all + 1];
+    chance[0] = 1.0;
+    let mut reached = 0;
+    for size in sizes {
+        reached += size;
+        for sum in (0..=reached).rev() {
+            chance[sum] = 0.5 * (chance[sum] + if sum >= size { chance[sum - size] } else { 0.0 });
+        }
+    }
+    let seen = steps.iter().filter(|&&step| step > 0).map(|&step| step as usize / divisor as usize).sum::<usize>();
+    let near = seen.min(all - seen);
+    (2.0 * chance[..=near].iter().sum::<f64>()).min(1.0)
+}
+
+/// The greatest common divisor, that of nothing and a number being the number.
+fn gcd(a: u64, b: u64) -> u64 {
+    if b == 0 { a } else { gcd(b, a % b) }
 }
 
 /// Exponential moving average, corrected for its start (as Adam corrects its moments), so the first value is the first input.
@@ -252,10 +308,38 @@ mod tests {
     }
 
     #[test]
-    fn pairing_counts_only_disagreements() {
-        let got = paired(&[true, true, false, false, true], &[true, false, true, false, false]);
-        // b = 2, c = 1: 2 * (1 + 3) / 8 = 1.
-        assert_eq!((got.only_first, got.only_second, got.p), (2, 1, 1.0));
+    fn a_difference_has_agresti_and_mins_interval() {
+        // 10 questions, 3 that only the first gets right and 1 that only the second does. By hand, with 3.5, 1.5 and 12:
+        // centre 2/12, variance (5/12 - 1/36)/12.
+        let first = [1, 1, 1, 0, 1, 1, 0, 0, 0, 0];
+        let second = [0, 0, 0, 1, 1, 1, 0, 0, 0, 0];
+        let got = difference(&first, 1, &second, 1);
+        let half = Z95 * ((5.0_f64 / 12.0 - 1.0 / 36.0) / 12.0).sqrt();
+        assert!((got.estimate.value - 0.2).abs() < ROUNDING);
+        assert!((got.estimate.low - (1.0 / 6.0 - half)).abs() < ROUNDING);
+        assert!((got.estimate.high - (1.0 / 6.0 + half)).abs() < ROUNDING);
+        assert_eq!(got.p, mcnemar_exact(3, 1));
+        // Who never disagree are not certainly the same.
+        let same = difference(&first, 1, &first, 1);
+        assert!(same.estimate.low < -0.1 && same.estimate.high > 0.1 && same.p == 1.0);
+        let all = difference(&[1; 3], 1, &[0; 3], 1).estimate;
+        assert!(all.value == 1.0 && all.high == 1.0 && all.low < 0.7);
+        assert!(difference(&[], 1, &[], 1).estimate.value.is_nan());
+    }
+
+    #[test]
+    fn several_answers_to_a_question_are_one_coin() {
+        // Twice the answers, all of them alike: nothing is learned.
+        let (first, second) = ([2, 2, 2, 0, 2], [0, 0, 0, 2, 2]);
+        let once = difference(&[1, 1, 1, 0, 1], 1, &[0, 0, 0, 1, 1], 1);
+        assert_eq!(difference(&first, 2, &second, 2), once);
+        // Steps of 2, 1 and -1: the 8 signs give the sums 4, 2, 2, 0, 0, -2, -2, -4, and the one seen is 2: 6 of 8 are as far from 0.
+        let got = difference(&[2, 1, 0], 2, &[0, 0, 1], 2);
+        assert!((got.p - 0.75).abs() < ROUNDING && (got.estimate.value - 1.0 / 3.0).abs() < ROUNDING, "{got:?}");
+        // The other way round it is the same test.
+        assert!((difference(&[0, 0, 1], 2, &[2, 1, 0], 2).p - got.p).abs() < ROUNDING);
+        // One of 2 against 2 of 4 answers is no difference.
+        assert_eq!(difference(&[1], 2, &[2], 4).estimate.value, 0.0);
     }
 
     #[test]

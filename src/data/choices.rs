@@ -117,9 +117,18 @@ pub(super) fn columns(given: &Given) -> Result<Sample, Fault> {
         ..Published::of(given, id.clone())
     };
     published.options = ('A'..='Z').map_while(|letter| given.maybe(&[&letter.to_string()])).collect();
+    let mut question = given.said("question")?;
+    if published.options.is_empty() {
+        // TreeBench's are in one text, lettered, line by line; where that is empty, they stand in the question.
+        let text = given.maybe(&["multi-choice options"]).unwrap_or_default();
+        if let Some((_, options)) = split_options(&text) {
+            published.options = options;
+        } else if let Some((before, options)) = split_options(&question) {
+            (published.text, published.options, question) = (Some(question), options, before);
+        }
+    }
     published.boxes = given.value("target_instances").map(boxes).unwrap_or_default();
     let images = given.pictures(&["image", "images", "image_path"])?;
-    let mut question = given.said("question")?;
     // What VLMEvalKit puts before the question.
     if let Some(hint) = given.maybe(&["hint"]) {
         question = format!("{}\n{}", hint.trim(), question.trim());

@@ -164,9 +164,13 @@ impl Format {
             Format::Vstar => has(&["text", "label", "category"]) && picture,
             Format::VstarFolder => has(&["question", "options", "target_object"]),
             Format::MmeRealworld => has(&["Text", "Answer choices", "Ground truth"]),
-            Format::MmeRealworldTable => has(&["question", "multi-choice options", "answer"]),
+            Format::MmeRealworldTable => {
+                has(&["question", "multi-choice options", "answer"]) && !has(&["target_instances"])
+            }
             Format::HrBench => options && has(&["cycle_category"]),
-            Format::TreeBench => options && has(&["target_instances"]),
+            Format::TreeBench => {
+                has(&["target_instances"]) && (options || has(&["question", "multi-choice options", "answer"]))
+            }
             Format::OptionsTable => options && !any(&["cycle_category", "target_instances"]),
             Format::VisualProbe => has(&["problem", "solution"]) && picture && !boxed("solution") && !has(&["prompt"]),
             Format::ZoomBench => has(&["query", "response"]) && any(&["image", "images", "crop_image"]),

@@ -36,12 +36,14 @@ mod published;
 mod reading;
 mod refcoco;
 mod row;
+mod shuffle;
 
 pub use dialogue::{Dialogue, read_dialogues};
 pub use format::Format;
 pub use order::Order;
 pub use published::{PUBLISHED, Published};
 pub use reading::{Problem, Read, ReadAs, Report, check, damaged, read};
+pub use shuffle::{Shuffled, shuffle_options};
 
 /// One row.
 #[derive(Clone, Debug, PartialEq)]

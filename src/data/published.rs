@@ -15,7 +15,7 @@ use sha2::{Digest, Sha256};
 use super::Sample;
 use super::fields::{Fault, Given, fault};
 
-/// Key of a row that was read in another format than our own.
+/// Key of a row that was read in another format than our own, or whose options were shuffled.
 pub const PUBLISHED: &str = "published";
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -91,7 +91,7 @@ impl Published {
             return fault("answer", format!("found {letter:?}, expected the letter of one of the {count} options"));
         };
         if shuffled {
-            self.order = shuffle(&row.id, count);
+            self.order = order_of(&row.id, count);
         }
         let bare = without_letters(&self.options);
         let shown = |k: usize| self.order.get(k).copied().unwrap_or(k);
@@ -109,8 +109,8 @@ fn place(letter: &str) -> Option<usize> {
     byte.is_ascii_alphabetic().then(|| usize::from(byte.to_ascii_uppercase() - b'A'))
 }
 
-/// Follows from the row's name alone, so that a row has one order in every run and in any company.
-fn shuffle(id: &str, count: usize) -> Vec<usize> {
+/// An order of `count` things. It follows from the name alone, so that a row has one order in every run and in any company.
+pub(super) fn order_of(id: &str, count: usize) -> Vec<usize> {
     let digest = Sha256::digest(id.as_bytes());
     let mut seed = [0; 8];
     seed.copy_from_slice(&digest[..8]);
@@ -205,10 +205,10 @@ mod tests {
 
     #[test]
     fn an_order_is_a_rows_own_and_no_place_is_favoured() {
-        assert_eq!(shuffle("vstar-1", 4), shuffle("vstar-1", 4));
+        assert_eq!(order_of("vstar-1", 4), order_of("vstar-1", 4));
         let mut first = [0; 4];
         for k in 0..400 {
-            let order = shuffle(&format!("vstar-{k}"), 4);
+            let order = order_of(&format!("vstar-{k}"), 4);
             first[order.iter().position(|&p| p == 0).unwrap()] += 1;
         }
         // Each place is expected 100 times with a deviation of 9: five of them.

@@ -11,12 +11,12 @@ use super::{Folders, Request, draw, judge, minutes_and_memory, start_of, trained
 use crate::config;
 use crate::data;
 use crate::episode::Episode;
+use crate::eval::items::{ITEMS, Items};
 use crate::eval::{self, Figures};
 use crate::progress;
 use crate::rl;
 use crate::run::Interrupt;
 use crate::sft;
-use crate::stats;
 use crate::synth::assets_dir;
 use crate::synth::make::Set;
 use crate::synth::trajectories;
@@ -101,20 +101,21 @@ pub fn main(request: &Request) -> Result<()> {
     progress::say(&format!("5/5  {} held-out questions: other photographs, other pictures of the things", test.len()));
     let evals = folders.evals(&config::to_toml(&full)?)?;
     let mut rows: Vec<Figures> = Vec::new();
-    let mut right: Vec<Vec<bool>> = Vec::new();
+    let mut items = Items::default();
     // Greedy, as benchmarks of grounding are.
     let rollout = crate::rollout::Options { temperature: 0.0, ..full.rollout.clone() };
     for (k, (name, model)) in models.iter().enumerate() {
         let episodes = judge(name, model, &full.task, &rollout, &test, request.seed, &interrupt)?;
         let records: Vec<_> = episodes.iter().map(Episode::record).collect();
         evals.write_episodes(k as u64 + 1, &records)?;
-        right.push(episodes.iter().map(|e| e.right()).collect());
-        rows.push(Figures::of(name, &episodes, &test));
+        items.add(name, &episodes, &test, &[], &[]);
+        rows.push(Figures::of(name, &episodes, &test, &[]));
     }
     let seconds = started.elapsed().as_secs_f64();
     let title = format!("Which picture, and where in it? {} held-out questions, 95 % intervals", test.len());
-    let mut tables = vec![eval::table(&title, &rows, &notes(&rows, &right, seconds))];
+    let mut tables = vec![eval::table(&title, &rows, &notes(&items, seconds))];
     tables.extend(eval::tables_by_task(&rows));
+    evals.save(ITEMS, &items.lines()?)?;
     folders.finish(&evals, tables, &rows, seconds, request.json)
 }
 
@@ -146,12 +147,10 @@ fn build_traces(request: &Request, data: &Path, interrupt: &Interrupt) -> Result
 }
 
 /// What the table means, in sentences with numbers.
-fn notes(rows: &[Figures], right: &[Vec<bool>], seconds: f64) -> Vec<String> {
-    let row = |name: &str| rows.iter().position(|row| row.name == name);
+fn notes(items: &Items, seconds: f64) -> Vec<String> {
     let against = |a: &str, b: &str| -> Option<String> {
-        let (a, b) = (row(a)?, row(b)?);
-        let gap = 100.0 * (rows[a].all.accuracy.value - rows[b].all.accuracy.value);
-        Some(format!("{gap:+.1} points (McNemar p = {:.1e})", stats::paired(&right[a], &right[b]).p))
+        let difference = items.difference(a, b)?;
+        Some(format!("{:+.1} points (McNemar p = {:.1e})", 100.0 * difference.estimate.value, difference.p))
     };
     let gaps: Option<String> = (|| {
         Some(format!(

@@ -11,15 +11,16 @@ use super::{Folders, Request, draw, judge, minutes_and_memory, start_of, trained
 use crate::config;
 use crate::data;
 use crate::episode::Episode;
+use crate::eval::items::{ITEMS, Items};
 use crate::eval::{self, Figures};
 use crate::progress;
 use crate::rl::{self, Plan};
 use crate::run::Interrupt;
-use crate::stats;
 use crate::synth::assets_dir;
 use crate::synth::make::Set;
 use crate::tasks::Options as TaskOptions;
-use crate::tasks::crop::{Options as CropOptions, Show};
+use crate::tasks::crop::Options as CropOptions;
+use crate::tasks::protocol::Protocol;
 
 const GRPO: &str = include_str!("../../configs/demo_grpo.toml");
 const MGPO: &str = include_str!("../../configs/demo_mgpo.toml");
@@ -66,34 +67,31 @@ pub fn main(request: &Request) -> Result<()> {
     let after_grpo = rl::newest_checkpoint(&grpo.train.out)?;
     let after_mgpo = rl::newest_checkpoint(&mgpo.train.out)?;
     let (one_turn, two_turns) = (looking(&grpo)?, looking(&mgpo)?);
-    let showing = |show: Show| CropOptions { show, ..two_turns.clone() };
-    let entries: Vec<(&str, &Path, CropOptions)> = vec![
-        ("base, one turn", &base, one_turn.clone()),
-        ("base, two turns", &base, two_turns.clone()),
-        ("GRPO, one turn", &after_grpo, one_turn.clone()),
-        ("MGPO, two turns", &after_mgpo, two_turns.clone()),
-        ("MGPO, its box elsewhere", &after_mgpo, showing(Show::Random)),
-        ("MGPO, its box on the plate", &after_mgpo, showing(Show::Target)),
-        ("MGPO, no crop shown", &after_mgpo, showing(Show::Nothing)),
+    let entries: [(&str, &Path, Protocol); 7] = [
+        ("base, one turn", &base, Protocol::OneTurn),
+        ("base, two turns", &base, Protocol::TwoTurns),
+        ("GRPO, one turn", &after_grpo, Protocol::OneTurn),
+        ("MGPO, two turns", &after_mgpo, Protocol::TwoTurns),
+        ("MGPO, its box elsewhere", &after_mgpo, Protocol::RandomCrop),
+        ("MGPO, its box on the plate", &after_mgpo, Protocol::TrueCrop),
+        ("MGPO, no crop shown", &after_mgpo, Protocol::FormatOnly),
     ];
     let mut rows: Vec<Figures> = Vec::new();
-    let mut right: Vec<Vec<bool>> = Vec::new();
-    for (k, (name, model, options)) in entries.iter().enumerate() {
-        let task = TaskOptions::Crop(options.clone());
+    let mut items = Items::default();
+    for (k, (name, model, protocol)) in entries.iter().enumerate() {
+        let of = if *protocol == Protocol::OneTurn { &one_turn } else { &two_turns };
+        let task = TaskOptions::Crop(protocol.options(of, of.turns));
         let episodes = judge(name, model, &task, &mgpo.rollout, &test, request.seed, &interrupt)?;
         let records: Vec<_> = episodes.iter().map(Episode::record).collect();
         evals.write_episodes(k as u64 + 1, &records)?;
-        right.push(episodes.iter().map(|e| e.right()).collect());
-        let mut figures = Figures::of(name, &episodes, &test);
-        if options.show != Show::Region {
-            // A control changes what is shown for the box, not the box: its figures are those of the row above.
-            (figures.all.containment, figures.all.valid_box) = (None, None);
-        }
-        rows.push(figures);
+        items.add(name, &episodes, &test, &[], &[]);
+        let figures = Figures::of(name, &episodes, &test, &[]);
+        rows.push(if protocol.is_control() { figures.without_boxes() } else { figures });
     }
     let seconds = started.elapsed().as_secs_f64();
-    let notes = notes(&rows, &right, seconds);
+    let notes = notes(&rows, &items, seconds);
     let title = format!("What number is on the plate? {} held-out questions, 95 % intervals", test.len());
+    evals.save(ITEMS, &items.lines()?)?;
     folders.finish(&evals, vec![eval::table(&title, &rows, &notes)], &rows, seconds, request.json)
 }
 
@@ -124,10 +122,11 @@ fn looking(plan: &Plan) -> Result<CropOptions> {
 }
 
 /// What the table means, in sentences with numbers.
-fn notes(rows: &[Figures], right: &[Vec<bool>], seconds: f64) -> Vec<String> {
+fn notes(rows: &[Figures], items: &Items, seconds: f64) -> Vec<String> {
     let percent = |k: usize| 100.0 * rows[k].all.accuracy.value;
     let held = |k: usize| rows[k].all.containment.as_ref().map_or(f64::NAN, |c| 100.0 * c.value);
-    let against = |a: usize, b: usize| stats::paired(&right[a], &right[b]).p;
+    let against =
+        |a: usize, b: usize| items.difference(&rows[a].name, &rows[b].name).map_or(f64::NAN, |difference| difference.p);
     vec![
         format!(
             "MGPO against the base: {:+.1} points (McNemar p = {:.1e}); against one-turn GRPO: {:+.1} points (p = {:.1e}). Guessing gives 10 %.",

@@ -7,19 +7,22 @@
 
 use std::collections::BTreeMap;
 
-use super::cell;
-use crate::data::{Format, Published, Sample};
+use super::figures::cell;
+use crate::chat::Convention;
+use crate::data::{Format, Published, Sample, Target};
 use crate::episode::Episode;
+use crate::geometry::{Size, View};
 use crate::report::{Row, Table, Unit};
-use crate::reward::Official;
-use crate::stats::{Estimate, clustered_share};
+use crate::reward::{Official, tree_bench_boxes, tree_bench_iou};
+use crate::stats::{Estimate, clustered_mean, clustered_share};
 
 /// The published rule for rows of a format.
 fn rule_of(format: Format) -> Option<Official> {
     match format {
         Format::Vstar | Format::VstarFolder => Some(Official::VStar),
         Format::MmeRealworld | Format::MmeRealworldTable => Some(Official::MmeRealWorld),
-        Format::HrBench | Format::TreeBench | Format::OptionsTable => Some(Official::HrBench),
+        Format::HrBench | Format::OptionsTable => Some(Official::HrBench),
+        Format::TreeBench => Some(Official::TreeBench),
         Format::Pope => Some(Official::Pope),
         Format::Counting | Format::Fsc147 => Some(Official::Counting),
         // Judged by a language model, by boxes, or not a benchmark.
@@ -45,40 +48,73 @@ struct Judged {
     strict: bool,
     /// What the official rule read, for figures of yes and no.
     read: Option<String>,
+    /// How well its boxes meet the targets, officially and strictly (TreeBench).
+    iou: Option<[Option<f64>; 2]>,
 }
 
-/// Judges what was played. An episode's group is the number of its row.
-fn judged(episodes: &[Episode], rows: &[Sample]) -> BTreeMap<Format, Vec<Judged>> {
-    let mut all: BTreeMap<Format, Vec<Judged>> = BTreeMap::new();
-    for episode in episodes {
-        let row = usize::try_from(episode.group).ok().and_then(|row| rows.get(row));
-        let Some((row, published)) = row.and_then(|row| Some((row, Published::of_row(row)?))) else { continue };
-        let Some((format, rule)) =
-            Format::named(&published.name).ok().and_then(|format| Some((format, rule_of(format)?)))
-        else {
-            continue;
-        };
-        // As they were shown, with their letters.
-        let choices: Vec<String> =
-            row.choices.iter().zip('A'..='Z').map(|(choice, letter)| format!("({letter}) {choice}")).collect();
-        let last = episode.turns.iter().rev().find(|turn| turn.role == "assistant");
-        let response = last.map_or("", |turn| turn.text.as_str());
-        let mut options = row.choices.clone();
-        options.sort_unstable();
-        all.entry(format).or_default().push(Judged {
-            question: format!("{}\n{}\n{}", row.task.as_deref().unwrap_or_default(), row.question, options.join("\n")),
-            official: rule.right(response, &row.answer, &choices),
-            strict: episode.right(),
-            read: rule.read(response, &choices),
-            published,
-        });
+/// Judges an episode, whose group is the number of its row; none of a row that is of no benchmark with a published rule.
+fn judged(episode: &Episode, rows: &[Sample], convention: Convention) -> Option<(Format, Judged)> {
+    let row = rows.get(usize::try_from(episode.group).ok()?)?;
+    let published = Published::of_row(row)?;
+    let format = Format::named(&published.name).ok()?;
+    let rule = rule_of(format)?;
+    // As they were shown, with their letters.
+    let choices: Vec<String> =
+        row.choices.iter().zip('A'..='Z').map(|(choice, letter)| format!("({letter}) {choice}")).collect();
+    let last = episode.turns.iter().rev().find(|turn| turn.role == "assistant");
+    let response = last.map_or("", |turn| turn.text.as_str());
+    let mut options = row.choices.clone();
+    options.sort_unstable();
+    let judged = Judged {
+        question: format!("{}\n{}\n{}", row.task.as_deref().unwrap_or_default(), row.question, options.join("\n")),
+        official: rule.right(response, &row.answer, &choices),
+        strict: episode.right(),
+        read: rule.read(response, &choices),
+        iou: (format == Format::TreeBench).then(|| {
+            let strict = || tree_bench_iou(&boxes_in_original(episode, convention), &corners(&row.targets));
+            [
+                Some(tree_bench_iou(&tree_bench_boxes(response), &published.boxes)),
+                (!row.targets.is_empty()).then(strict),
+            ]
+        }),
+        published,
+    };
+    Some((format, judged))
+}
+
+fn corners(targets: &[Target]) -> Vec<[f64; 4]> {
+    targets.iter().map(|target| target.bbox.into()).collect()
+}
+
+/// Every usable box that the policy named, in its turns' JSON or in tags, in pixels of the original picture: numbers are measured in the view that
+/// was shown last before them.
+fn boxes_in_original(episode: &Episode, convention: Convention) -> Vec<[f64; 4]> {
+    let views = episode.views();
+    let mut boxes = Vec::new();
+    for (k, turn) in episode.turns.iter().filter(|turn| turn.role == "assistant").enumerate() {
+        boxes.extend(turn.bbox.map(<[f64; 4]>::from));
+        let Some(seen) = views.iter().rev().find(|view| view.turn <= k) else { continue };
+        let view = View { image: seen.image, region: seen.region, size: Size::new(seen.size[0], seen.size[1]) };
+        boxes.extend(tree_bench_boxes(&turn.text).into_iter().map(|said| {
+            let box_in_view = convention.box_in_view(said.map(|side| side as i64), view.size);
+            <[f64; 4]>::from(view.original_from_view(box_in_view))
+        }));
     }
-    all
+    boxes
+}
+
+/// What the published rule makes of each episode; none of rows that are of no benchmark with one.
+pub fn verdicts(episodes: &[Episode], rows: &[Sample], convention: Convention) -> Vec<Option<bool>> {
+    episodes.iter().map(|episode| judged(episode, rows, convention).map(|(_, judged)| judged.official)).collect()
 }
 
 /// A table for each benchmark among the rows; none of rows that are of none.
-pub fn tables(name: &str, episodes: &[Episode], rows: &[Sample]) -> Vec<Table> {
-    judged(episodes, rows).into_iter().map(|(format, all)| table(format, name, &all)).collect()
+pub fn tables(name: &str, episodes: &[Episode], rows: &[Sample], convention: Convention) -> Vec<Table> {
+    let mut all: BTreeMap<Format, Vec<Judged>> = BTreeMap::new();
+    for (format, judged) in episodes.iter().filter_map(|episode| judged(episode, rows, convention)) {
+        all.entry(format).or_default().push(judged);
+    }
+    all.into_iter().map(|(format, all)| table(format, name, &all)).collect()
 }
 
 fn table(format: Format, name: &str, all: &[Judged]) -> Table {
@@ -115,6 +151,9 @@ fn table(format: Format, name: &str, all: &[Judged]) -> Table {
             row(name, "", &|rule| if rule.official { figure(&everything) } else { None });
         }
     }
+    if format == Format::TreeBench {
+        row("mean IoU", "for each target the best box named; no box is 0", &|rule| mean_iou(&everything, rule));
+    }
     let judge = "official: the published rule, its faults included, and without the language model some scripts ask when it finds nothing; \
                  strict: the declared answer alone";
     Table {
@@ -123,7 +162,20 @@ fn table(format: Format, name: &str, all: &[Judged]) -> Table {
         rows,
         notes: vec![judge.to_owned()],
         unit: Some(Unit::Percent),
+        ..Table::default()
     }
+}
+
+/// TreeBench's second figure: officially of the boxes tagged in the last turn's thought, in the numbers as written; strictly of every usable box
+/// in pixels of the original.
+fn mean_iou(of: &[&Judged], rule: Rule) -> Option<Estimate> {
+    let column = usize::from(!rule.official);
+    let (values, questions): (Vec<f64>, Vec<&str>) =
+        of.iter().filter_map(|one| Some((one.iou?[column]?, one.question.as_str()))).unzip();
+    (!values.is_empty()).then(|| {
+        let mean = clustered_mean(&values, &questions);
+        Estimate { low: mean.low.max(0.0), high: mean.high.min(1.0), ..mean }
+    })
 }
 
 /// A column.
@@ -254,6 +306,7 @@ mod tests {
             official: i < right,
             strict: false,
             read: None,
+            iou: None,
         };
         (0..count).map(one).collect()
     }

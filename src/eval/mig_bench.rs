@@ -10,7 +10,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 
-use super::cell;
+use super::figures::cell;
 use crate::data::Sample;
 use crate::episode::Episode;
 use crate::geometry::{BBox, Size};
@@ -222,7 +222,14 @@ fn table(title: String, judged: &[&Judged], note: String) -> Table {
     let mut notes = vec![note];
     let lacks = |column| TASKS.iter().filter(|(key, _)| of(key, column).is_none()).map(|(_, name)| *name).collect();
     notes.extend(gaps(&COLUMNS.iter().map(lacks).collect::<Vec<Vec<&str>>>()));
-    Table { title, columns: COLUMNS.map(|(name, _)| name.to_owned()).to_vec(), rows, notes, unit: Some(Unit::Percent) }
+    Table {
+        title,
+        columns: COLUMNS.map(|(name, _)| name.to_owned()).to_vec(),
+        rows,
+        notes,
+        unit: Some(Unit::Percent),
+        ..Table::default()
+    }
 }
 
 /// Why cells are empty: `missing` has the tasks without a figure, column by column. The strict columns have one wherever anything was

@@ -20,7 +20,7 @@ pub(super) struct Unasked {
     /// Its number and key in the file, or its id.
     pub row: String,
     pub reason: String,
-    /// The `[tasks.NAME]` that could not ask it; without it, none could.
+    /// The row of the table whose task could not ask it; without it, none could.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub task: Option<String>,
 }
@@ -31,7 +31,7 @@ impl Unasked {
     }
 
     fn line(&self) -> String {
-        let task = self.task.as_ref().map(|task| format!("[tasks.{task}] ")).unwrap_or_default();
+        let task = self.task.as_ref().map(|task| format!("{task}, ")).unwrap_or_default();
         format!("{task}{}: {}", self.row, self.reason)
     }
 }
@@ -63,7 +63,9 @@ pub(super) fn keep_askable(name: &str, task: &dyn Task, rows: &mut Vec<Sample>, 
         }
     });
     match first {
-        Some(error) if unasked.len() == count => Err(error).with_context(|| format!("[tasks.{name}]")),
+        Some(error) if unasked.len() == count => {
+            Err(error).with_context(|| format!("no question can be asked for {name}"))
+        }
         _ => Ok(unasked),
     }
 }
@@ -84,7 +86,7 @@ pub(super) fn leave_out(
     let unasked: Vec<Unasked> = rows.iter().filter_map(|row| Some(Unasked::by(name, row, reason(row)?))).collect();
     ensure!(
         whole.contains(&true) || rows.is_empty(),
-        anyhow!("[tasks.{name}] no picture can be decoded: {}: {}", unasked[0].line(), file.display())
+        anyhow!("no picture can be decoded for {name}: {}: {}", unasked[0].line(), file.display())
     );
     let mut keep = whole.iter();
     // One for each row, or none at all where the rows are of no benchmark with truths.

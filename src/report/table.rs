@@ -21,6 +21,7 @@ pub const TABLE: &str = "table.json";
 ///     rows: vec![Row { name: "base".into(), cells: vec![Cell::from(wilson(90, 300))], about: String::new() }],
 ///     notes: vec![],
 ///     unit: Some(Unit::Share),
+///     ..Table::default()
 /// };
 /// assert!(table.to_string().contains("base    30.0 % (25.1–35.4)"));
 /// ```
@@ -38,6 +39,9 @@ pub struct Table {
     /// What the numbers are; without it, a column that stays between 0 and 1 is taken for shares.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub unit: Option<Unit>,
+    /// The units of single columns, where they have their own; by place, null where they have not.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub units: Vec<Option<Unit>>,
 }
 
 /// The unit of a table's numbers.
@@ -48,6 +52,10 @@ pub enum Unit {
     Share,
     /// 0 to 100, shown in per cent.
     Percent,
+    /// A difference of two figures in per cent, shown with its sign.
+    Points,
+    /// Counts and probabilities: only the number, without a bar.
+    Plain,
     /// Anything else.
     Number,
 }
@@ -132,6 +140,10 @@ impl Cell {
 enum Scale {
     /// Of `whole` (1 or 100), written in per cent.
     Share { whole: f64 },
+    /// Of per cent; bars grow from the middle, which is 0, to either side as far as the greatest.
+    Points { most: f64 },
+    /// Without bars.
+    Plain,
     /// Anything else; bars run from the smaller of 0 and the least value to the greatest.
     Number { low: f64, high: f64 },
 }
@@ -142,9 +154,11 @@ impl Scale {
         let values: Vec<f64> = cells().flat_map(|cell| [cell.value, cell.low, cell.high]).flatten().collect();
         let low = values.iter().copied().fold(0.0, f64::min);
         let high = values.iter().copied().fold(0.0, f64::max);
-        match table.unit {
+        match table.units.get(column).copied().flatten().or(table.unit) {
             Some(Unit::Share) => Scale::Share { whole: 1.0 },
             Some(Unit::Percent) => Scale::Share { whole: 100.0 },
+            Some(Unit::Points) => Scale::Points { most: high.max(-low) },
+            Some(Unit::Plain) => Scale::Plain,
             None if low >= 0.0 && high <= 1.0 => Scale::Share { whole: 1.0 },
             Some(Unit::Number) | None => Scale::Number { low, high },
         }
@@ -153,14 +167,16 @@ impl Scale {
     fn text(self, value: f64) -> String {
         match self {
             Scale::Share { whole } => format!("{:.1} %", value / whole * 100.0),
-            Scale::Number { .. } => number(value),
+            Scale::Points { .. } => points(value),
+            Scale::Plain | Scale::Number { .. } => number(value),
         }
     }
 
     fn interval(self, (low, high): (f64, f64)) -> String {
         match self {
             Scale::Share { whole } => format!("{:.1}–{:.1}", low / whole * 100.0, high / whole * 100.0),
-            Scale::Number { .. } => format!("{} to {}", number(low), number(high)),
+            Scale::Points { .. } => format!("{} to {}", points(low), points(high)),
+            Scale::Plain | Scale::Number { .. } => format!("{} to {}", number(low), number(high)),
         }
     }
 
@@ -168,11 +184,19 @@ impl Scale {
     fn place(self, value: f64) -> f64 {
         let share = match self {
             Scale::Share { whole } => value / whole,
+            Scale::Points { most } if most > 0.0 => 0.5 + value / most / 2.0,
             Scale::Number { low, high } if high > low => (value - low) / (high - low),
-            Scale::Number { .. } => 0.0,
+            Scale::Points { .. } => 0.5,
+            Scale::Plain | Scale::Number { .. } => 0.0,
         };
         (share * 100.0).clamp(0.0, 100.0)
     }
+}
+
+/// With its sign, and without one where it rounds to nothing.
+fn points(value: f64) -> String {
+    let text = format!("{value:+.1}");
+    if matches!(text.as_str(), "+0.0" | "-0.0") { "0.0".into() } else { text }
 }
 
 impl Table {
@@ -229,6 +253,9 @@ fn cell_html(cell: Cell, scale: Scale, heading: &str) -> String {
     html.push_str(&format!("<div class=\"value\"><b>{}</b>", escape(&scale.text(value))));
     if let Some(interval) = cell.interval() {
         html.push_str(&format!("<span>{}</span>", escape(&scale.interval(interval))));
+    }
+    if scale == Scale::Plain {
+        return html + "</div></td>";
     }
     // The bar grows from zero, wherever zero is on this scale.
     let (zero, at) = (scale.place(0.0), scale.place(value));
@@ -329,6 +356,35 @@ mod tests {
     }
 
     #[test]
+    fn a_column_can_have_a_unit_of_its_own() {
+        let cell = |value, low, high| Cell { value: Some(value), low, high, n: None };
+        let row = |difference: Cell, p| Row {
+            name: "r".into(),
+            cells: vec![cell(50.0, None, None), difference, p],
+            about: String::new(),
+        };
+        let table = Table {
+            columns: vec!["accuracy".into(), "difference".into(), "p".into()],
+            rows: vec![
+                row(cell(-5.0, Some(-10.0), Some(0.04)), cell(0.03, None, None)),
+                row(cell(2.5, Some(1.0), Some(4.0)), cell(1.2e-9, None, None)),
+            ],
+            unit: Some(Unit::Percent),
+            units: vec![None, Some(Unit::Points), Some(Unit::Plain)],
+            ..Table::default()
+        };
+        let text = table.to_string();
+        assert!(text.contains("50.0 %    -5.0 (-10.0 to 0.0)    0.03"), "{text}");
+        assert!(text.contains("+2.5 (+1.0 to +4.0)    1.2e-9"), "{text}");
+        // Zero is the middle; five of at most ten points reach half of the left half.
+        let html = table.html();
+        assert!(html.contains("left:25.00%;width:25.00%") && html.contains("left:50.00%;width:12.50%"), "{html}");
+        assert_eq!(html.matches("class=\"bar\"").count(), 4, "two of the first column, two of the second");
+        let again: Table = serde_json::from_slice(&tables_json(std::slice::from_ref(&table)).unwrap()).unwrap();
+        assert_eq!(again, table);
+    }
+
+    #[test]
     fn text_columns_line_up() {
         let share = |value| Cell { value: Some(value), low: Some(0.25), high: Some(0.75), n: None };
         let row = |name: &str, value| Row {
@@ -341,7 +397,7 @@ mod tests {
             columns: vec!["accuracy".into(), "contains".into()],
             rows: vec![row("base", 0.3), row("MGPO", 0.7)],
             notes: vec!["95 % intervals".into()],
-            unit: None,
+            ..Table::default()
         };
         let expected = "Result\n          accuracy              contains\n  base    30.0 % (25.0–75.0)    —\n  MGPO    70.0 % (25.0–75.0)    —\n  95 % intervals\n";
         assert_eq!(table.to_string(), expected);

@@ -7,6 +7,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::choice::{letter, without_letter};
+use crate::geometry::BBox;
 
 /// Whose rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -18,8 +19,10 @@ pub enum Official {
     /// MME-RealWorld's extractor.
     #[serde(rename = "mme_realworld")]
     MmeRealWorld,
-    /// VLMEvalKit's matching, without its language model: HR-Bench, TreeBench and others.
+    /// VLMEvalKit's matching, without its language model: HR-Bench and others.
     HrBench,
+    /// TreeBench: MME-RealWorld's extractor on what stands in `<answer>`.
+    TreeBench,
     /// lmms-eval's comparison of POPE: the response is the word.
     Pope,
     /// lmms-eval's comparison of counts (Pixmo-Count): the first number of the response.
@@ -27,8 +30,14 @@ pub enum Official {
 }
 
 impl Official {
-    pub const ALL: [Official; 5] =
-        [Official::VStar, Official::MmeRealWorld, Official::HrBench, Official::Pope, Official::Counting];
+    pub const ALL: [Official; 6] = [
+        Official::VStar,
+        Official::MmeRealWorld,
+        Official::HrBench,
+        Official::TreeBench,
+        Official::Pope,
+        Official::Counting,
+    ];
 
     /// As `score` calls it, behind `official:`.
     pub fn name(self) -> &'static str {
@@ -36,6 +45,7 @@ impl Official {
             Official::VStar => "vstar",
             Official::MmeRealWorld => "mme_realworld",
             Official::HrBench => "hr_bench",
+            Official::TreeBench => "tree_bench",
             Official::Pope => "pope",
             Official::Counting => "counting",
         }
@@ -44,7 +54,7 @@ impl Official {
     /// Whether its questions have options, and answers are letters.
     pub fn of_choices(self) -> bool {
         match self {
-            Official::VStar | Official::MmeRealWorld | Official::HrBench => true,
+            Official::VStar | Official::MmeRealWorld | Official::HrBench | Official::TreeBench => true,
             Official::Pope | Official::Counting => false,
         }
     }
@@ -55,6 +65,7 @@ impl Official {
             Official::VStar => vstar_letter(response).map(String::from),
             Official::MmeRealWorld => mme_realworld_letter(response, choices).map(String::from),
             Official::HrBench => matched_letter(response, choices).map(String::from),
+            Official::TreeBench => tree_bench_letter(response).map(String::from),
             Official::Pope => Some(response.to_lowercase().trim_matches(is_space).to_owned()),
             Official::Counting => Some(first_number(response)),
         }
@@ -69,7 +80,9 @@ impl Official {
     /// ```
     pub fn right(self, response: &str, answer: &str, choices: &[String]) -> bool {
         let answer = match self {
-            Official::VStar | Official::MmeRealWorld | Official::HrBench => letter(answer, choices).map(String::from),
+            Official::VStar | Official::MmeRealWorld | Official::HrBench | Official::TreeBench => {
+                letter(answer, choices).map(String::from)
+            }
             Official::Pope | Official::Counting => self.read(answer, &[]),
         };
         answer.is_some() && self.read(response, choices) == answer
@@ -210,6 +223,55 @@ pub fn matched_letter(response: &str, choices: &[String]) -> Option<char> {
     contained.next().is_none().then_some(letter)
 }
 
+/// TreeBench as VLMEvalKit reads it (`TreeBench` in `vlmeval/dataset/image_mcq.py`): the first `<answer>`, in upper case, or else the whole
+/// response as it is, by MME-RealWorld's rule for options without texts.
+///
+/// Faults kept: in capitals a sentence within the tag names the first letter A to E of its words.
+pub fn tree_bench_letter(response: &str) -> Option<char> {
+    let inside = between(response, "<answer>", "</answer>").map(|text| text.trim_matches(is_space).to_uppercase());
+    mme_realworld_letter(inside.as_deref().unwrap_or(response), &[])
+}
+
+/// The boxes of TreeBench's second figure, in the numbers in which they were written: `<box>[x1,y1,x2,y2]</box>` within the first `<think>`,
+/// or else anywhere. Only whole numbers without spaces count, and corners the right way round.
+pub fn tree_bench_boxes(response: &str) -> Vec<[f64; 4]> {
+    let mut rest = between(response, "<think>", "</think>").unwrap_or(response);
+    let mut boxes = Vec::new();
+    while let Some(open) = rest.find("<box>") {
+        rest = &rest[open + "<box>".len()..];
+        let Some(close) = rest.find("</box>") else { break };
+        boxes.extend(whole_corners(rest[..close].trim_matches(is_space)));
+        rest = &rest[close + "</box>".len()..];
+    }
+    boxes
+}
+
+/// TreeBench's mean IoU of one response: for each target the best of the boxes, on average over targets; 0 without a box. Without a target,
+/// 1 if there is a box: the script's rule.
+pub fn tree_bench_iou(boxes: &[[f64; 4]], targets: &[[f64; 4]]) -> f64 {
+    if boxes.is_empty() || targets.is_empty() {
+        return f64::from(u8::from(!boxes.is_empty()));
+    }
+    let best = |target: &[f64; 4]| boxes.iter().map(|b| BBox::from(*b).iou(&BBox::from(*target))).fold(0.0, f64::max);
+    targets.iter().map(best).sum::<f64>() / targets.len() as f64
+}
+
+/// What stands between a first `open` and the next `close`.
+fn between<'a>(text: &'a str, open: &str, close: &str) -> Option<&'a str> {
+    let rest = &text[text.find(open)? + open.len()..];
+    Some(&rest[..rest.find(close)?])
+}
+
+/// `[1,2,3,4]` at the beginning of a text.
+fn whole_corners(text: &str) -> Option<[f64; 4]> {
+    let inside = text.strip_prefix('[')?;
+    let inside = &inside[..inside.find(']')?];
+    let digits = |side: &str| !side.is_empty() && side.bytes().all(|b| b.is_ascii_digit());
+    let sides: Option<Vec<f64>> = inside.split(',').map(|side| side.parse().ok().filter(|_| digits(side))).collect();
+    let corners: [f64; 4] = sides?.try_into().ok()?;
+    (corners[0] < corners[2] && corners[1] < corners[3]).then_some(corners)
+}
+
 /// The first run of digits, or the whole text where there is none.
 fn first_number(text: &str) -> String {
     let text = text.trim_matches(is_space);
@@ -269,6 +331,26 @@ mod tests {
         assert_eq!(matched_letter("Z", &own(["z", "y"])), None);
         assert_eq!(matched_letter("green", &own(["(A) red", "(B) green"])), Some('B'));
         assert_eq!(matched_letter("", &NONE), None);
+    }
+
+    #[test]
+    fn tree_bench_reads_a_tag_and_the_boxes_of_the_reasoning() {
+        assert_eq!(tree_bench_letter("<think>A or B</think><answer>b</answer>"), Some('B'));
+        assert_eq!(tree_bench_letter("<answer> a cat </answer>"), Some('A'), "in capitals an article is a letter");
+        assert_eq!(tree_bench_letter("It is (D)."), Some('D'));
+        assert_eq!(tree_bench_letter("it is d."), None);
+        let said = "<think>The cup <box>[10,10,30,30]</box> is left of the hat <box> [50,50,70,90] </box>, not <box>[1, 2, 3, 4]</box> \
+                    or <box>[9,9,2,2]</box> or <box>[1,2,3]</box> <box>[0,0,5,5]</think> <box>[1,1,2,2]</box><answer>A</answer>";
+        let boxes = tree_bench_boxes(said);
+        assert_eq!(boxes, [[10.0, 10.0, 30.0, 30.0], [50.0, 50.0, 70.0, 90.0]]);
+        // The first target is met exactly, the second by half, the third not at all.
+        let targets = [[10.0, 10.0, 30.0, 30.0], [50.0, 50.0, 70.0, 70.0], [200.0, 200.0, 300.0, 300.0]];
+        assert_eq!(tree_bench_iou(&boxes, &targets), 0.5);
+        assert_eq!(
+            (tree_bench_iou(&[], &targets), tree_bench_iou(&boxes, &[]), tree_bench_iou(&[], &[])),
+            (0.0, 1.0, 0.0)
+        );
+        assert_eq!(tree_bench_boxes("no thought: <box>[1,2,3,4]</box>"), [[1.0, 2.0, 3.0, 4.0]]);
     }
 
     #[test]

@@ -254,6 +254,7 @@ mod tests {
         for text in [
             include_str!("../../configs/eval_plates.toml"),
             include_str!("../../configs/eval_mig_bench.toml"),
+            include_str!("../../configs/eval_protocols.toml"),
             include_str!("../../configs/mirg_gain.toml"),
         ] {
             config::parse::<eval::Plan>(text, &[]).unwrap();

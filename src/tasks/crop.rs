@@ -5,6 +5,10 @@
 //! whether to look again or to answer. The controls of spec 1.14 (a random region, the true region, none) are settings of
 //! what is shown, never of what is rewarded.
 
+mod given;
+
+pub use given::Given;
+
 use anyhow::{Context as _, Result, ensure};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -27,7 +31,8 @@ pub enum Show {
     Region,
     /// A region of the size it named, somewhere else (control: does the place matter?).
     Random,
-    /// A region of the size it named, moved onto the target (control: what would perfect aim bring?).
+    /// A region of the size it named, moved onto the target and grown where the target would not fit (control: what would perfect
+    /// aim bring?). Several targets are one, all of them.
     Target,
     /// Nothing: the box is written, no crop comes back (control: format only).
     Nothing,
@@ -203,11 +208,21 @@ impl Crop {
                 Some(at(rng.random_range(0.0..=room_x.max(0.0)), rng.random_range(0.0..=room_y.max(0.0))))
             }
             Show::Target => {
-                let target = context.sample.targets.iter().find(|t| t.image == image + 1);
-                let (cx, cy) = target.context("task.show = \"target\" needs a row with a target")?.bbox.center();
-                Some(at((cx - w / 2.0).clamp(0.0, room_x.max(0.0)), (cy - h / 2.0).clamp(0.0, room_y.max(0.0))))
+                let here = context.sample.targets.iter().filter(|t| t.image == image + 1).map(|t| t.bbox);
+                let target = here.reduce(|all, one| all.hull(&one));
+                let target = target.context("task.show = \"target\" needs a row with a target")?;
+                let (cx, cy) = target.center();
+                let there = at((cx - w / 2.0).clamp(0.0, room_x.max(0.0)), (cy - h / 2.0).clamp(0.0, room_y.max(0.0)));
+                Some(there.hull(&target))
             }
         })
+    }
+
+    /// The view of a region of an original.
+    fn view_of(&self, region: BBox, image: usize, original: Size) -> Result<View> {
+        // A view of the original at its own size: its pixels are the original's.
+        let itself = View { image, region: original.bounds(), size: original };
+        itself.crop(region.pad(self.options.pad_ratio).clamp(&original.bounds()), original, self.budget)
     }
 
     /// What is said after an unusable box, or after none.
@@ -299,12 +314,7 @@ impl Task for Crop {
         let Some(region) = self.region(named, context, image)? else {
             return Ok(Reply::Show(self.shown(&self.template.withheld, &fill, None), reading));
         };
-        let original = context.sizes[image];
-        let view = {
-            // A view of the original at its own size: its pixels are the original's.
-            let itself = View { image, region: original.bounds(), size: original };
-            itself.crop(region.pad(self.options.pad_ratio).clamp(&original.bounds()), original, self.budget)?
-        };
+        let view = self.view_of(region, image, context.sizes[image])?;
         if self.options.free && context.views.contains(&view) {
             return self.refuse(context, BoxOutcome::Duplicate);
         }

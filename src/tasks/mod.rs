@@ -4,6 +4,7 @@
 pub mod asking;
 pub mod crop;
 pub mod multi_image;
+pub mod protocol;
 pub mod template;
 
 use std::path::Path;

@@ -29,6 +29,12 @@ pub struct Template {
     pub one_turn: String,
     /// First turn when the policy decides itself how often to look.
     pub free: String,
+    /// The question and nothing else: no box is asked for and no crop promised. For evaluations (`Protocol`).
+    #[serde(default)]
+    pub direct: Option<String>,
+    /// The same with a crop beside the picture: two images. For evaluations.
+    #[serde(default)]
+    pub given: Option<String>,
     /// Lead-in of the choices; `{list}` becomes `(A) …` to `(E) …`, one a line.
     pub choices: String,
 }
@@ -45,18 +51,21 @@ impl Template {
     pub fn load(name: &str) -> Result<Template> {
         let built_in = [("mgpo", include_str!("templates/mgpo.toml")), ("short", include_str!("templates/short.toml"))];
         let (template, origin): (Template, _) = read(name, &built_in)?;
-        for (slot, text, image) in [
-            ("ask", &template.ask, true),
-            ("found", &template.found, true),
-            ("invalid", &template.invalid, true),
-            ("invalid_text", &template.invalid_text, false),
-            ("withheld", &template.withheld, false),
-            ("one_turn", &template.one_turn, true),
-            ("free", &template.free, true),
-        ] {
+        let slots = [
+            ("ask", Some(&template.ask), 1),
+            ("found", Some(&template.found), 1),
+            ("invalid", Some(&template.invalid), 1),
+            ("invalid_text", Some(&template.invalid_text), 0),
+            ("withheld", Some(&template.withheld), 0),
+            ("one_turn", Some(&template.one_turn), 1),
+            ("free", Some(&template.free), 1),
+            ("direct", template.direct.as_ref(), 1),
+            ("given", template.given.as_ref(), 2),
+        ];
+        for (slot, text, images) in slots.into_iter().filter_map(|(slot, text, images)| Some((slot, text?, images))) {
             let found = text.matches("{image}").count();
-            if found != usize::from(image) {
-                bail!("{origin}: slot `{slot}` holds {{image}} {found} times, expected {}", usize::from(image));
+            if found != images {
+                bail!("{origin}: slot `{slot}` holds {{image}} {found} times, expected {images}");
             }
             if !text.contains("{question}") {
                 bail!("{origin}: slot `{slot}` lacks {{question}}");

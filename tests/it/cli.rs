@@ -14,7 +14,7 @@ use serde_json::Value;
 use crate::tiny;
 use foveate::model::{Config, presets};
 
-fn foveate(dir: &Path, args: &[&str]) -> Output {
+pub fn foveate(dir: &Path, args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_foveate"))
         .current_dir(dir)
         .env("NO_COLOR", "1")
@@ -25,7 +25,7 @@ fn foveate(dir: &Path, args: &[&str]) -> Output {
 }
 
 /// The same with something to read.
-fn fed(dir: &Path, args: &[&str], input: &str) -> Output {
+pub fn fed(dir: &Path, args: &[&str], input: &str) -> Output {
     let mut child = Command::new(env!("CARGO_BIN_EXE_foveate"))
         .current_dir(dir)
         .args(args)
@@ -43,14 +43,14 @@ fn text(bytes: &[u8]) -> String {
 }
 
 /// Runs what must succeed and gives its stdout.
-fn good(dir: &Path, args: &[&str]) -> String {
+pub fn good(dir: &Path, args: &[&str]) -> String {
     let out = foveate(dir, args);
     assert!(out.status.success(), "{args:?}: {}", text(&out.stderr));
     text(&out.stdout)
 }
 
 /// Runs what must fail: with this code, in one line that holds these words, on stderr alone.
-fn refused(dir: &Path, args: &[&str], code: i32, words: &[&str]) {
+pub fn refused(dir: &Path, args: &[&str], code: i32, words: &[&str]) {
     let out = foveate(dir, args);
     let said = text(&out.stderr);
     assert_eq!(out.status.code(), Some(code), "{args:?}: {said}");
@@ -62,7 +62,7 @@ fn refused(dir: &Path, args: &[&str], code: i32, words: &[&str]) {
     assert_eq!(text(&out.stdout), "", "{args:?}");
 }
 
-fn json(text: &str) -> Value {
+pub fn json(text: &str) -> Value {
     serde_json::from_str(text).unwrap_or_else(|e| panic!("{e}: {text}"))
 }
 

@@ -5,6 +5,7 @@ mod cli;
 mod formats;
 mod learns;
 mod parity;
+mod protocols;
 mod resume;
 mod rollout;
 mod teacher;

@@ -3,7 +3,7 @@
 //! The picture is 1120x896 and the budget 280x224, so one pixel of the view is exactly four of the original. Expected
 //! streams come from encoding the whole conversation at once, a path that the loop itself never takes.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::path::PathBuf;
 
 use anyhow::Result;
@@ -14,8 +14,9 @@ use foveate::episode::{BoxOutcome, Episode, Stop};
 use foveate::geometry::{BBox, Size, View};
 use foveate::image::{PictureCache, Processor};
 use foveate::rollout::{self, Stage};
-use foveate::tasks::Task as _;
+use foveate::tasks::Task;
 use foveate::tasks::crop::{Crop, Judge, OnInvalid, Options, Show};
+use foveate::tasks::protocol::Protocol;
 
 use crate::tiny;
 
@@ -91,9 +92,12 @@ impl World {
     }
 
     fn play_with(&self, task: &Options, play: &rollout::Options, lines: &[(&str, Finish)]) -> (Episode, Script) {
-        let task = Crop::new(task.clone(), 28).unwrap();
+        self.play_task(&Crop::new(task.clone(), 28).unwrap(), play, lines)
+    }
+
+    fn play_task(&self, task: &dyn Task, play: &rollout::Options, lines: &[(&str, Finish)]) -> (Episode, Script) {
         let stage = Stage {
-            task: &task,
+            task,
             chat: &self.chat,
             pictures: &self.pictures,
             processor: &self.processor,
@@ -401,12 +405,56 @@ fn controls_change_what_is_shown_and_nothing_else() {
     assert_eq!(regions(&play(Show::Random)), regions(&random));
     // Centred on the target (600..640, 500..520): 620 - 112, 510 - 112.
     assert_eq!(regions(&play(Show::Target))[1].0, [508.0, 398.0, 732.0, 622.0]);
+    // A region too small for the target grows as far as it must; several targets are one.
+    let mut wide = World::new();
+    wide.sample.targets.push(Target { image: 1, bbox: BBox::new(900.0, 500.0, 960.0, 540.0), label: None });
+    let shown = wide.play(&Options { show: Show::Target, ..options() }, &[&look, ANSWER]);
+    assert_eq!(regions(&shown)[1].0, [600.0, 408.0, 960.0, 632.0]);
     let nothing = play(Show::Nothing);
     assert_eq!(regions(&nothing), [ALL]);
     for e in [&random, &nothing, &play(Show::Target)] {
         assert_eq!(outcomes(e), [Some(BoxOutcome::Valid), None]);
         assert_eq!(e.first_box(), Some(BBox::new(112.0, 112.0, 336.0, 336.0)), "the record keeps what was named");
         assert_eq!((e.stop, e.reward), (Stop::Answered, 1.0));
+    }
+}
+
+#[test]
+fn what_was_named_is_given_without_the_words_that_named_it() {
+    let world = World::new();
+    let named = BBox::new(112.0, 112.0, 336.0, 336.0);
+    let play = |protocol: Protocol, regions: &[(&str, BBox)]| {
+        let regions: HashMap<String, BBox> = regions.iter().map(|(id, named)| ((*id).to_owned(), *named)).collect();
+        let task = protocol.task(&options(), 4, 28, regions).unwrap();
+        world.play_task(&*task, &rollout::Options::default(), &[(ANSWER, Finish::EndOfTurn)]).0
+    };
+    let close = world.play(&options(), &[&looking([28, 28, 84, 84]), ANSWER]);
+    let of = [(world.sample.id.as_str(), named)];
+    let both = play(Protocol::ResultOnly, &of);
+    assert_eq!(regions(&both), regions(&close), "the same views as in the conversation");
+    let before = close.stream.images[1].first - close.stream.images[0].first;
+    assert!(
+        both.stream.images[1].first - both.stream.images[0].first < before,
+        "nothing that was said stands between them"
+    );
+    let asked = Message::user(vec![
+        Part::image(),
+        Part::text("\nHere is the enlarged area.\n"),
+        Part::image(),
+        Part::text(FOUND),
+    ]);
+    let tokens: Vec<usize> = both.stream.images.iter().map(|placed| placed.grid.tokens(2)).collect();
+    assert_eq!(both.stream.ids, world.whole(&[asked, Message::assistant(ANSWER)], &tokens));
+    let alone = play(Protocol::CropAlone, &of);
+    assert_eq!(regions(&alone), regions(&close)[1..]);
+    // Where nothing was named for the row, and where no tool is played, the whole picture is asked about.
+    let other = [("another row", named)];
+    for (protocol, of) in [(Protocol::ResultOnly, &other), (Protocol::CropAlone, &other), (Protocol::NoTool, &of)] {
+        let episode = play(protocol, of);
+        assert_eq!((regions(&episode), episode.reward), (vec![ALL], 1.0), "{protocol:?}");
+        // Of this template the one-turn baseline is the same question.
+        let glance = world.play(&Options { turns: 1, ..options() }, &[ANSWER]);
+        assert_eq!(episode.stream.ids, glance.stream.ids, "{protocol:?}");
     }
 }
 

@@ -290,6 +290,34 @@ pub const LAYOUTS: &[Layout] = &[
         },
     },
     Layout {
+        format: Format::TreeBench,
+        about: "TSV with the options in one text, or in the question",
+        ask: Ask::Choice,
+        questions: 2,
+        write: |dir| {
+            let headings =
+                ["index", "image", "question", "multi-choice options", "answer", "category", "target_instances"];
+            let row = |index: &str, question: &str, options: &str, category: &str| {
+                [index, &base64(&png(0)), question, options, "B", category, "[[1, 2, 30, 20]]"]
+                    .map(String::from)
+                    .to_vec()
+            };
+            let rows = [
+                row("0", "Which is nearer?", "A. cup\nB. hat", "Reasoning/Ordering"),
+                row("1", "What is written?\nA. cup\nB. hat", "", "Perception/OCR"),
+            ];
+            tsv(&dir.join("TreeBench.tsv"), &headings, &rows);
+            dir.join("TreeBench.tsv")
+        },
+        look: |rows| {
+            for (row, question) in rows.iter().zip(["Which is nearer?", "What is written?"]) {
+                assert_eq!((row.choices.join("|").as_str(), row.answer.as_str()), ("cup|hat", "B"));
+                assert_eq!((row.question.as_str(), row.targets.len()), (question, 1));
+                assert_eq!(published(row).options, ["A. cup", "B. hat"]);
+            }
+        },
+    },
+    Layout {
         format: Format::OptionsTable,
         about: "TSV with shared pictures",
         ask: Ask::Choice,
