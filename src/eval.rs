@@ -20,7 +20,7 @@ use crate::engine::embedded::{self, Embedded};
 use crate::episode::{BoxOutcome, Episode, Stop};
 use crate::image::{PictureCache, Processor};
 use crate::need;
-use crate::progress::Progress;
+use crate::progress::{self, Progress};
 use crate::report::{self, Cell, Row, TABLE, Table, Unit};
 use crate::reward::mig::Truth;
 use crate::rollout::{self, Stage};
@@ -401,6 +401,7 @@ pub fn main(invocation: &Invocation) -> Result<()> {
     need::of_eval(&plan, &all)?.ensure_fits(&plan.model)?;
     let interrupt = Interrupt::install()?;
     let mut engine = Embedded::open(&plan.model, None)?;
+    progress::say(&engine.about());
     let (chat, pictures, processor) = (engine.chat.clone(), engine.pictures.clone(), engine.processor.clone());
     let bench = Bench {
         chat: &chat,

@@ -697,6 +697,7 @@ pub fn rollout_main(invocation: &Invocation) -> Result<()> {
     need::of_rl(&plan, &*task, &rows, false)?.ensure_fits(&plan.model)?;
     let interrupt = Interrupt::install()?;
     let mut engine = Embedded::open(&plan.model, None)?;
+    progress::say(&engine.about());
     let (chat, pictures, processor) = (engine.chat.clone(), engine.pictures.clone(), engine.processor.clone());
     let context = Loop {
         plan: &plan,

@@ -31,7 +31,7 @@ use crate::model;
 use crate::model::block::Keep;
 use crate::model::generate::{Cache, Extension, SequenceId};
 use crate::model::memory::memory;
-use crate::model::{Dtype, Early, Gradients, Head, Slopes, Target, Trainable, Vlm};
+use crate::model::{Arena, Dtype, Early, Gradients, Head, Hold, Slopes, Target, Trainable, Vlm};
 use crate::optim::{AdamW, Optim, Trained};
 use crate::sft::Example;
 
@@ -40,6 +40,8 @@ use crate::sft::Example;
 pub struct Options {
     /// Checkpoint folder in Hugging Face layout.
     pub path: PathBuf,
+    /// Where the weights are held while nothing is trained: `auto` (in their files where they are bf16), `memory` (as f32), `mapped`.
+    pub weights: Hold,
     /// Parts that are not trained: any of `vision`, `merger`, `embeddings`, `text`.
     pub freeze: Vec<String>,
     /// Compute activations a second time in the backward pass instead of keeping them: a third more work, far less memory.
@@ -58,6 +60,7 @@ impl Default for Options {
     fn default() -> Options {
         Options {
             path: "assets/nano".into(),
+            weights: Hold::Auto,
             freeze: Vec::new(),
             recompute: false,
             micro_batch_tokens: 8192,
@@ -173,8 +176,15 @@ const READ_AT_ONCE: usize = 2048;
 impl Embedded {
     /// Opens a checkpoint for sampling, and for training if `training` says how.
     pub fn open(options: &Options, training: Option<&Training>) -> Result<Embedded> {
-        let dir = &options.path;
-        let model = Vlm::load(dir)?;
+        let hold = match (training, options.weights) {
+            (None, hold) => hold,
+            (Some(_), Hold::Auto | Hold::Memory) => Hold::Memory,
+            (Some(_), Hold::Mapped) => bail!(BadConfig(
+                "model.weights = \"mapped\" is for using a model; what is trained must be in memory, leave the key out"
+                    .into()
+            )),
+        };
+        let model = Vlm::open(&options.path, hold)?;
         Embedded::with_model(model, options, training)
     }
 
@@ -188,9 +198,9 @@ impl Embedded {
         let convention = Convention::of("qwen2_5_vl")?;
         let training_state = training.map(|t| -> Result<Learning> {
             t.optim.validate()?;
-            let layout = &model.weights.layout;
+            let Arena { layout, data } = model.weights.arena()?;
             let trained = Trained::of(layout, trainable);
-            let kept = |t: &Trained| (t.range.clone(), model.weights.data[t.range.clone()].to_vec());
+            let kept = |t: &Trained| (t.range.clone(), data[t.range.clone()].to_vec());
             let reference = t.reference.then(|| trained.iter().map(kept).collect());
             Ok(Learning {
                 gradients: Gradients::zeros(layout),
@@ -271,8 +281,35 @@ impl Embedded {
         Ok(batch)
     }
 
+    /// [`Sampler::sample`] of one conversation that is listened to: `heard` is told each token as soon as it is drawn.
+    ///
+    /// # Errors
+    /// Those of sampling, and of `heard`, which ends it.
+    pub fn sample_aloud(
+        &mut self,
+        prompt: &Prompt,
+        sampling: &Sampling,
+        heard: &mut dyn FnMut(u32) -> Result<()>,
+    ) -> Result<Vec<Completion>> {
+        let completions = self.generate(std::slice::from_ref(prompt), sampling, &mut |_, id| heard(id))?;
+        completions.into_iter().next().context("a prompt was not answered")
+    }
+
+    /// The model as a person reads it, and where its weights are.
+    pub fn about(&self) -> String {
+        let Vlm { weights, .. } = &self.model;
+        let millions = weights.layout().len as f64 / 1e6;
+        format!("{}: {millions:.1} M parameters, {}", self.options.path.display(), weights.held())
+    }
+
     /// Continues conversations in the cache: prompts first, then token by token until all have stopped.
-    fn generate(&mut self, prompts: &[Prompt], sampling: &Sampling) -> Result<Vec<Vec<Completion>>> {
+    /// `heard` is told the prompt and the id of each token that was drawn.
+    fn generate(
+        &mut self,
+        prompts: &[Prompt],
+        sampling: &Sampling,
+        heard: &mut dyn FnMut(usize, u32) -> Result<()>,
+    ) -> Result<Vec<Vec<Completion>>> {
         struct Speaker {
             prompt: usize,
             sequence: SequenceId,
@@ -374,6 +411,7 @@ impl Embedded {
                 let speaker = &mut speakers[s];
                 speaker.out.ids.push(id);
                 speaker.out.logprobs.push(logprob);
+                heard(speaker.prompt, id)?;
                 if stop_ids.contains(&id) && !sampling.ignore_end {
                     speaker.out.finish = Finish::EndOfTurn;
                     speaker.done = true;
@@ -457,8 +495,9 @@ impl Embedded {
             weights.resize(out.logprobs.len(), -hints.weight);
             let tape = out.tape.context("the forward pass kept nothing for the backward pass")?;
             let training = self.training.as_mut().context("the engine was opened for sampling only")?;
-            let vocabulary = self.model.weights.layout.text.embed.clone();
-            let table = &self.model.weights.data[vocabulary.clone()];
+            let Arena { layout, data } = self.model.weights.arena()?;
+            let vocabulary = layout.text.embed.clone();
+            let table = &data[vocabulary.clone()];
             let dtable = &mut training.gradients.data[vocabulary];
             let mut on_features = Vec::new();
             let mut asked = false;
@@ -515,8 +554,9 @@ impl Embedded {
         let training =
             self.training.as_mut().context("no reference weights: the engine was opened for sampling only")?;
         let reference = training.reference.as_mut().context("the run keeps no reference weights")?;
+        let weights = &mut self.model.weights.arena_mut()?.data;
         for (range, kept) in reference {
-            self.model.weights.data[range.clone()].swap_with_slice(kept);
+            weights[range.clone()].swap_with_slice(kept);
         }
         Ok(())
     }
@@ -565,7 +605,7 @@ impl Sampler for Embedded {
             return Ok(Vec::new());
         }
         ensure!(sampling.max_new_tokens > 0, "rollout.max_new_tokens is 0; the policy could not say a word");
-        self.generate(prompts, sampling)
+        self.generate(prompts, sampling, &mut |_, _| Ok(()))
     }
 
     fn end_step(&mut self) {
@@ -651,7 +691,8 @@ impl Trainer for Embedded {
     fn step(&mut self, learning_rate: f64) -> Result<f64> {
         let training = self.training.as_mut().context("the engine was opened for sampling only")?;
         let Learning { optimizer, gradients, optim, .. } = training;
-        let stepped = optimizer.step(&mut self.model.weights.data, &gradients.data, optim, learning_rate)?;
+        let stepped =
+            optimizer.step(&mut self.model.weights.arena_mut()?.data, &gradients.data, optim, learning_rate)?;
         ensure!(
             stepped.applied,
             "the gradient is not finite ({}); the weights were left as they are. Lower optim.lr, or resume from the last checkpoint",
@@ -673,8 +714,8 @@ impl Trainer for Embedded {
     }
 
     fn load(&mut self, dir: &Path) -> Result<()> {
-        let layout = self.model.weights.layout.clone();
-        self.model.weights = crate::model::load_weights(dir, &layout)?;
+        let layout = self.model.weights.layout().clone();
+        self.model.weights = crate::model::load_weights(dir, &layout)?.into();
         if let Some(training) = &mut self.training {
             training.optimizer = AdamW::load(training.trained.clone(), &dir.join(OPTIMIZER))?;
         }

@@ -139,8 +139,8 @@ impl Vlm {
     pub fn extend(&self, cache: &mut Cache, extensions: &[Extension]) -> Result<Vec<f32>> {
         let config = &self.config.text;
         let (d, dims) = (config.hidden, config.dims());
-        let index = &self.weights.layout.text;
-        let weights = &self.weights.data;
+        let index = &self.weights.layout().text;
+        let values = self.weights.values();
         let mut ids = Vec::new();
         let mut axes = [const { Vec::new() }; 3];
         let mut features = Vec::new();
@@ -188,9 +188,9 @@ impl Vlm {
             None if ids.len() < linear::FEW_ROWS || extensions.iter().all(|e| e.ids.len() == 1) => self.lay_out(),
             laid => laid,
         };
-        let params = Params::new(weights, laid.as_ref());
+        let params = Params::new(values, laid.as_ref());
         let table = config.rotation(axes.each_ref().map(Vec::as_slice));
-        let mut x = text::inputs(index, weights, &ids, &features, &runs, d);
+        let mut x = text::inputs(index, values, &ids, &features, &runs, d);
         for (l, layer) in index.layers.iter().enumerate() {
             let Qkv { mut q, k, v } = block::project(layer, &dims, params, &x, &table);
             for span in &spans {
@@ -218,7 +218,7 @@ impl Vlm {
             cache.sequences[e.sequence.0].len += e.ids.len();
         }
         cache.laid = laid;
-        Ok(block::normed(&x, &weights[index.norm.clone()], dims.eps).0)
+        Ok(block::normed(&x, values.vector(&index.norm), dims.eps).0)
     }
 
     /// Logits of hidden states that [`Vlm::extend`] gave, banned ids at -inf.
@@ -227,17 +227,17 @@ impl Vlm {
     /// hidden `[N, D]` -> `[N, V]`
     pub fn next_logits(&self, cache: &Cache, hidden: &[f32], banned: &[u32]) -> Vec<f32> {
         let (d, v) = (self.config.text.hidden, self.config.text.vocab);
-        let laid = cache.laid.as_ref().and_then(|laid| laid.get(&self.weights.layout.text.head));
+        let laid = cache.laid.as_ref().and_then(|laid| laid.get(&self.weights.layout().text.head));
         logprob::logits(hidden, self.head(), laid, banned, d, v)
     }
 
     /// The language model's weights as few rows like them, if they are not too many.
     fn lay_out(&self) -> Option<Laid> {
-        let index = &self.weights.layout.text;
+        let index = &self.weights.layout().text;
         let (d, v) = (self.config.text.hidden, self.config.text.vocab);
         let head = Affine { w: index.head.clone(), b: None, inputs: d, outputs: v };
         let maps = || index.layers.iter().flat_map(Block::maps).chain([&head]);
-        let values: usize = maps().map(|map| map.w.len()).sum();
-        (values <= LAID_OUT).then(|| Laid::new(maps(), &self.weights.data))
+        let count: usize = maps().map(|map| map.w.len()).sum();
+        (count <= LAID_OUT).then(|| Laid::new(maps(), self.weights.values()))
     }
 }
