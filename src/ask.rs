@@ -1,4 +1,8 @@
-//! `foveate ask`: one question about pictures of one's own, every turn shown as a person would want to see it.
+//! `foveate ask`: one question about pictures of one's own, every turn shown as a person would want to see it: on a terminal while it is
+//! written, for a file or a pipe when it is over, for a program as one JSON object.
+
+mod aloud;
+mod saving;
 
 use std::path::PathBuf;
 
@@ -6,14 +10,20 @@ use anyhow::{Context, Result, ensure};
 use clap::Args;
 use serde_json::json;
 
+use self::aloud::{Aloud, Screen};
+use self::saving::Saving;
 use crate::config::BadConfig;
 use crate::data::Sample;
 use crate::engine::embedded::{Embedded, Options as EngineOptions};
 use crate::episode::{BoxOutcome, Stop, Turn};
-use crate::geometry::Budget;
-use crate::image;
+use crate::geometry::{BBox, Budget};
+use crate::image::Processor;
+use crate::model::{Config, Hold};
+use crate::need;
+use crate::progress;
 use crate::reward::{self, Named, Place};
 use crate::rollout::{self, Stage};
+use crate::run::Interrupt;
 use crate::tasks::{Options as TaskOptions, crop, multi_image};
 
 const TURNS: usize = 2;
@@ -27,6 +37,9 @@ pub struct Options {
     #[arg(long, required = true)]
     image: Vec<PathBuf>,
     question: String,
+    /// Where the weights are held while the model speaks
+    #[arg(long, value_enum, default_value = "auto")]
+    weights: Hold,
     /// Wording: mgpo, short, of several pictures mirg, mirg_direct, mirg_short, or a template file [default: mgpo, mirg]
     #[arg(long)]
     template: Option<String>,
@@ -52,7 +65,7 @@ pub struct Options {
     temperature: f32,
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// Folder for the crops and the marked picture
+    /// Folder for the views and the marked pictures: red where it looked closer, green what it answered with
     #[arg(long)]
     save: Option<PathBuf>,
     /// One JSON object on stdout
@@ -62,80 +75,115 @@ pub struct Options {
 
 pub fn main(options: &Options) -> Result<()> {
     options.check()?;
-    let engine = EngineOptions { path: options.model.clone(), ..EngineOptions::default() };
-    let mut embedded = Embedded::open(&engine, None)?;
-    let budget = embedded.processor.budget;
-    let task = options.task(budget).task(budget.factor)?;
+    let mut saving = options.save.as_deref().map(Saving::into).transpose()?;
+    let engine = EngineOptions { path: options.model.clone(), weights: options.weights, ..EngineOptions::default() };
+    // From here on what a person can get wrong is found in the order of its cost: the config, the pictures, the weights.
+    let positions = Config::load(&options.model)?.text.max_positions;
+    let budget = Processor::load(&options.model)?.budget;
+    let task_options = options.task(budget);
+    let task = task_options.task(budget.factor)?;
     let play = rollout::Options {
         temperature: options.temperature,
         max_new_tokens: options.max_new_tokens,
-        max_tokens: embedded.max_positions(),
+        max_tokens: positions,
         ..rollout::Options::default()
     };
     let sample = Sample::question(&options.image, &options.question, options.choice.clone());
+    need::of_ask(&engine, &*task, &play, task_options.max_pixels(), &sample)?.ensure_room(ADVICE)?;
+    let screen = Screen::new();
+    let aloud = screen.terminal && !options.json;
+    end_cleanly(aloud)?;
+    let mut embedded = Embedded::open(&engine, None)?;
+    if !options.json {
+        progress::say(&embedded.about());
+    }
     let (chat, pictures, processor) = (embedded.chat.clone(), embedded.pictures.clone(), embedded.processor.clone());
-    let stage = Stage {
-        task: &*task,
-        chat: &chat,
-        pictures: &pictures,
-        processor: &processor,
-        convention: embedded.convention,
-        options: &play,
+    let convention = embedded.convention;
+    let held = embedded.model.weights.hold();
+    let stage =
+        Stage { task: &*task, chat: &chat, pictures: &pictures, processor: &processor, convention, options: &play };
+    let asked = [(0, &sample)];
+    let episodes = if aloud {
+        println!("{}\n{}", screen.head("── user"), screen.words(&options.question));
+        let mut sampler = Aloud {
+            engine: &mut embedded,
+            chat: &chat,
+            pictures: &pictures,
+            saving: saving.as_mut(),
+            screen,
+            special: !convention.is_json(),
+            asked: options.image.len(),
+            told: 0,
+        };
+        rollout::play(&stage, &mut sampler, &asked, 1, options.seed, 0)?
+    } else {
+        rollout::play(&stage, &mut embedded, &asked, 1, options.seed, 0)?
     };
-    let episodes = rollout::play(&stage, &mut embedded, &[(0, &sample)], 1, options.seed, 0)?;
     let episode = episodes.into_iter().next().context("the question was not played")?;
     let record = episode.record();
 
-    let mut saved = Vec::new();
-    if let Some(dir) = &options.save {
-        std::fs::create_dir_all(dir).with_context(|| format!("making the folder {}", dir.display()))?;
-        for (k, view) in record.views.iter().enumerate() {
-            let placed = &episode.stream.images[k];
-            let picture = pictures.get(&placed.path)?;
-            let path = dir.join(format!("view-{}.png", k + 1));
-            image::save(&image::show(&picture, &placed.view)?, &path)?;
-            saved.push(json!({"file": path, "region": view.region, "size": view.size}));
+    let mut wrote = Vec::new();
+    if let Some(saving) = &mut saving {
+        for placed in episode.stream.images.iter().skip(saving.views()) {
+            wrote.push(saving.view(&*pictures.get(&placed.path)?, &placed.view)?);
         }
         for (k, image) in options.image.iter().enumerate() {
-            let picture = pictures.get(image)?;
-            let mut marked = picture.as_image().clone();
-            let thickness = (picture.size().width.max(picture.size().height) / 300).max(2);
-            let closer = record.views.iter().skip(options.image.len()).filter(|v| v.image == k).map(|v| v.region);
-            let said = named(&record.turns).filter(|said| said.image == k + 1).map(|said| said.bbox);
-            for region in closer.chain(said) {
-                image::draw_box(&mut marked, &region, [255, 64, 32], thickness);
-            }
-            let path = dir.join(format!("marked-{}.jpg", k + 1));
-            image::save(&marked, &path)?;
-            saved.push(json!({"file": path}));
+            let closer = record.views.iter().skip(options.image.len()).filter(|v| v.image == k);
+            let looked: Vec<BBox> = closer.map(|view| view.region).collect();
+            let said: Vec<BBox> =
+                named(&record.turns).filter(|said| said.image == k + 1).map(|said| said.bbox).collect();
+            wrote.push(saving.marked(k, &*pictures.get(image)?, &looked, &said)?);
         }
     }
     let last = record.turns.last().map_or("", |turn| turn.text.as_str());
     let place = if options.image.len() > 1 { Place::AnswerTag } else { Place::Boxed };
     let answer = reward::extract(last, place).map(str::trim).filter(|answer| !answer.is_empty());
     if options.json {
+        let saved = saving.map(|saving| saving.files).unwrap_or_default();
         let out = json!({
             "turns": record.turns, "views": record.views, "stop": record.stop, "saved": saved, "answer": answer,
+            "weights": held,
         });
         println!("{out}");
         return Ok(());
     }
     for turn in &record.turns {
-        println!("── {} ({} tokens)", turn.role, turn.tokens);
-        println!("{}", turn.text.trim_end());
-        if let Some(line) = box_line(turn) {
-            println!("   {line}");
+        if !aloud {
+            println!("── {} ({} tokens)", turn.role, turn.tokens);
+            println!("{}", turn.text.trim_end());
+        }
+        // A box that was looked at has been told of.
+        if let Some(line) = box_line(turn).filter(|_| !aloud || turn.bbox.is_none()) {
+            println!("{}", screen.aside(&format!("   {line}")));
         }
         for said in turn.boxes.iter().flatten() {
-            println!("   {}", said_line(said, &options.image));
+            println!("{}", screen.words(&format!("   {}", said_line(said, &options.image))));
         }
     }
-    println!("── answer: {}", answer.unwrap_or("none"));
-    println!("── end: {}", end(record.stop, options, embedded.max_positions()));
-    for file in saved {
-        eprintln!("wrote {}", file["file"].as_str().unwrap_or_default());
+    println!("{} {}", screen.head("── answer:"), screen.words(answer.unwrap_or("none")));
+    println!("{} {}", screen.head("── end:"), end(record.stop, options, positions));
+    for path in wrote {
+        match aloud {
+            true => println!("{}", aloud::wrote(screen, &path)),
+            false => eprintln!("wrote {}", path.display()),
+        }
     }
     Ok(())
+}
+
+/// What makes a question smaller.
+const ADVICE: &str = "Lower --max-pixels or --max-new-tokens, choose a smaller model, or keep its weights in their files: \
+                      `foveate model export DIR --out NEW --dtype bf16` writes a copy for that";
+
+/// Ctrl-C ends at once: there is nothing to finish but a file that is being written.
+fn end_cleanly(aloud: bool) -> Result<()> {
+    Interrupt::end_at_once(move || {
+        let _writing = saving::writing();
+        if aloud {
+            println!();
+        }
+        progress::say("stopped");
+    })
 }
 
 impl Options {
@@ -172,19 +220,24 @@ fn named(turns: &[Turn]) -> impl Iterator<Item = &Named> {
     turns.iter().flat_map(|turn| turn.boxes.iter().flatten())
 }
 
+/// A box in pixels of the original.
+fn corners(b: &BBox) -> String {
+    format!("[{:.0}, {:.0}, {:.0}, {:.0}]", b.x1, b.y1, b.x2, b.y2)
+}
+
 fn said_line(said: &Named, images: &[PathBuf]) -> String {
-    let Named { image, bbox: b, label } = said;
+    let Named { image, bbox, label } = said;
     let Some(path) = image.checked_sub(1).and_then(|k| images.get(k)) else {
         return format!("no box: there is no Image-{image}");
     };
     let label = label.as_deref().unwrap_or("a box");
-    format!("Image-{image} ({}): {label} at [{:.0}, {:.0}, {:.0}, {:.0}]", path.display(), b.x1, b.y1, b.x2, b.y2)
+    format!("Image-{image} ({}): {label} at {}", path.display(), corners(bbox))
 }
 
 /// What became of the box that a turn named or should have named.
 fn box_line(turn: &Turn) -> Option<String> {
     if let Some(b) = turn.bbox {
-        return Some(format!("box: [{:.0}, {:.0}, {:.0}, {:.0}] in the original", b.x1, b.y1, b.x2, b.y2));
+        return Some(format!("box: {} in the original", corners(&b)));
     }
     let fault = match turn.outcome? {
         BoxOutcome::Valid => "it was not kept",

@@ -193,7 +193,7 @@ impl Train {
         let mut model = decoder.model()?;
         // Only what such a decoder has is trained.
         let train = Trainable { vision: false, merger: false, ..Trainable::ALL };
-        let layout = model.weights.layout.clone();
+        let layout = model.weights.layout().clone();
         let trained = Trained::of(&layout, train);
         let params: usize = trained.iter().map(|t| t.range.len()).sum();
         let mut optimizer = AdamW::new(trained)?;
@@ -216,7 +216,7 @@ impl Train {
             loss = -out.logprobs.iter().map(|l| f64::from(*l)).sum::<f64>() / slopes.len() as f64;
             let tape = out.tape.context("the forward pass kept nothing for the backward pass")?;
             model.backward(&packed, tape, &Slopes::of(&slopes), train, &mut gradients)?;
-            optimizer.step(&mut model.weights.data, &gradients.data, &optim, optim.lr)?;
+            optimizer.step(&mut model.weights.arena_mut()?.data, &gradients.data, &optim, optim.lr)?;
             gradients.data.fill(0.0);
             if step >= decoder.warmup {
                 times.push(started.elapsed().as_secs_f64());
@@ -468,8 +468,9 @@ impl Rig {
             let n = step.prompts * step.group;
             length = streams.iter().flatten().map(|s| s.len() as f64).sum::<f64>() / n as f64;
             let held = self.engine.held(&groups, self.lengths[0]);
-            predicted =
-                Need { held, pictures: self.engine.pictures.stats().bytes, program: PROGRAM }.total().max(predicted);
+            predicted = Need { held, pictures: self.engine.pictures.stats().bytes, program: PROGRAM, mapped: false }
+                .total()
+                .max(predicted);
             let started = Instant::now();
             let reference = match objective.needs_reference() {
                 true => Some(self.engine.logprobs(&groups, Who::Reference)?),
@@ -506,7 +507,7 @@ impl Rig {
         Ok(json!({
             "impl": "foveate", "dtype": "float32", "threads": rayon::current_num_threads(),
             "prompts": step.prompts, "group": step.group, "new_tokens": self.lengths,
-            "mean_sequence_tokens": length as u64, "params": self.engine.model.weights.data.len(),
+            "mean_sequence_tokens": length as u64, "params": self.engine.model.weights.layout().len,
             "seconds": {"turn1": part(0), "turn2": part(1), "ref": part(2), "update": part(3), "total": total},
             "samples_per_second": round((step.prompts * step.group) as f64 / total),
             "peak_rss_mib": peak_rss() >> 20, "predicted_mib": predicted >> 20,
@@ -536,7 +537,7 @@ impl Rig {
         let seconds = median(times);
         Ok(json!({
             "impl": "foveate", "dtype": "float32", "threads": rayon::current_num_threads(),
-            "conversations": step.prompts * step.group, "tokens": tokens, "params": self.engine.model.weights.data.len(),
+            "conversations": step.prompts * step.group, "tokens": tokens, "params": self.engine.model.weights.layout().len,
             "seconds": round(seconds), "tokens_per_second": round(tokens as f64 / seconds), "peak_rss_mib": peak_rss() >> 20,
         }))
     }

@@ -214,18 +214,17 @@ impl Chat {
     /// # Errors
     /// The tokenizer's decoder fails.
     pub fn pieces(&self, ids: &[u32]) -> Result<Vec<String>> {
-        let mut pieces = Vec::with_capacity(ids.len());
-        let mut from = 0;
-        for end in 1..=ids.len() {
-            let text = self.decode(&ids[from..end], false)?;
-            // A cut character shows as U+FFFD; one of more than four bytes does not exist, so after four tokens it is a broken one.
-            let whole = !text.ends_with('\u{FFFD}') || end - from >= 4 || end == ids.len();
-            pieces.push(if whole { text } else { String::new() });
-            if whole {
-                from = end;
-            }
+        let mut words = self.words(false);
+        let mut pieces = ids.iter().map(|&id| words.push(id)).collect::<Result<Vec<String>>>()?;
+        if let Some(last) = pieces.last_mut() {
+            last.push_str(&words.rest()?);
         }
         Ok(pieces)
+    }
+
+    /// Text that grows token by token.
+    pub fn words(&self, skip_special: bool) -> Words<'_> {
+        Words { chat: self, skip_special, held: Vec::new() }
     }
 
     /// The token with this id as the tokenizer spells it.
@@ -387,6 +386,33 @@ impl Chat {
             }
         }
         Ok(out)
+    }
+}
+
+/// Text that grows token by token; a character that several tokens spell comes with the last of them.
+pub struct Words<'a> {
+    chat: &'a Chat,
+    skip_special: bool,
+    /// Tokens whose character is not complete.
+    held: Vec<u32>,
+}
+
+impl Words<'_> {
+    /// What this token adds to the text.
+    pub fn push(&mut self, id: u32) -> Result<String> {
+        self.held.push(id);
+        let text = self.chat.decode(&self.held, self.skip_special)?;
+        // A cut character shows as U+FFFD; one of more than four bytes does not exist, so after four tokens it is a broken one.
+        if text.ends_with('\u{FFFD}') && self.held.len() < 4 {
+            return Ok(String::new());
+        }
+        self.held.clear();
+        Ok(text)
+    }
+
+    /// What is left of a text that ends here: a character that was cut off, as U+FFFD.
+    pub fn rest(&mut self) -> Result<String> {
+        self.chat.decode(&std::mem::take(&mut self.held), self.skip_special)
     }
 }
 

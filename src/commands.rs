@@ -15,10 +15,12 @@ use crate::data;
 use crate::data::convert::{Format, Options as ConvertOptions, convert};
 use crate::geometry::{Size, View};
 use crate::image::{self, Processor, decode};
+use crate::model::checkpoint::would_map;
 use crate::model::config::TokenIds;
 use crate::model::memory::memory;
+use crate::model::presets::{self, Random};
 use crate::model::trace::{Greedy, trace};
-use crate::model::{Config, Dtype, Layout, Trainable, Vlm, presets};
+use crate::model::{Config, Dtype, Hold, Layout, Trainable, Vlm};
 use crate::progress::Progress;
 use crate::run::Environment;
 use crate::synth::contrast;
@@ -284,9 +286,10 @@ impl Model {
                     None => crate::synth::assets_dir()?.join("nano"),
                 };
                 ensure_free(&out)?;
-                let model = new_model(&preset, &tokenizer, seed)?;
-                model.save(&out, dtype, Some(&tokenizer))?;
-                written(&model, &out, dtype, json);
+                let random = Random::new(new_config(&preset, &tokenizer)?, seed);
+                ensure_fits(&random.layout, Hold::Mapped)?;
+                random.save(&out, dtype, Some(&tokenizer))?;
+                written(&random.layout, &out, dtype, json);
                 Ok(())
             }
             Model::Info { dir, json } => {
@@ -314,10 +317,12 @@ impl Model {
             Model::Export { dir, out, dtype: name, json } => {
                 let dtype = dtype(&name)?;
                 ensure_free(&out)?;
-                ensure_fits(&Config::load(&dir)?)?;
-                let model = Vlm::load(&dir)?;
+                let layout = Layout::new(&Config::load(&dir)?);
+                let hold = if would_map(&dir, &layout, Hold::Auto)? { Hold::Mapped } else { Hold::Memory };
+                ensure_fits(&layout, hold)?;
+                let model = Vlm::open(&dir, hold)?;
                 model.save(&out, dtype, Some(&dir))?;
-                written(&model, &out, dtype, json);
+                written(&layout, &out, dtype, json);
                 Ok(())
             }
         }
@@ -325,9 +330,9 @@ impl Model {
 }
 
 /// Says what was written, and where.
-fn written(model: &Vlm, out: &Path, dtype: Dtype, json: bool) {
+fn written(layout: &Layout, out: &Path, dtype: Dtype, json: bool) {
     if json {
-        let parameters = model.weights.layout.len;
+        let parameters = layout.len;
         println!("{}", json!({"model": out, "parameters": parameters, "dtype": dtype.name()}));
     } else {
         println!("{}", out.display());
@@ -351,11 +356,11 @@ fn ensure_free(out: &Path) -> Result<()> {
 }
 
 /// Refuses a model for which there is no room before it is begun: later the system would end the process without a word.
-fn ensure_fits(config: &Config) -> Result<()> {
-    let layout = Layout::new(config);
-    // The weights in f32, and the bytes of one tensor on their way into or out of a file.
+fn ensure_fits(layout: &Layout, hold: Hold) -> Result<()> {
+    // The weights in f32 unless they stay in files, and one tensor, as numbers and as bytes on its way into or out of a file.
     let largest = layout.entries.iter().map(|e| e.range.len()).max().unwrap_or(0);
-    let need = 4 * (layout.len + largest) as u64;
+    let weights = if hold == Hold::Mapped { 0 } else { layout.len };
+    let need = 4 * (weights + 2 * largest) as u64;
     let left = Environment::memory_left().unwrap_or(u64::MAX);
     ensure!(
         need <= left,
@@ -373,14 +378,12 @@ pub(crate) fn gib(bytes: u64) -> String {
     format!("{:.2} GiB", bytes as f64 / (1u64 << 30) as f64)
 }
 
-/// A random model of a preset with the ids of a tokenizer folder.
-pub fn new_model(preset: &str, tokenizer: &Path, seed: u64) -> Result<Vlm> {
+/// The configuration of a preset with the ids of a tokenizer folder.
+fn new_config(preset: &str, tokenizer: &Path) -> Result<Config> {
     let chat = Chat::load(tokenizer)?;
     // Rows beyond the tokenizer's are banned from sampling; a round number of them keeps the products even.
     let rows = chat.vocabulary().next_multiple_of(64);
-    let config = presets::preset(preset, rows, &token_ids(&chat)?).map_err(|e| BadConfig(e.to_string()))?;
-    ensure_fits(&config)?;
-    Ok(presets::initialise(config, seed))
+    presets::preset(preset, rows, &token_ids(&chat)?).map_err(|e| BadConfig(e.to_string()).into())
 }
 
 /// The ids that a model's config must name, as this tokenizer numbers them.
@@ -444,7 +447,7 @@ impl Trace {
         let goes_on = messages.last().is_none_or(|m| m.role != "assistant");
         let encoded = chat.encode(&messages, goes_on, &tokens)?;
         let greedy = self.greedy.map(|tokens| Greedy { tokens, stop: &chat.special.stops });
-        let model = Vlm::load(&self.model)?;
+        let model = Vlm::open(&self.model, Hold::Auto)?;
         let traced = trace(&model, &encoded.ids, &grids, pixels, greedy)?;
         traced.write(&self.out)?;
         if self.json {

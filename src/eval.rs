@@ -192,6 +192,7 @@ pub fn main(invocation: &Invocation) -> Result<()> {
     need::of_eval(&plan, &asked)?.ensure_fits(&plan.model)?;
     let interrupt = Interrupt::install()?;
     let mut engine = Embedded::open(&plan.model, None)?;
+    progress::say(&engine.about());
     let (chat, pictures, processor) = (engine.chat.clone(), engine.pictures.clone(), engine.processor.clone());
     let bench = Bench {
         chat: &chat,

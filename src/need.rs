@@ -21,7 +21,10 @@ use crate::engine::{Completion, Finish, Group, Prompt, Sampler, Sampling};
 use crate::episode::Episode;
 use crate::geometry::{BBox, Size};
 use crate::image::{PictureCache, Processor, RgbImage};
-use crate::model::{Config, Trainable};
+use crate::model::checkpoint::would_map;
+use crate::model::values::mapped_bytes;
+use crate::model::{Config, Layout, Trainable};
+use crate::progress;
 use crate::rollout::{self, Stage};
 use crate::run::Environment;
 use crate::tasks::Task;
@@ -35,6 +38,8 @@ pub struct Need {
     pub pictures: u64,
     /// The program itself and its tokenizer.
     pub program: u64,
+    /// The weights stay in their files: the system can drop them from memory and read them again.
+    pub mapped: bool,
 }
 
 /// Rows that are rehearsed; the others of a step are taken to be like them.
@@ -69,11 +74,27 @@ impl Need {
     /// # Errors
     /// There is not so much memory, with the number and what to do.
     pub fn ensure_fits(&self, options: &embedded::Options) -> Result<()> {
+        if !options.check_memory {
+            return Ok(());
+        }
+        self.ensure_room(&format!("{ADVICE}; model.check_memory = false starts it all the same"))
+    }
+
+    /// The same with other advice. Where mapped weights alone are too many, it only says what that means.
+    pub fn ensure_room(&self, advice: &str) -> Result<()> {
         let left = Environment::memory_left().unwrap_or(u64::MAX);
+        let without_weights = self.total() - self.held.weights;
+        if self.mapped && without_weights <= left && left < self.total() {
+            progress::say(&format!(
+                "of {} of weights about {} fit into memory: the others are read from the disk again for every token, which is slow",
+                gib(self.held.weights),
+                gib(left - without_weights)
+            ));
+            return Ok(());
+        }
         ensure!(
-            self.total() <= left || !options.check_memory,
-            "this run would take about {} of memory at its peak, and {} can be had ({}). {ADVICE}; \
-             model.check_memory = false starts it all the same",
+            self.total() <= left,
+            "this run would take about {} of memory at its peak, and {} can be had ({}). {advice}",
             gib(self.total()),
             gib(left),
             self.parts()[..7]
@@ -96,7 +117,7 @@ pub fn of_rl(plan: &rl::Plan, task: &dyn Task, rows: &[Sample], learns: bool) ->
     let group = plan.train.group;
     let asked = plan.train.prompts * plan.train.steps as usize;
     let learning = Learns { reference: plan.objective()?.needs_reference(), steps: plan.train.steps };
-    let model = Model::open(&plan.model.path)?;
+    let model = Model::open(&plan.model, learns)?;
     let rehearsal = model.rehearse(task, &plan.rollout, rows, plan.train.prompts, group, plan.task.max_pixels())?;
     let train = plan.model.trainable()?;
     let count = |groups: &[Group], learns| {
@@ -113,7 +134,7 @@ pub fn of_rl(plan: &rl::Plan, task: &dyn Task, rows: &[Sample], learns: bool) ->
 
 /// Of `foveate eval`: the largest of its tasks, each with the rows that it asks.
 pub fn of_eval(plan: &eval::Plan, asked: &[eval::Asked]) -> Result<Need> {
-    let model = Model::open(&plan.model.path)?;
+    let model = Model::open(&plan.model, false)?;
     let mut most: Option<Need> = None;
     let largest = plan.tasks.values().map(|t| t.max_pixels()).max().unwrap_or(0);
     for eval::Asked { task, samples: rows, .. } in asked {
@@ -131,13 +152,31 @@ pub fn of_eval(plan: &eval::Plan, asked: &[eval::Asked]) -> Result<Need> {
 
 /// Of `foveate sft`, from the dialogues of its first step.
 pub fn of_sft(plan: &sft::Plan, examples: &[sft::Example]) -> Result<Need> {
-    let model = Model::open(&plan.model.path)?;
+    let model = Model::open(&plan.model, true)?;
     let held = memory::of_dialogues(&model.config, &plan.model, plan.model.trainable()?, examples);
     Ok(model.need(held, 0))
 }
 
+/// Of `foveate ask`: one conversation. Its pictures are opened here, so this is where bad ones are named.
+pub fn of_ask(
+    options: &embedded::Options,
+    task: &dyn Task,
+    rollout: &rollout::Options,
+    max_pixels: u64,
+    sample: &Sample,
+) -> Result<Need> {
+    let model = Model::open(options, false)?;
+    let rows = std::slice::from_ref(sample);
+    let rehearsal = model.rehearse(task, rollout, rows, 1, 1, max_pixels)?;
+    let groups = rehearsal.groups(1, 1);
+    let held = memory::of_step(&model.config, options, Trainable::ALL, None, &groups, rollout.max_new_tokens);
+    Ok(model.need(held, rehearsal.pictures(options.picture_cache_mib, rows, 1)))
+}
+
 /// What is known of a model without its weights.
 struct Model {
+    /// Bytes of the weights where they stay in their files.
+    mapped: Option<u64>,
     config: Config,
     chat: Chat,
     processor: Processor,
@@ -145,15 +184,21 @@ struct Model {
 }
 
 impl Model {
-    fn open(path: &Path) -> Result<Model> {
+    fn open(options: &embedded::Options, learns: bool) -> Result<Model> {
+        let path = &options.path;
         let config = Config::load(path)?;
+        let layout = Layout::new(&config);
+        // Files that cannot be read are named when the model is opened; a config without any can be reckoned with too.
+        let mapped = !learns && would_map(path, &layout, options.weights).unwrap_or(false);
+        let mapped = mapped.then(|| mapped_bytes(&layout));
         let tokenizer = std::fs::metadata(path.join("tokenizer.json")).map_or(0, |m| m.len());
-        Ok(Model { config, chat: Chat::load(path)?, processor: Processor::load(path)?, tokenizer })
+        Ok(Model { mapped, config, chat: Chat::load(path)?, processor: Processor::load(path)?, tokenizer })
     }
 
-    fn need(&self, held: Held, pictures: u64) -> Need {
+    fn need(&self, mut held: Held, pictures: u64) -> Need {
+        held.weights = self.mapped.unwrap_or(held.weights);
         // Words, their numbers and the merges, in maps.
-        Need { held, pictures, program: PROGRAM + 8 * self.tokenizer }
+        Need { held, pictures, program: PROGRAM + 8 * self.tokenizer, mapped: self.mapped.is_some() }
     }
 
     /// Plays some rows of a step.
@@ -255,4 +300,20 @@ impl Sampler for Longest<'_> {
     }
 
     fn end_step(&mut self) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mapped_weights_may_be_more_than_memory_and_nothing_else_may() {
+        let held = Held { weights: 1 << 60, ..Held::default() };
+        let need = Need { held, pictures: 0, program: 0, mapped: true };
+        need.ensure_room("").unwrap();
+        let in_memory = Need { mapped: false, ..need.clone() };
+        let error = in_memory.ensure_room("Choose a smaller model").unwrap_err().to_string();
+        assert!(error.contains("can be had") && error.ends_with("Choose a smaller model"), "{error}");
+        Need { pictures: 1 << 60, ..need }.ensure_room("").unwrap_err();
+    }
 }

@@ -27,9 +27,14 @@ pub fn say(text: &str) {
     bars().suspend(|| eprintln!("{text}"));
 }
 
-/// Whether colours may be used on stderr: it is a terminal and `NO_COLOR` (<https://no-color.org>) is not set.
+/// Whether colours may be used on stderr: it is a terminal and they are wanted.
 pub fn colours() -> bool {
-    std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+    std::io::stderr().is_terminal() && colours_wanted()
+}
+
+/// Whether colours may be used where there is a terminal: `NO_COLOR` (<https://no-color.org>) is not set.
+pub fn colours_wanted() -> bool {
+    std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }
 
 /// The state of one piece of work.

@@ -2,6 +2,7 @@
 //! For a person to look at after a change; the project's measured numbers come from `foveate bench`.
 
 use foveate_kernels::attention::{self, Dims, Keys, Span};
+use foveate_kernels::matrix::Matrix;
 use foveate_kernels::memory::OnLines;
 use foveate_kernels::{linear, logprob, mlp, norm};
 use std::hint::black_box;
@@ -59,6 +60,17 @@ fn main() {
                     seconds(|| linear::backward_weight(black_box(&mut dw), None, &y, &x, t, m, n)),
                 );
             }
+        }
+    }
+    // Decoding over weights that lie in a file, and in f32: more than any cache holds, so that memory is read.
+    let (m, n) = (2048, 65536);
+    let w = numbers(n * m);
+    let bytes: Vec<[u8; 2]> = w.iter().map(|w| ((w.to_bits() >> 16) as u16).to_le_bytes()).collect();
+    for t in [1, 4, 64] {
+        let (x, mut y) = (numbers(t * m), vec![0.0; t * n]);
+        for (name, w) in [("f32", Matrix::F32(&w)), ("bf16", Matrix::Bf16(&bytes))] {
+            let took = seconds(|| linear::forward(black_box(&mut y), &x, w, None, false, t, m, n));
+            line(&format!("linear T={t} {m}x{n} {name}"), 2 * t * m * n, took);
         }
     }
     for (t, heads, kv_heads, k, causal) in [

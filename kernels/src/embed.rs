@@ -2,12 +2,15 @@
 //!
 //! The backward adds row after row in the order of the tokens, so a token that occurs often sums in a fixed order.
 
+use crate::matrix::Matrix;
+
 /// # Shapes
 /// y `[T, D]` = table `[V, D]` at ids `[T]`.
-pub fn forward(y: &mut [f32], table: &[f32], ids: &[u32], d: usize) {
+pub fn forward<'a>(y: &mut [f32], table: impl Into<Matrix<'a>>, ids: &[u32], d: usize) {
+    let table = table.into();
     check(y.len(), table.len(), ids, d);
     for (row, &id) in y.chunks_exact_mut(d).zip(ids) {
-        row.copy_from_slice(&table[id as usize * d..][..d]);
+        table.widen_into(row, id as usize * d);
     }
 }
 
@@ -39,7 +42,7 @@ mod tests {
     fn rows_come_by_id_and_gradients_go_back() {
         let table = [0.0, 1.0, 10.0, 11.0, 20.0, 21.0];
         let mut y = [0.0; 6];
-        forward(&mut y, &table, &[2, 0, 2], 2);
+        forward(&mut y, &table[..], &[2, 0, 2], 2);
         assert_eq!(y, [20.0, 21.0, 0.0, 1.0, 20.0, 21.0]);
         let mut grad = [0.5; 6];
         backward(&mut grad, &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], &[2, 0, 2], 2);
@@ -49,6 +52,6 @@ mod tests {
     #[test]
     #[should_panic(expected = "token id 3 is outside the vocabulary of 3")]
     fn an_unknown_id_is_named() {
-        forward(&mut [0.0; 2], &[0.0; 6], &[3], 2);
+        forward(&mut [0.0; 2], &[0.0; 6][..], &[3], 2);
     }
 }

@@ -1,6 +1,7 @@
 //! The numeric operations of the Qwen2.5-VL family on the CPU, each with an explicit forward and backward.
 //!
-//! Every function works on flat row-major `f32` slices with explicit sizes; there is no tensor type and no tape.
+//! Every function works on flat row-major `f32` slices with explicit sizes; there is no tensor type and no tape. Weights of forward
+//! passes may also be bf16 as they lie in a file ([`matrix::Matrix`]), with the same bits in the result.
 //! Letters in the `# Shapes` sections: B sequences, T tokens, V vocabulary, D hidden, H heads, K per head,
 //! P patches; N and M are the output and input width of a matrix.
 //!
@@ -18,6 +19,7 @@ pub mod attention;
 pub mod embed;
 pub mod linear;
 pub mod logprob;
+pub mod matrix;
 pub mod memory;
 pub mod mlp;
 pub mod norm;

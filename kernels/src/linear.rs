@@ -5,6 +5,7 @@
 //! blocks; each block is a run of fused multiply-adds from zero in order of m; what y holds comes first where it is to be
 //! kept, then the bias, and the blocks are added to these in order.
 
+use crate::matrix::Matrix;
 use crate::panel::{self, Left, Onto, WIDTH};
 use crate::threads::each;
 use crate::vector::dispatch;
@@ -44,14 +45,24 @@ fn block_len(m: usize) -> usize {
 /// # Shapes
 /// y `[T, N]` = x `[T, M]` · w `[N, M]`ᵀ + b `[N]`.
 #[allow(clippy::too_many_arguments)]
-pub fn forward(y: &mut [f32], x: &[f32], w: &[f32], b: Option<&[f32]>, onto: bool, t: usize, m: usize, n: usize) {
+pub fn forward<'a>(
+    y: &mut [f32],
+    x: &[f32],
+    w: impl Into<Matrix<'a>>,
+    b: Option<&[f32]>,
+    onto: bool,
+    t: usize,
+    m: usize,
+    n: usize,
+) {
+    let w = w.into();
     check(y.len(), x.len(), w.len(), b.map(<[f32]>::len), t, m, n);
     if t < FEW_ROWS || m == 0 || n == 0 {
         return few_rows(y, x, Weights::Rows(w), b, onto, t, m, n);
     }
     for first in (0..n).step_by(SLAB) {
         let outputs = first..n.min(first + SLAB);
-        let slab = Packed::new(&w[outputs.start * m..outputs.end * m], m, outputs.len());
+        let slab = Packed::new(w.part(outputs.start * m..outputs.end * m), m, outputs.len());
         slab.many_rows(y, (n, first), x, (m, 0), b.map(|b| &b[outputs]), onto, t);
     }
 }
@@ -88,13 +99,14 @@ pub struct Packed {
 impl Packed {
     /// # Shapes
     /// w `[N, M]`.
-    pub fn new(w: &[f32], m: usize, n: usize) -> Self {
+    pub fn new<'a>(w: impl Into<Matrix<'a>>, m: usize, n: usize) -> Self {
+        let w = w.into();
         assert_eq!(w.len(), n * m, "linear: weight [{n}, {m}]");
         let mut panels = vec![0.0; n.div_ceil(WIDTH) * WIDTH * m];
         if m > 0 {
             panels.par_chunks_mut(WIDTH * m).enumerate().for_each(|(p, panel)| {
                 let first = p * WIDTH;
-                panel::transpose_into(panel, &w[first * m..], m, m, WIDTH.min(n - first));
+                w.transpose_into(panel, first * m, m, m, WIDTH.min(n - first));
             });
         }
         Self { panels, m, n, block: block_len(m) }
@@ -188,7 +200,7 @@ fn sum_if(there: bool) -> Onto {
 #[derive(Clone, Copy)]
 enum Weights<'a> {
     /// `[N, M]`
-    Rows(&'a [f32]),
+    Rows(Matrix<'a>),
     /// `[M, N]`
     Turned(&'a [f32]),
     Panels(&'a [f32]),
@@ -223,7 +235,7 @@ fn few_rows(y: &mut [f32], x: &[f32], w: Weights<'_>, b: Option<&[f32]>, onto: b
             let k = block.min(m - k0);
             let (panel, stride) = match w {
                 Weights::Rows(w) => {
-                    panel::transpose_into(&mut scratch, &w[first * m + k0..], m, k, cols);
+                    w.transpose_into(&mut scratch, first * m + k0, m, k, cols);
                     (&scratch[..], WIDTH)
                 }
                 Weights::Turned(w) => (&w[k0 * n + first..], n),
@@ -385,7 +397,7 @@ fn check(y: usize, x: usize, w: usize, b: Option<usize>, t: usize, m: usize, n: 
 mod tests {
     use super::*;
     use crate::oracle::{
-        self, assert_close, assert_same_bits, assert_threads_agree, gradient, numbers, weighted, wide,
+        self, assert_close, assert_same_bits, assert_threads_agree, gradient, halves, numbers, weighted, wide,
     };
 
     fn product(x: &[f32], w: &[f32], b: Option<&[f32]>, t: usize, m: usize, n: usize) -> Vec<f32> {
@@ -511,10 +523,38 @@ mod tests {
     }
 
     #[test]
+    fn bf16_weights_give_the_bits_of_the_same_weights_in_f32() {
+        for (t, m, n) in
+            [(1, 7, 5), (1, 1100, 97), (3, 64, 40), (8, 513, 33), (63, 200, 70), (64, 200, 70), (150, 40, 4100)]
+        {
+            let (x, b) = (numbers(1, t * m), numbers(3, n));
+            let (bytes, w) = halves(&numbers(2, n * m));
+            let exact = oracle::linear(&wide(&x), &wide(&w), Some(&wide(&b)), t, m, n);
+            let all = product(&x, &w, Some(&b), t, m, n);
+            assert_close("f32", &all, &exact, 1e-6 * (m as f64).sqrt().max(1.0));
+            let mut y = vec![f32::NAN; t * n];
+            forward(&mut y, &x, Matrix::Bf16(&bytes), Some(&b), false, t, m, n);
+            assert_same_bits(&format!("bf16 T={t} M={m} N={n}"), &y, &all);
+            Packed::new(Matrix::Bf16(&bytes), m, n).forward(&mut y, &x, Some(&b), false, t);
+            assert_same_bits("packed", &y, &all);
+            // Any row alone.
+            let mut one = vec![f32::NAN; n];
+            forward(&mut one, &x[(t - 1) * m..], Matrix::Bf16(&bytes), Some(&b), false, 1, m, n);
+            assert_same_bits("alone", &one, &all[(t - 1) * n..]);
+        }
+    }
+
+    #[test]
     fn threads_do_not_change_bits() {
         let (t, m, n) = (150, 700, 300);
         let (x, w, dy) = (numbers(1, t * m), numbers(2, n * m), numbers(3, t * n));
         assert_threads_agree("few rows", || product(&x[..8 * m], &w, None, 8, m, n));
+        let (bytes, _) = halves(&w);
+        assert_threads_agree("few rows of bf16", || {
+            let mut y = vec![0.0; n];
+            forward(&mut y, &x[..m], Matrix::Bf16(&bytes), None, false, 1, m, n);
+            y
+        });
         assert_threads_agree("many rows", || product(&x, &w, None, t, m, n));
         assert_threads_agree("backward input", || {
             let mut dx = vec![0.0; t * m];

@@ -7,6 +7,7 @@
 //! drawn and when it is trained.
 
 use crate::linear::{self, Packed};
+use crate::matrix::Matrix;
 use crate::vector::{self, LANES, dispatch, exp};
 use rayon::prelude::*;
 
@@ -46,13 +47,21 @@ impl Stats {
 ///
 /// # Shapes
 /// `[N, V]` = h `[N, D]` · w `[V, D]`ᵀ.
-pub fn logits(h: &[f32], w: &[f32], laid: Option<&Packed>, banned: &[u32], d: usize, v: usize) -> Vec<f32> {
+pub fn logits<'a>(
+    h: &[f32],
+    w: impl Into<Matrix<'a>>,
+    laid: Option<&Packed>,
+    banned: &[u32],
+    d: usize,
+    v: usize,
+) -> Vec<f32> {
+    let w = w.into();
     let mut z = vec![0.0; rows(h, w, d, v) * v];
     write_logits(&mut z, h, w, laid, banned, d, v);
     z
 }
 
-fn write_logits(z: &mut [f32], h: &[f32], w: &[f32], laid: Option<&Packed>, banned: &[u32], d: usize, v: usize) {
+fn write_logits(z: &mut [f32], h: &[f32], w: Matrix, laid: Option<&Packed>, banned: &[u32], d: usize, v: usize) {
     let n = h.len() / d;
     match laid {
         Some(laid) => laid.forward(z, h, None, false, n),
@@ -70,7 +79,16 @@ fn write_logits(z: &mut [f32], h: &[f32], w: &[f32], laid: Option<&Packed>, bann
 ///
 /// # Shapes
 /// h `[N, D]`, w `[V, D]`, targets `[N]`.
-pub fn forward(h: &[f32], w: &[f32], targets: &[u32], temperature: f32, banned: &[u32], d: usize, v: usize) -> Out {
+pub fn forward<'a>(
+    h: &[f32],
+    w: impl Into<Matrix<'a>>,
+    targets: &[u32],
+    temperature: f32,
+    banned: &[u32],
+    d: usize,
+    v: usize,
+) -> Out {
+    let w = w.into();
     let n = check(h, w, targets, temperature, d, v);
     let mut out = Out { logprob: Vec::with_capacity(n), entropy: Vec::with_capacity(n), stats: Vec::with_capacity(n) };
     let at_once = block_rows(v);
@@ -118,7 +136,7 @@ pub fn backward(
     d: usize,
     v: usize,
 ) {
-    let n = check(h, w, targets, temperature, d, v);
+    let n = check(h, w.into(), targets, temperature, d, v);
     assert_eq!(dh.len(), h.len(), "logprob: dh has {} numbers, h has {}", dh.len(), h.len());
     assert_eq!(dw.len(), w.len(), "logprob: dw has {} numbers, w has {}", dw.len(), w.len());
     assert!(
@@ -140,7 +158,7 @@ pub fn backward(
         let t = end - start;
         let h = &h[start * d..end * d];
         let z = &mut logits[..t * v];
-        write_logits(z, h, w, laid.as_ref().map(|(laid, _)| laid), banned, d, v);
+        write_logits(z, h, w.into(), laid.as_ref().map(|(laid, _)| laid), banned, d, v);
         z.par_chunks_exact_mut(v).enumerate().for_each(|(i, z)| {
             let i = start + i;
             let Stats { max, log_sum, .. } = out.stats[i];
@@ -256,13 +274,13 @@ fn gradient_body<const LEVEL: u8>(
     }
 }
 
-fn rows(h: &[f32], w: &[f32], d: usize, v: usize) -> usize {
+fn rows(h: &[f32], w: Matrix, d: usize, v: usize) -> usize {
     assert!(d > 0 && h.len().is_multiple_of(d), "logprob: h has {} numbers, not a multiple of D={d}", h.len());
     assert_eq!(w.len(), v * d, "logprob: w has {} numbers, expected [V={v}, D={d}]", w.len());
     h.len() / d
 }
 
-fn check(h: &[f32], w: &[f32], targets: &[u32], temperature: f32, d: usize, v: usize) -> usize {
+fn check(h: &[f32], w: Matrix, targets: &[u32], temperature: f32, d: usize, v: usize) -> usize {
     let n = rows(h, w, d, v);
     assert_eq!(targets.len(), n, "logprob: {} targets for N={n} rows", targets.len());
     assert!(temperature > 0.0, "logprob: temperature {temperature} must be positive");
@@ -284,7 +302,7 @@ mod tests {
     fn a_row_by_hand() {
         // Logits ln 1, ln 2, ln 5 with the last banned: 1/3 and 2/3.
         let w = [0.0, 2f32.ln(), 5f32.ln()];
-        let out = forward(&[1.0, 1.0], &w, &[1, 2], 1.0, &[2], 1, 3);
+        let out = forward(&[1.0, 1.0], &w[..], &[1, 2], 1.0, &[2], 1, 3);
         assert!((out.logprob[0] - (2f32 / 3.0).ln()).abs() < 1e-6);
         assert_eq!(out.logprob[1], f32::NEG_INFINITY);
         let entropy = -(1.0 / 3.0f32) * (1.0 / 3.0f32).ln() - (2.0 / 3.0f32) * (2.0 / 3.0f32).ln();
@@ -345,7 +363,7 @@ mod tests {
     #[test]
     fn huge_logits_give_no_nan() {
         let (h, w) = ([1e4f32, -1e4], [1e4f32, 0.0, -1e4]);
-        let out = forward(&h, &w, &[0, 0], 1.0, &[1], 1, 3);
+        let out = forward(&h, &w[..], &[0, 0], 1.0, &[1], 1, 3);
         assert_eq!(out.logprob, [0.0, -2e8]);
         assert_eq!(out.entropy, [0.0, 0.0]);
         let (mut dh, mut dw) = ([0.0; 2], [0.0; 3]);

@@ -9,6 +9,16 @@ pub fn wide(x: &[f32]) -> Vec<f64> {
     x.iter().map(|&v| f64::from(v)).collect()
 }
 
+/// The nearest bf16 below in magnitude of each number, as bytes and as f32.
+pub fn halves(x: &[f32]) -> (Vec<[u8; 2]>, Vec<f32>) {
+    x.iter()
+        .map(|v| {
+            let upper = (v.to_bits() >> 16) as u16;
+            (upper.to_le_bytes(), f32::from_bits(u32::from(upper) << 16))
+        })
+        .unzip()
+}
+
 /// y `[T, N]` = x `[T, M]` · w `[N, M]`ᵀ + b.
 pub fn linear(x: &[f64], w: &[f64], b: Option<&[f64]>, t: usize, m: usize, n: usize) -> Vec<f64> {
     let mut y = vec![0.0; t * n];

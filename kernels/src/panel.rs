@@ -5,7 +5,11 @@
 //! output's bits depend on its row of `a`, its column of the panel and the value it starts from, never on the tile it was
 //! computed in.
 
+use crate::matrix::wide;
 use crate::vector::{FUSED, PLAIN, WIDE, dispatch, mul_add};
+
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 
 /// Columns of a panel.
 pub(crate) const WIDTH: usize = 32;
@@ -286,10 +290,63 @@ fn transpose_body<const LEVEL: u8>(panel: &mut [f32], rows: &[f32], stride: usiz
     }
 }
 
+dispatch! {
+    /// [`transpose_into`] of bf16 numbers, widened.
+    pub(crate) fn transpose_bf16_into(panel: &mut [f32], rows: &[[u8; 2]], stride: usize, k: usize, cols: usize) = transpose_bf16_body
+}
+#[inline(always)]
+fn transpose_bf16_body<const LEVEL: u8>(panel: &mut [f32], rows: &[[u8; 2]], stride: usize, k: usize, cols: usize) {
+    #[cfg(target_arch = "x86_64")]
+    if LEVEL == WIDE && k >= avx512::INPUTS && cols.is_multiple_of(avx512::ROWS) {
+        for k0 in starts(k, avx512::INPUTS) {
+            for c0 in (0..cols).step_by(avx512::ROWS) {
+                // SAFETY: this level is chosen on processors with AVX-512 only.
+                unsafe { avx512::transpose(&mut panel[k0 * WIDTH + c0..], &rows[c0 * stride + k0..], stride) };
+            }
+        }
+        return;
+    }
+    // Neighbours in k stay together as the halves of a word until they lie in place: half as much to move about, and each half
+    // becomes an f32 by one shift or mask.
+    const B: usize = 8;
+    let whole = if k >= 2 * B { cols - cols % B } else { 0 };
+    for k0 in starts(k, 2 * B) {
+        for c0 in (0..whole).step_by(B) {
+            let mut block = [[0u32; B]; B];
+            for (c, line) in block.iter_mut().enumerate() {
+                let pairs: &[[u8; 4]] = rows[(c0 + c) * stride + k0..][..2 * B].as_flattened().as_chunks().0;
+                line.iter_mut().zip(pairs).for_each(|(word, pair)| *word = u32::from_le_bytes(*pair));
+            }
+            for kk in 0..B {
+                let (mut first, mut second) = ([0.0f32; B], [0.0f32; B]);
+                for c in 0..B {
+                    first[c] = f32::from_bits(block[c][kk] << 16);
+                    second[c] = f32::from_bits(block[c][kk] & 0xffff_0000);
+                }
+                panel[(k0 + 2 * kk) * WIDTH + c0..][..B].copy_from_slice(&first);
+                panel[(k0 + 2 * kk + 1) * WIDTH + c0..][..B].copy_from_slice(&second);
+            }
+        }
+    }
+    for c in whole..cols {
+        for kk in 0..k {
+            panel[kk * WIDTH + c] = wide(rows[c * stride + kk]);
+        }
+    }
+}
+
+/// Where blocks of `size` start that cover `k`; the last ends with it and may lie over the one before. None when `k` is smaller.
+#[inline(always)]
+fn starts(k: usize, size: usize) -> impl Iterator<Item = usize> {
+    let whole = (0..k / size).map(move |i| i * size);
+    let last = (k > size && !k.is_multiple_of(size)).then(|| k - size);
+    whole.chain(last)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::oracle::{assert_same_bits, numbers};
+    use crate::oracle::{assert_same_bits, halves, numbers};
 
     /// One output: a run of multiply-adds in order.
     fn by_hand(a: &[f32], panel: &[f32], stride: usize, c: usize, onto: Onto, there: f32) -> f32 {
@@ -362,15 +419,24 @@ mod tests {
 
     #[test]
     fn a_panel_is_the_transpose() {
-        for (k, cols) in [(1, 1), (8, 8), (9, 17), (24, 32)] {
+        for (k, cols) in [(1, 1), (8, 8), (9, 17), (24, 32), (33, 32), (48, 23), (187, 32), (31, 16), (70, 16)] {
             let stride = k + 3;
             let rows = numbers(1, cols * stride);
             let mut panel = vec![7.0; k * WIDTH];
             transpose_into(&mut panel, &rows, stride, k, cols);
+            let (bytes, same) = halves(&rows);
+            let mut widened = vec![7.0; k * WIDTH];
+            transpose_bf16_into(&mut widened, &bytes, stride, k, cols);
+            // The way of processors without wide vectors.
+            let mut narrow = vec![7.0; k * WIDTH];
+            transpose_bf16_body::<FUSED>(&mut narrow, &bytes, stride, k, cols);
+            assert_same_bits("narrow", &narrow, &widened);
             for kk in 0..k {
                 for c in 0..WIDTH {
                     let expected = if c < cols { rows[c * stride + kk] } else { 7.0 };
                     assert_eq!(panel[kk * WIDTH + c], expected);
+                    let expected = if c < cols { same[c * stride + kk] } else { 7.0 };
+                    assert_eq!(widened[kk * WIDTH + c], expected);
                 }
             }
         }

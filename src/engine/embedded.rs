@@ -28,7 +28,7 @@ use crate::image::{PictureCache, Processor};
 use crate::model::block::Keep;
 use crate::model::generate::Cache;
 use crate::model::memory::memory;
-use crate::model::{Dtype, Early, Gradients, Head, Slopes, Target, Trainable, Vlm};
+use crate::model::{Arena, Dtype, Early, Gradients, Head, Hold, Slopes, Target, Trainable, Vlm};
 use crate::optim::{AdamW, Optim, Trained};
 use crate::sft::Example;
 
@@ -37,6 +37,8 @@ use crate::sft::Example;
 pub struct Options {
     /// Checkpoint folder in Hugging Face layout.
     pub path: PathBuf,
+    /// Where the weights are held while nothing is trained: `auto` (in their files where they are bf16), `memory` (as f32), `mapped`.
+    pub weights: Hold,
     /// Parts that are not trained: any of `vision`, `merger`, `embeddings`, `text`.
     pub freeze: Vec<String>,
     /// Compute activations a second time in the backward pass instead of keeping them: a third more work, far less memory.
@@ -55,6 +57,7 @@ impl Default for Options {
     fn default() -> Options {
         Options {
             path: "assets/nano".into(),
+            weights: Hold::Auto,
             freeze: Vec::new(),
             recompute: false,
             micro_batch_tokens: 8192,
@@ -159,8 +162,15 @@ const OPTIMIZER: &str = "optimizer.safetensors";
 impl Embedded {
     /// Opens a checkpoint for sampling, and for training if `training` says how.
     pub fn open(options: &Options, training: Option<&Training>) -> Result<Embedded> {
-        let dir = &options.path;
-        let model = Vlm::load(dir)?;
+        let hold = match (training, options.weights) {
+            (None, hold) => hold,
+            (Some(_), Hold::Auto | Hold::Memory) => Hold::Memory,
+            (Some(_), Hold::Mapped) => bail!(BadConfig(
+                "model.weights = \"mapped\" is for using a model; what is trained must be in memory, leave the key out"
+                    .into()
+            )),
+        };
+        let model = Vlm::open(&options.path, hold)?;
         Embedded::with_model(model, options, training)
     }
 
@@ -174,9 +184,9 @@ impl Embedded {
         let convention = Convention::of("qwen2_5_vl")?;
         let training_state = training.map(|t| -> Result<Learning> {
             t.optim.validate()?;
-            let layout = &model.weights.layout;
+            let Arena { layout, data } = model.weights.arena()?;
             let trained = Trained::of(layout, trainable);
-            let kept = |t: &Trained| (t.range.clone(), model.weights.data[t.range.clone()].to_vec());
+            let kept = |t: &Trained| (t.range.clone(), data[t.range.clone()].to_vec());
             let reference = t.reference.then(|| trained.iter().map(kept).collect());
             Ok(Learning {
                 gradients: Gradients::zeros(layout),
@@ -256,8 +266,34 @@ impl Embedded {
         Ok(batch)
     }
 
-    /// Continues conversations in their lanes, or deals them out to new ones.
-    fn generate(&mut self, prompts: &[Prompt], sampling: &Sampling) -> Result<Vec<Vec<Completion>>> {
+    /// [`Sampler::sample`] of one conversation that is listened to: `heard` is told each token as soon as it is drawn.
+    ///
+    /// # Errors
+    /// Those of sampling, and of `heard`, which ends it.
+    pub fn sample_aloud(
+        &mut self,
+        prompt: &Prompt,
+        sampling: &Sampling,
+        heard: &mut dyn FnMut(u32) -> Result<()>,
+    ) -> Result<Vec<Completion>> {
+        let completions = self.generate(std::slice::from_ref(prompt), sampling, Some(heard))?;
+        completions.into_iter().next().context("a prompt was not answered")
+    }
+
+    /// The model as a person reads it, and where its weights are.
+    pub fn about(&self) -> String {
+        let Vlm { weights, .. } = &self.model;
+        let millions = weights.layout().len as f64 / 1e6;
+        format!("{}: {millions:.1} M parameters, {}", self.options.path.display(), weights.held())
+    }
+
+    /// Continues conversations in their lanes, or deals them out to new ones. Where somebody listens, the lanes speak one after the other.
+    fn generate(
+        &mut self,
+        prompts: &[Prompt],
+        sampling: &Sampling,
+        heard: Option<&mut dyn FnMut(u32) -> Result<()>>,
+    ) -> Result<Vec<Vec<Completion>>> {
         // An error leaves no lane behind that holds half of a turn.
         let mut lanes = std::mem::take(&mut self.lanes);
         let lane_of = |lanes: &[Lane], p: &Prompt| lanes.iter().position(|lane| lane.rows_of(p.session).is_some());
@@ -292,10 +328,18 @@ impl Embedded {
         }
         let voice = Voice { model: &self.model, chat: &self.chat, banned: &self.banned, sampling };
         let read_at_once = READ_AT_ONCE / work.len();
-        let said: Vec<(Vec<usize>, Vec<Vec<Completion>>)> = work
-            .into_par_iter()
-            .map(|(lane, unread, indices)| Ok((indices, lane.speak(&voice, &unread, read_at_once)?)))
-            .collect::<Result<_>>()?;
+        let said: Vec<(Vec<usize>, Vec<Vec<Completion>>)> = match heard {
+            Some(heard) => work
+                .into_iter()
+                .map(|(lane, unread, indices)| Ok((indices, lane.speak(&voice, &unread, read_at_once, heard)?)))
+                .collect::<Result<_>>()?,
+            None => work
+                .into_par_iter()
+                .map(|(lane, unread, indices)| {
+                    Ok((indices, lane.speak(&voice, &unread, read_at_once, &mut |_| Ok(()))?))
+                })
+                .collect::<Result<_>>()?,
+        };
         let mut completions: Vec<Vec<Completion>> = prompts.iter().map(|_| Vec::new()).collect();
         for (i, all) in said.into_iter().flat_map(|(indices, said)| indices.into_iter().zip(said)) {
             completions[i] = all;
@@ -343,8 +387,9 @@ impl Embedded {
             weights.resize(out.logprobs.len(), -hints.weight);
             let tape = out.tape.context("the forward pass kept nothing for the backward pass")?;
             let training = self.training.as_mut().context("the engine was opened for sampling only")?;
-            let vocabulary = self.model.weights.layout.text.embed.clone();
-            let table = &self.model.weights.data[vocabulary.clone()];
+            let Arena { layout, data } = self.model.weights.arena()?;
+            let vocabulary = layout.text.embed.clone();
+            let table = &data[vocabulary.clone()];
             let dtable = &mut training.gradients.data[vocabulary];
             let mut on_features = Vec::new();
             let mut asked = false;
@@ -389,8 +434,9 @@ impl Embedded {
         let training =
             self.training.as_mut().context("no reference weights: the engine was opened for sampling only")?;
         let reference = training.reference.as_mut().context("the run keeps no reference weights")?;
+        let weights = &mut self.model.weights.arena_mut()?.data;
         for (range, kept) in reference {
-            self.model.weights.data[range.clone()].swap_with_slice(kept);
+            weights[range.clone()].swap_with_slice(kept);
         }
         Ok(())
     }
@@ -426,7 +472,7 @@ impl Sampler for Embedded {
             return Ok(Vec::new());
         }
         ensure!(sampling.max_new_tokens > 0, "rollout.max_new_tokens is 0; the policy could not say a word");
-        self.generate(prompts, sampling)
+        self.generate(prompts, sampling, None)
     }
 
     fn end_step(&mut self) {
@@ -511,7 +557,8 @@ impl Trainer for Embedded {
     fn step(&mut self, learning_rate: f64) -> Result<f64> {
         let training = self.training.as_mut().context("the engine was opened for sampling only")?;
         let Learning { optimizer, gradients, optim, .. } = training;
-        let stepped = optimizer.step(&mut self.model.weights.data, &gradients.data, optim, learning_rate)?;
+        let stepped =
+            optimizer.step(&mut self.model.weights.arena_mut()?.data, &gradients.data, optim, learning_rate)?;
         ensure!(
             stepped.applied,
             "the gradient is not finite ({}); the weights were left as they are. Lower optim.lr, or resume from the last checkpoint",
@@ -533,8 +580,8 @@ impl Trainer for Embedded {
     }
 
     fn load(&mut self, dir: &Path) -> Result<()> {
-        let layout = self.model.weights.layout.clone();
-        self.model.weights = crate::model::load_weights(dir, &layout)?;
+        let layout = self.model.weights.layout().clone();
+        self.model.weights = crate::model::load_weights(dir, &layout)?.into();
         if let Some(training) = &mut self.training {
             training.optimizer = AdamW::load(training.trained.clone(), &dir.join(OPTIMIZER))?;
         }

@@ -15,6 +15,7 @@ use foveate_kernels::{linear, memory, mlp, norm};
 use rayon::prelude::*;
 
 use super::layout::{Affine, Block};
+use super::values::Values;
 
 /// Sizes of a block: width D, query and key/value heads, K per head, MLP width, epsilon of the norms.
 #[derive(Clone, Copy, Debug)]
@@ -91,18 +92,18 @@ pub struct Qkv {
     pub v: Vec<f32>,
 }
 
-/// The arena of parameters, and some of its matrices laid out for our own product.
+/// The parameters, and some of their matrices laid out for our own product.
 #[derive(Clone, Copy)]
 pub struct Params<'a> {
-    pub data: &'a [f32],
+    pub values: Values<'a>,
     pub laid: Option<&'a Laid>,
     /// The caller has spread the rows over the threads: a product stays where it is.
     spread: bool,
 }
 
 impl<'a> Params<'a> {
-    pub fn new(data: &'a [f32], laid: Option<&'a Laid>) -> Params<'a> {
-        Params { data, laid, spread: false }
+    pub fn new(values: Values<'a>, laid: Option<&'a Laid>) -> Params<'a> {
+        Params { values, laid, spread: false }
     }
 }
 
@@ -111,8 +112,8 @@ pub struct Laid(HashMap<usize, linear::Packed>);
 
 impl Laid {
     /// Of some maps.
-    pub fn new<'a>(maps: impl Iterator<Item = &'a Affine>, weights: &[f32]) -> Laid {
-        Laid::each(maps, |map| linear::Packed::new(&weights[map.w.clone()], map.inputs, map.outputs))
+    pub fn new<'a>(maps: impl Iterator<Item = &'a Affine>, values: Values) -> Laid {
+        Laid::each(maps, |map| linear::Packed::new(values.matrix(&map.w), map.inputs, map.outputs))
     }
 
     /// Of a block's maps for the gradients by their inputs.
@@ -140,9 +141,9 @@ impl Block {
 impl Affine {
     /// # Shapes
     /// x `[T, inputs]` -> `[T, outputs]`
-    pub fn forward(&self, weights: &[f32], x: &[f32]) -> Vec<f32> {
+    pub fn forward(&self, values: Values, x: &[f32]) -> Vec<f32> {
         let mut y = vec![0.0; x.len() / self.inputs * self.outputs];
-        self.run(&mut y, Params::new(weights, None), x, false);
+        self.run(&mut y, Params::new(values, None), x, false);
         y
     }
 
@@ -152,11 +153,11 @@ impl Affine {
     /// x `[T, inputs]`, y `[T, outputs]`
     fn run(&self, y: &mut [f32], params: Params, x: &[f32], onto: bool) {
         let t = x.len() / self.inputs;
-        let bias = self.b.clone().map(|b| &params.data[b]);
+        let bias = self.b.as_ref().map(|b| params.values.vector(b));
         match params.laid.and_then(|laid| laid.get(&self.w)) {
             Some(packed) if params.spread => packed.forward_here(y, x, bias, onto, t),
             Some(packed) => packed.forward(y, x, bias, onto, t),
-            None => linear::forward(y, x, &params.data[self.w.clone()], bias, onto, t, self.inputs, self.outputs),
+            None => linear::forward(y, x, params.values.matrix(&self.w), bias, onto, t, self.inputs, self.outputs),
         }
     }
 
@@ -246,7 +247,7 @@ const CHUNK: usize = linear::ROWS;
 
 /// Some maps laid out, unless they are already or the rows are too few to be worth it.
 fn laid_out<const N: usize>(maps: [&Affine; N], params: Params, rows: usize) -> Option<Laid> {
-    (params.laid.is_none() && rows >= linear::FEW_ROWS).then(|| Laid::new(maps.into_iter(), params.data))
+    (params.laid.is_none() && rows >= linear::FEW_ROWS).then(|| Laid::new(maps.into_iter(), params.values))
 }
 
 /// Parameters as the tasks of some rows use them, and the rows of one task: few rows stay together, and each of their products is
@@ -275,7 +276,7 @@ pub fn project(block: &Block, dims: &Dims, params: Params, x: &[f32], table: &Ta
         .enumerate()
         .for_each(|(i, (((q, k), v), x))| {
             let (q, k, v) = (q.clear(), k.clear(), v.clear());
-            let (n1, rstd) = normed(x, &params.data[block.norm1.clone()], dims.eps);
+            let (n1, rstd) = normed(x, params.values.vector(&block.norm1), dims.eps);
             block.q.run(q, params, &n1, false);
             block.k.run(k, params, &n1, false);
             block.v.run(v, params, &n1, false);
@@ -340,7 +341,7 @@ fn finish_rows(
     if let Some(mid) = mid {
         mid.copy_from_slice(y);
     }
-    let (n2, _) = normed(y, &params.data[block.norm2.clone()], dims.eps);
+    let (n2, _) = normed(y, params.values.vector(&block.norm2), dims.eps);
     block.gate.run(gate, params, &n2, false);
     block.up.run(up, params, &n2, false);
     let mut h = n2;
@@ -376,8 +377,8 @@ struct Attended {
     picked: Option<[Vec<f32>; 2]>,
 }
 
-fn attend(block: &Block, dims: &Dims, weights: &[f32], x: &[f32], rows: Rows) -> Attended {
-    let qkv = project(block, dims, Params::new(weights, None), x, rows.table);
+fn attend(block: &Block, dims: &Dims, values: Values, x: &[f32], rows: Rows) -> Attended {
+    let qkv = project(block, dims, Params::new(values, None), x, rows.table);
     let mut o = vec![0.0; qkv.q.len()];
     let mut lse = vec![0.0; x.len() / dims.hidden * dims.heads];
     attention::forward(&mut o, &mut lse, &qkv.q, Keys::Rows(&qkv.k), &qkv.v, rows.spans, dims.attention());
@@ -385,10 +386,10 @@ fn attend(block: &Block, dims: &Dims, weights: &[f32], x: &[f32], rows: Rows) ->
     Attended { qkv, o, lse, picked }
 }
 
-fn forward_all(block: &Block, dims: &Dims, weights: &[f32], x: Vec<f32>, rows: Rows) -> (Vec<f32>, Tape) {
-    let Attended { qkv: Qkv { q, k, v }, o, lse, picked } = attend(block, dims, weights, &x, rows);
+fn forward_all(block: &Block, dims: &Dims, values: Values, x: Vec<f32>, rows: Rows) -> (Vec<f32>, Tape) {
+    let Attended { qkv: Qkv { q, k, v }, o, lse, picked } = attend(block, dims, values, &x, rows);
     let [of_x, of_o] = picked.as_ref().map_or([&x, &o], |[x, o]| [x, o]);
-    let [y, mid, gate, up] = finish_keeping(block, dims, Params::new(weights, None), of_x, of_o);
+    let [y, mid, gate, up] = finish_keeping(block, dims, Params::new(values, None), of_x, of_o);
     (y, Tape { x, q, k, v, o, lse, mid, gate, up })
 }
 
@@ -399,19 +400,19 @@ fn forward_all(block: &Block, dims: &Dims, weights: &[f32], x: Vec<f32>, rows: R
 pub fn forward(
     block: &Block,
     dims: &Dims,
-    weights: &[f32],
+    values: Values,
     x: Vec<f32>,
     rows: Rows,
     keep: Keep,
 ) -> (Vec<f32>, Option<Kept>) {
     if keep == Keep::Everything {
-        let (y, tape) = forward_all(block, dims, weights, x, rows);
+        let (y, tape) = forward_all(block, dims, values, x, rows);
         return (y, Some(Kept::All(Box::new(tape))));
     }
-    let Attended { qkv, o, picked, .. } = attend(block, dims, weights, &x, rows);
+    let Attended { qkv, o, picked, .. } = attend(block, dims, values, &x, rows);
     drop(qkv);
     let [of_x, of_o] = picked.as_ref().map_or([&x, &o], |[x, o]| [x, o]);
-    let y = finish(block, dims, Params::new(weights, None), of_x, of_o);
+    let y = finish(block, dims, Params::new(values, None), of_x, of_o);
     (y, (keep == Keep::Inputs).then_some(Kept::Input(x)))
 }
 
@@ -431,7 +432,7 @@ pub fn backward(
 ) -> Vec<f32> {
     let Tape { x, q, k, v, o, lse, mid, mut gate, mut up } = match kept {
         Kept::All(tape) => *tape,
-        Kept::Input(x) => forward_all(block, dims, weights, x, rows).1,
+        Kept::Input(x) => forward_all(block, dims, weights.into(), x, rows).1,
     };
     let Dims { hidden: d, mlp: wide, .. } = *dims;
     let turned = Laid::turned(block, weights);

@@ -183,6 +183,27 @@ impl Section<'_> {
     }
 }
 
+/// Why a path without a `config.json` is no model, and what to give instead.
+fn no_checkpoint(dir: &Path) -> String {
+    let shown = dir.display();
+    if !dir.exists() {
+        let hub = dir.components().count() == 2 && !dir.has_root();
+        let hub = if hub { " (nothing is downloaded: give the folder that a hub's model was fetched to)" } else { "" };
+        return format!("there is no model folder{hub}: {shown}");
+    }
+    if !dir.is_dir() {
+        return format!(
+            "a model is a folder with config.json, tokenizer.json and safetensors files; this is a file: {shown}"
+        );
+    }
+    if dir.join("adapter_config.json").is_file() {
+        return format!("this folder holds a LoRA adapter without its model; merge it into the model first: {shown}");
+    }
+    let inside = |name: &str| std::fs::read_dir(dir.join(name)).is_ok_and(|mut files| files.next().is_some());
+    let hint = if inside("checkpoints") { "; a run's models are the folders in its checkpoints/" } else { "" };
+    format!("the folder is no model, it has no config.json{hint}: {shown}")
+}
+
 fn list(values: &[Value]) -> String {
     values.iter().map(Value::to_string).collect::<Vec<_>>().join(" or ")
 }
@@ -191,9 +212,10 @@ impl Config {
     /// Reads `config.json` of a model folder.
     pub fn load(dir: &Path) -> Result<Config> {
         let path = dir.join("config.json");
-        let text = std::fs::read_to_string(&path).with_context(|| {
-            format!("reading the model's config (a model folder has a config.json): {}", path.display())
-        })?;
+        if !path.is_file() {
+            bail!(no_checkpoint(dir));
+        }
+        let text = std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
         let root = serde_json::from_str(&text).with_context(|| format!("parsing {}", path.display()))?;
         Config::from_json(&root).with_context(|| format!("reading the model's config: {}", path.display()))
     }
@@ -205,7 +227,7 @@ impl Config {
         match root.get("model_type").and_then(Value::as_str) {
             Some("qwen2_5_vl") => {}
             found => bail!(
-                "`model_type` is {}; supported: \"qwen2_5_vl\"",
+                "`model_type` is {}; supported: \"qwen2_5_vl\" (choose a checkpoint of Qwen2.5-VL or one trained from it)",
                 found.map_or("absent".into(), |f| format!("{f:?}"))
             ),
         }

@@ -151,8 +151,8 @@ impl Vlm {
     pub fn extend(&self, cache: &mut Cache, extensions: &[Extension]) -> Result<Vec<f32>> {
         let config = &self.config.text;
         let (d, dims) = (config.hidden, config.dims());
-        let index = &self.weights.layout.text;
-        let weights = &self.weights.data;
+        let index = &self.weights.layout().text;
+        let values = self.weights.values();
         let mut ids = Vec::new();
         let mut axes = [const { Vec::new() }; 3];
         let mut features = Vec::new();
@@ -196,9 +196,9 @@ impl Vlm {
         }
 
         let laid = cache.laid.clone();
-        let params = Params::new(weights, laid.as_deref());
+        let params = Params::new(values, laid.as_deref());
         let table = config.rotation(axes.each_ref().map(Vec::as_slice));
-        let mut x = text::inputs(index, weights, &ids, &features, &runs, d);
+        let mut x = text::inputs(index, values, &ids, &features, &runs, d);
         for (l, layer) in index.layers.iter().enumerate() {
             let Qkv { mut q, k, v } = block::project(layer, &dims, params, &x, &table);
             for span in &spans {
@@ -225,7 +225,7 @@ impl Vlm {
         for e in extensions {
             cache.sequences[e.sequence.0].len += e.ids.len();
         }
-        Ok(block::normed(&x, &weights[index.norm.clone()], dims.eps).0)
+        Ok(block::normed(&x, values.vector(&index.norm), dims.eps).0)
     }
 
     /// Logits of hidden states that [`Vlm::extend`] gave, banned ids at -inf.
@@ -234,7 +234,7 @@ impl Vlm {
     /// hidden `[N, D]` -> `[N, V]`
     pub fn next_logits(&self, cache: &Cache, hidden: &[f32], banned: &[u32]) -> Vec<f32> {
         let (d, v) = (self.config.text.hidden, self.config.text.vocab);
-        let laid = cache.laid.as_ref().and_then(|laid| laid.get(&self.weights.layout.text.head));
+        let laid = cache.laid.as_ref().and_then(|laid| laid.get(&self.weights.layout().text.head));
         logprob::logits(hidden, self.head(), laid, banned, d, v)
     }
 
@@ -249,16 +249,16 @@ impl Vlm {
 
     /// Values of the language model's matrices, its head included.
     fn text_values(&self) -> usize {
-        let index = &self.weights.layout.text;
+        let index = &self.weights.layout().text;
         index.layers.iter().flat_map(Block::maps).map(|map| map.w.len()).sum::<usize>() + index.head.len()
     }
 
     /// The language model's weights as few rows like them, if they are not too many.
     fn lay_out(&self) -> Option<Laid> {
-        let index = &self.weights.layout.text;
+        let index = &self.weights.layout().text;
         let (d, v) = (self.config.text.hidden, self.config.text.vocab);
         let head = Affine { w: index.head.clone(), b: None, inputs: d, outputs: v };
         let maps = || index.layers.iter().flat_map(Block::maps).chain([&head]);
-        (self.text_values() <= LAID_OUT).then(|| Laid::new(maps(), &self.weights.data))
+        (self.text_values() <= LAID_OUT).then(|| Laid::new(maps(), self.weights.values()))
     }
 }

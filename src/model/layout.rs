@@ -227,15 +227,13 @@ impl Layout {
     }
 }
 
-/// All values of one layout: weights, gradients or optimiser moments.
+/// All values of one layout in memory: weights that may be trained, gradients or optimiser moments.
 #[derive(Clone, Debug)]
 pub struct Arena {
     pub layout: Arc<Layout>,
     pub data: Vec<f32>,
 }
 
-/// The parameters of a model.
-pub type Weights = Arena;
 /// Derivatives of a loss by every parameter; frozen groups stay 0.
 pub type Gradients = Arena;
 

@@ -1,12 +1,13 @@
 //! The embedded model: Qwen2.5-VL computed by hand-written forward and backward passes, no framework.
 //!
-//! [`Vlm`] is a configuration and one flat array of parameters. It answers two questions about packed rows: what are the
+//! [`Vlm`] is a configuration and its parameters, one flat array in memory or, to be read only, in their files. It answers two questions about packed rows: what are the
 //! log-probs of these tokens ([`Vlm::evaluate`]), and what is the gradient of a weighted sum of them ([`Vlm::backward`]).
 //! Losses live elsewhere. Sampling with a cache is in [`generate`]; it gives the same bits as the packed pass.
 //!
 //! Letters in shapes: T packed rows, N targets, V vocabulary, D hidden, P patches.
 
 pub mod block;
+pub mod checkpoint;
 pub mod config;
 pub mod dense;
 pub mod generate;
@@ -16,6 +17,7 @@ pub mod positions;
 pub mod presets;
 pub mod text;
 pub mod trace;
+pub mod values;
 pub mod vision;
 pub mod weights;
 
@@ -25,15 +27,18 @@ use std::sync::Arc;
 use anyhow::{Result, ensure};
 use foveate_kernels::attention::Span;
 use foveate_kernels::logprob;
+use foveate_kernels::matrix::Matrix;
 
 pub use self::block::Keep;
+pub use self::checkpoint::{Hold, load_weights};
 pub use self::config::{Config, GenerationConfig};
-pub use self::layout::{Arena, Gradients, Group, Layout, Trainable, Weights};
+pub use self::layout::{Arena, Gradients, Group, Layout, Trainable};
 pub use self::positions::{Positions, positions, positions_from};
 pub use self::text::Early;
 use self::text::{FeatureRun, TextTape};
+pub use self::values::Weights;
 pub use self::vision::VisionTape;
-pub use self::weights::{Dtype, load_weights, save_model};
+pub use self::weights::{Dtype, save_model};
 use crate::geometry::Grid;
 
 /// A model: sizes and parameters.
@@ -259,10 +264,15 @@ struct Hidden {
 }
 
 impl Vlm {
-    /// Reads a model folder in Hugging Face layout.
+    /// Reads a model folder in Hugging Face layout into memory, so that it can be trained.
     pub fn load(dir: &Path) -> Result<Vlm> {
+        Vlm::open(dir, Hold::Memory)
+    }
+
+    /// The same, with the weights where `hold` says.
+    pub fn open(dir: &Path, hold: Hold) -> Result<Vlm> {
         let config = Config::load(dir)?;
-        let weights = load_weights(dir, &Layout::new(&config))?;
+        let weights = checkpoint::open_weights(dir, &Layout::new(&config), hold)?;
         Ok(Vlm { config, weights })
     }
 
@@ -303,16 +313,19 @@ impl Vlm {
         dfeatures: &[f32],
         train: Trainable,
         grads: &mut Gradients,
-    ) {
-        let (config, index) = (&self.config.vision, &self.weights.layout.vision);
-        vision::backward(config, index, &self.weights.data, dfeatures, patches, tape, train, &mut grads.data);
+    ) -> Result<()> {
+        let Arena { layout, data } = self.weights.arena()?;
+        let (config, index) = (&self.config.vision, &layout.vision);
+        vision::backward(config, index, data, dfeatures, patches, tape, train, &mut grads.data);
+        Ok(())
     }
 
     fn encode_checked(&self, patches: &[f32], grids: &[Grid], keep: Keep) -> (Vec<f32>, Option<VisionTape>) {
         if grids.is_empty() {
             return (Vec::new(), None);
         }
-        vision::forward(&self.config.vision, &self.weights.layout.vision, &self.weights.data, patches, grids, keep)
+        let Vlm { config, weights } = self;
+        vision::forward(&config.vision, &weights.layout().vision, weights.values(), patches, grids, keep)
     }
 
     /// Hidden states after the final norm, `[T, D]`.
@@ -343,8 +356,8 @@ impl Vlm {
         };
         let (hidden, text_tape) = text::forward(
             &self.config.text,
-            &self.weights.layout.text,
-            &self.weights.data,
+            &self.weights.layout().text,
+            self.weights.values(),
             &packed.ids,
             packed.positions.each_ref().map(Vec::as_slice),
             &packed.spans,
@@ -366,8 +379,8 @@ impl Vlm {
     }
 
     /// The matrix of the head `[V, D]` (the embedding where tied).
-    pub fn head(&self) -> &[f32] {
-        &self.weights.data[self.weights.layout.text.head.clone()]
+    pub fn head(&self) -> Matrix<'_> {
+        self.weights.values().matrix(&self.weights.layout().text.head)
     }
 
     /// Log-probs and entropies of the targets. `train` says which gradients [`Vlm::backward`] will be asked for: a
@@ -417,7 +430,8 @@ impl Vlm {
         if let Some(e) = entropy_weights {
             ensure!(e.len() == n, "{} entropy weights for {n} targets", e.len());
         }
-        ensure!(grads.layout.len == self.weights.layout.len, "gradients of another model's layout");
+        let Arena { layout, data } = self.weights.arena()?;
+        ensure!(grads.layout.len == layout.len, "gradients of another model's layout");
         let given = packed.images.iter().filter(|i| i.features.is_some()).count();
         ensure!(
             !train.tower() || given == 0 || given == packed.images.len(),
@@ -426,7 +440,6 @@ impl Vlm {
         );
         let Tape { vision, text, rows, head, temperature, banned, features } = tape;
         drop(features);
-        let layout = &self.weights.layout;
         let (d, v) = (self.config.text.hidden, self.config.text.vocab);
         let mut drows = vec![0.0; rows.len()];
         let mut unused;
@@ -444,7 +457,7 @@ impl Vlm {
             entropy_weights,
             &head,
             &rows,
-            self.head(),
+            &data[layout.text.head.clone()],
             &tokens,
             temperature,
             &banned,
@@ -464,7 +477,7 @@ impl Vlm {
         let mut dfeatures = text::backward(
             &self.config.text,
             &layout.text,
-            &self.weights.data,
+            data,
             &dhidden,
             &packed.ids,
             &packed.spans,
@@ -489,7 +502,7 @@ impl Vlm {
             return Ok(dfeatures);
         }
         match vision {
-            Some(tape) => self.look_backward(&packed.patches, tape, &dfeatures, train, grads),
+            Some(tape) => self.look_backward(&packed.patches, tape, &dfeatures, train, grads)?,
             None => ensure!(
                 packed.images.is_empty() || !train.tower(),
                 "the vision tower is trained now but was frozen in the forward pass"

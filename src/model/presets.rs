@@ -4,13 +4,19 @@
 //! checkpoints. Initialisation is one seeded stream over the entries in layout order, so a preset, a seed and a
 //! vocabulary size name one model exactly.
 
+use std::borrow::Cow;
+use std::path::Path;
+use std::sync::Arc;
+
 use anyhow::{Result, bail};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
 
 use super::Vlm;
 use super::config::{Config, TextConfig, TokenIds, VisionConfig};
-use super::layout::{Group, Layout, Weights};
+use super::layout::{Arena, Entry, Group, Layout};
+use super::weights::{Dtype, Outgoing, save_outgoing};
 
 /// Names that [`preset`] takes.
 pub const NAMES: [&str; 4] = ["nano", "mini", "qwen2.5-vl-3b", "qwen2.5-vl-7b"];
@@ -28,13 +34,13 @@ pub fn qwen_ids() -> TokenIds {
     }
 }
 
-/// The configuration of a name. `vocab` and `ids` come from the tokenizer; the published sizes keep their own.
+/// The configuration of a name. `vocab` and `ids` come from the tokenizer; the published sizes keep their own vocabulary.
 pub fn preset(name: &str, vocab: usize, ids: &TokenIds) -> Result<Config> {
     Ok(match name {
         "nano" => Config { ids: ids.clone(), ..nano(vocab) },
         "mini" => Config { ids: ids.clone(), ..mini(vocab) },
-        "qwen2.5-vl-3b" => qwen25_vl_3b(),
-        "qwen2.5-vl-7b" => qwen25_vl_7b(),
+        "qwen2.5-vl-3b" => Config { ids: ids.clone(), ..qwen25_vl_3b() },
+        "qwen2.5-vl-7b" => Config { ids: ids.clone(), ..qwen25_vl_7b() },
         other => bail!("unknown preset `{other}`; there are {}", NAMES.join(", ")),
     })
 }
@@ -188,18 +194,47 @@ pub fn qwen25_vl_7b() -> Config {
 /// write into the residual stream are smaller by `1/√(2L)`, so that the stream does not grow with depth
 /// (GPT-2, section 2.3 of the report). Larger embeddings, where the head is tied, would make a random model repeat each token.
 pub fn initialise(config: Config, seed: u64) -> Vlm {
-    let layout = Layout::new(&config);
-    let mut weights = Weights::zeros(&layout);
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    for entry in &layout.entries {
-        let values = &mut weights.data[entry.range.clone()];
+    let random = Random::new(config, seed);
+    let mut arena = Arena::zeros(&random.layout);
+    for entry in &random.layout.entries {
+        random.fill(entry, &mut arena.data[entry.range.clone()]);
+    }
+    Vlm { config: random.config, weights: arena.into() }
+}
+
+/// [`initialise`] tensor by tensor, for a model that is to be written and would not fit into memory.
+pub struct Random {
+    pub config: Config,
+    pub layout: Arc<Layout>,
+    seed: u64,
+}
+
+/// Words of the random stream that a pair of numbers takes: two of 64 bits.
+const WORDS: usize = 4;
+/// Numbers that one task draws.
+const DRAWN: usize = 1 << 16;
+
+impl Random {
+    pub fn new(config: Config, seed: u64) -> Random {
+        Random { layout: Layout::new(&config), config, seed }
+    }
+
+    /// Writes a model folder as [`Vlm::save`] does.
+    pub fn save(&self, dir: &Path, dtype: Dtype, source: Option<&Path>) -> Result<()> {
+        let values = |entry: &Entry| {
+            let mut values = vec![0.0; entry.range.len()];
+            self.fill(entry, &mut values);
+            Cow::Owned(values)
+        };
+        save_outgoing(&Outgoing { config: &self.config, layout: &self.layout, values: &values }, dir, dtype, source)
+    }
+
+    /// The values of one tensor: those of the one stream over all entries, which is entered at their place.
+    pub fn fill(&self, entry: &Entry, values: &mut [f32]) {
+        let Random { config, layout, seed } = self;
         let name = entry.name.as_str();
-        if name.ends_with(".bias") {
-            continue;
-        }
-        if entry.shape.len() == 1 {
-            values.fill(1.0);
-            continue;
+        if !is_drawn(entry) {
+            return values.fill(if name.ends_with(".bias") { 0.0 } else { 1.0 });
         }
         let residual = ["o_proj.weight", "attn.proj.weight", "down_proj.weight"].iter().any(|end| name.ends_with(end));
         let depth = if entry.group == Group::Text { config.text.layers } else { config.vision.depth };
@@ -209,14 +244,24 @@ pub fn initialise(config: Config, seed: u64) -> Vlm {
             _ if residual => 1.0 / (inputs as f64 * 2.0 * depth as f64).sqrt(),
             _ => 1.0 / (inputs as f64).sqrt(),
         };
-        for pair in values.chunks_mut(2) {
-            let (a, b) = normal_pair(&mut rng);
-            for (value, z) in pair.iter_mut().zip([a, b]) {
-                *value = (z * std) as f32;
+        let before = layout.entries.iter().take_while(|e| e.range.start < entry.range.start);
+        let pairs: usize = before.filter(|e| is_drawn(e)).map(|e| e.range.len().div_ceil(2)).sum();
+        values.par_chunks_mut(DRAWN).enumerate().for_each(|(i, values)| {
+            let mut rng = ChaCha8Rng::seed_from_u64(*seed);
+            rng.set_word_pos(((pairs + i * DRAWN / 2) * WORDS) as u128);
+            for pair in values.chunks_mut(2) {
+                let (a, b) = normal_pair(&mut rng);
+                for (value, z) in pair.iter_mut().zip([a, b]) {
+                    *value = (z * std) as f32;
+                }
             }
-        }
+        });
     }
-    Vlm { config, weights }
+}
+
+/// Whether a tensor's values are random; norms and biases are not.
+fn is_drawn(entry: &Entry) -> bool {
+    entry.shape.len() > 1
 }
 
 /// Two independent standard normal numbers (Box and Muller, 1958).
@@ -246,12 +291,36 @@ mod tests {
     #[test]
     fn scales() {
         let m = initialise(nano(300), 7);
-        assert!(m.weights.get("model.layers.2.input_layernorm.weight").unwrap().iter().all(|x| *x == 1.0));
-        assert!(m.weights.get("model.layers.2.self_attn.q_proj.bias").unwrap().iter().all(|x| *x == 0.0));
-        let gate = m.weights.get("model.layers.2.mlp.gate_proj.weight").unwrap();
+        assert!(
+            m.weights.arena().unwrap().get("model.layers.2.input_layernorm.weight").unwrap().iter().all(|x| *x == 1.0)
+        );
+        assert!(
+            m.weights.arena().unwrap().get("model.layers.2.self_attn.q_proj.bias").unwrap().iter().all(|x| *x == 0.0)
+        );
+        let gate = m.weights.arena().unwrap().get("model.layers.2.mlp.gate_proj.weight").unwrap();
         let std = (gate.iter().map(|x| (x * x) as f64).sum::<f64>() / gate.len() as f64).sqrt();
         assert!((std * 128f64.sqrt() - 1.0).abs() < 0.01, "{std}");
-        assert_eq!(m.weights.data, initialise(nano(300), 7).weights.data);
-        assert_ne!(m.weights.data, initialise(nano(300), 8).weights.data);
+        let arena = |seed| initialise(nano(300), seed).weights.arena().unwrap().data.clone();
+        assert_eq!(m.weights.arena().unwrap().data, arena(7));
+        assert_ne!(m.weights.arena().unwrap().data, arena(8));
+    }
+
+    /// Every tensor alone, in any order, is its stretch of one stream; the embedding is longer than what a task draws.
+    #[test]
+    fn tensors_are_stretches_of_one_stream() {
+        let random = Random::new(nano(1001), 7);
+        let mut rng = ChaCha8Rng::seed_from_u64(7);
+        for entry in random.layout.entries.iter().filter(|e| is_drawn(e)) {
+            let mut values = vec![f32::NAN; entry.range.len()];
+            random.fill(entry, &mut values);
+            let pairs: Vec<(f64, f64)> = (0..values.len().div_ceil(2)).map(|_| normal_pair(&mut rng)).collect();
+            let scale = f64::from(values[0]) / pairs[0].0;
+            for (value, (a, b)) in values.chunks(2).zip(pairs) {
+                for (value, z) in value.iter().zip([a, b]) {
+                    // The scale was rounded to f32 with the first value.
+                    assert!((f64::from(*value) - z * scale).abs() <= 2e-7 * (z * scale).abs(), "{}", entry.name);
+                }
+            }
+        }
     }
 }

@@ -34,7 +34,7 @@ fn tiny() -> Vlm {
     };
     let mut model = presets::initialise(config, 3);
     let mut rng = ChaCha8Rng::seed_from_u64(4);
-    for x in &mut model.weights.data {
+    for x in &mut model.weights.arena_mut().unwrap().data {
         *x = *x * 1.5 + 0.1 * (rng.random::<f32>() - 0.5);
     }
     model
@@ -95,7 +95,7 @@ fn gradient_of_everything_agrees_with_differences() {
         sum(&e.logprobs, &weights) + sum(&e.entropies, &entropy_weights)
     };
     let e = model.evaluate(&packed, head, Keep::Everything, Trainable::ALL).unwrap();
-    let mut grads = Gradients::zeros(&model.weights.layout);
+    let mut grads = Gradients::zeros(model.weights.layout());
     model
         .backward(
             &packed,
@@ -107,13 +107,16 @@ fn gradient_of_everything_agrees_with_differences() {
         .unwrap();
 
     let step = 1e-2f32;
-    for (i, entry) in model.weights.layout.entries.iter().enumerate() {
+    for (i, entry) in model.weights.layout().entries.iter().enumerate() {
         let mut direction = noise(entry.range.len(), 100 + i as u64);
         let length = direction.iter().map(|x| x * x).sum::<f32>().sqrt();
         direction.iter_mut().for_each(|x| *x /= length);
         let moved = |by: f32| {
             let mut m = model.clone();
-            m.weights.data[entry.range.clone()].iter_mut().zip(&direction).for_each(|(w, d)| *w += by * d);
+            m.weights.arena_mut().unwrap().data[entry.range.clone()]
+                .iter_mut()
+                .zip(&direction)
+                .for_each(|(w, d)| *w += by * d);
             value(&m)
         };
         let differences = (moved(step) - moved(-step)) / (2.0 * step as f64);
@@ -131,15 +134,16 @@ fn words_asked_early_have_the_gradient_of_a_shorter_model() {
     let mut config = model.config.clone();
     config.text.layers = 1;
     let mut short = presets::initialise(config, 3);
-    for entry in short.weights.layout.clone().entries.iter() {
-        let same = model.weights.layout.entries.iter().find(|e| e.name == entry.name).unwrap();
-        short.weights.data[entry.range.clone()].copy_from_slice(&model.weights.data[same.range.clone()]);
+    for entry in short.weights.layout().clone().entries.iter() {
+        let same = model.weights.layout().entries.iter().find(|e| e.name == entry.name).unwrap();
+        short.weights.arena_mut().unwrap().data[entry.range.clone()]
+            .copy_from_slice(&model.weights.arena().unwrap().data[same.range.clone()]);
     }
     let asked: Vec<Target> = [(4, 7), (6, 9), (14, 3)].map(|(row, token)| Target { row, token }).into();
     let gradient = |model: &Vlm, targets: Vec<Target>, slopes: &Slopes| {
         let packed = Packed { targets, ..conversation(&model.config) };
         let e = model.evaluate(&packed, Head::PLAIN, Keep::Everything, Trainable::ALL).unwrap();
-        let mut grads = Gradients::zeros(&model.weights.layout);
+        let mut grads = Gradients::zeros(model.weights.layout());
         model.backward(&packed, e.tape.unwrap(), slopes, Trainable::ALL, &mut grads).unwrap();
         grads
     };
@@ -148,7 +152,7 @@ fn words_asked_early_have_the_gradient_of_a_shorter_model() {
     let last = Target { row: 15, token: 3 };
     let ours = gradient(&model, vec![last], &Slopes { early: &[early], ..Slopes::of(&[0.0]) });
     let expected = gradient(&short, asked.clone(), &Slopes::of(&[0.5; 3]));
-    for entry in short.weights.layout.entries.iter().filter(|e| e.name != "model.norm.weight") {
+    for entry in short.weights.layout().entries.iter().filter(|e| e.name != "model.norm.weight") {
         let same = ours.layout.entries.iter().find(|e| e.name == entry.name).unwrap();
         let (a, b) = (&ours.data[same.range.clone()], &expected.data[entry.range.clone()]);
         let largest = b.iter().fold(0.0f32, |m, x| m.max(x.abs()));
@@ -164,7 +168,7 @@ fn computing_layers_again_changes_no_bit() {
     let weights = noise(packed.targets.len(), 5);
     let gradient = |keep| {
         let e = model.evaluate(&packed, Head::PLAIN, keep, Trainable::ALL).unwrap();
-        let mut grads = Gradients::zeros(&model.weights.layout);
+        let mut grads = Gradients::zeros(model.weights.layout());
         model.backward(&packed, e.tape.unwrap(), &Slopes::of(&weights), Trainable::ALL, &mut grads).unwrap();
         (e.logprobs, grads.data)
     };
@@ -181,7 +185,7 @@ fn frozen_groups_get_nothing_and_change_nothing() {
     let weights = noise(packed.targets.len(), 5);
     let gradient = |train: Trainable| {
         let e = model.evaluate(&packed, Head::PLAIN, Keep::Everything, train).unwrap();
-        let mut grads = Gradients::zeros(&model.weights.layout);
+        let mut grads = Gradients::zeros(model.weights.layout());
         model.backward(&packed, e.tape.unwrap(), &Slopes::of(&weights), train, &mut grads).unwrap();
         grads
     };
@@ -194,7 +198,7 @@ fn frozen_groups_get_nothing_and_change_nothing() {
             text: group == Group::Text,
         };
         let some = gradient(train);
-        for entry in &model.weights.layout.entries {
+        for entry in &model.weights.layout().entries {
             let (some, all) = (&some.data[entry.range.clone()], &all.data[entry.range.clone()]);
             if entry.group == group {
                 assert_eq!(some, all, "{}", entry.name);
@@ -357,7 +361,7 @@ fn a_shared_prompt_is_a_repeated_prompt() {
 
     let mut shared = Packed::single(&prompt, &[WIDE], seen.clone(), config).unwrap();
     let next = positions(&prompt, &[WIDE], config).unwrap().next;
-    let mut plain_grads = Gradients::zeros(&model.weights.layout);
+    let mut plain_grads = Gradients::zeros(model.weights.layout());
     let mut plain = Vec::new();
     for member in members {
         let first = shared.ids.len();
@@ -376,13 +380,13 @@ fn a_shared_prompt_is_a_repeated_prompt() {
         let from = plain.len();
         plain.extend(run(&alone, &weights[from..from + member.len()], &mut plain_grads));
     }
-    let mut shared_grads = Gradients::zeros(&model.weights.layout);
+    let mut shared_grads = Gradients::zeros(model.weights.layout());
     let found = run(&shared, &weights, &mut shared_grads);
     for (a, b) in found.iter().zip(&plain) {
         assert!((a - b).abs() < 1e-5, "{a} {b}");
     }
     let largest = plain_grads.data.iter().fold(0f32, |m, g| m.max(g.abs()));
-    for entry in &model.weights.layout.entries {
+    for entry in &model.weights.layout().entries {
         let range = entry.range.clone();
         for (a, b) in shared_grads.data[range.clone()].iter().zip(&plain_grads.data[range]) {
             assert!((a - b).abs() < 1e-5 * largest, "{}: {a} {b} of {largest}", entry.name);

@@ -16,6 +16,7 @@ use super::Target;
 use super::block::{self, Dims, Keep, Kept, Rows};
 use super::config::TextConfig;
 use super::layout::{TextIndex, Trainable};
+use super::values::Values;
 
 /// A run of rows that hold image features instead of token embeddings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -104,14 +105,14 @@ impl TextConfig {
 /// ids `[T]`, features `[sum of rows, D]` -> `[T, D]`
 pub fn inputs(
     index: &TextIndex,
-    weights: &[f32],
+    values: Values,
     ids: &[u32],
     features: &[f32],
     runs: &[FeatureRun],
     d: usize,
 ) -> Vec<f32> {
     let mut x = vec![0.0; ids.len() * d];
-    embed::forward(&mut x, &weights[index.embed.clone()], ids, d);
+    embed::forward(&mut x, values.matrix(&index.embed), ids, d);
     let mut from = 0;
     for run in runs {
         let n = run.rows * d;
@@ -129,7 +130,7 @@ pub fn inputs(
 pub fn forward(
     config: &TextConfig,
     index: &TextIndex,
-    weights: &[f32],
+    values: Values,
     ids: &[u32],
     positions: [&[i32]; 3],
     spans: &[Span],
@@ -140,15 +141,15 @@ pub fn forward(
 ) -> (Vec<f32>, Option<TextTape>) {
     let dims = config.dims();
     let table = config.rotation(positions);
-    let mut x = inputs(index, weights, ids, features, runs, dims.hidden);
+    let mut x = inputs(index, values, ids, features, runs, dims.hidden);
     let mut layers = Vec::new();
     for (i, layer) in index.layers.iter().enumerate() {
         let rows = Rows { table: &table, spans, wanted: wanted.filter(|_| i + 1 == index.layers.len()) };
-        let (y, kept) = block::forward(layer, &dims, weights, x, rows, keep);
+        let (y, kept) = block::forward(layer, &dims, values, x, rows, keep);
         layers.extend(kept);
         x = y;
     }
-    let (hidden, _) = block::normed(&x, &weights[index.norm.clone()], dims.eps);
+    let (hidden, _) = block::normed(&x, values.vector(&index.norm), dims.eps);
     let tape = (keep != Keep::Nothing).then_some(TextTape { table, layers, last: x });
     (hidden, tape)
 }

@@ -15,6 +15,7 @@ use foveate_kernels::{linear, mlp};
 use super::block::{self, Dims, Keep, Kept, Rows};
 use super::config::VisionConfig;
 use super::layout::{Trainable, VisionIndex};
+use super::values::Values;
 use crate::geometry::Grid;
 
 /// How the rows of some images are sorted by window, and who sees whom.
@@ -125,7 +126,7 @@ impl VisionConfig {
 pub fn forward(
     config: &VisionConfig,
     index: &VisionIndex,
-    weights: &[f32],
+    values: Values,
     patches: &[f32],
     grids: &[Grid],
     keep: Keep,
@@ -136,22 +137,22 @@ pub fn forward(
     let table = rope::vision2d(&coordinates(grids, &windows.order, config.merge), dims.k, VisionConfig::THETA);
 
     let mut embedded = vec![0.0; rows * dims.hidden];
-    let folded = folded(config, &weights[index.patch.w.clone()]);
+    let folded = folded(config, values.vector(&index.patch.w));
     linear::forward(&mut embedded, patches, &folded, None, false, rows, config.patch_values(), dims.hidden);
     let mut x = sorted(&embedded, &windows.order, unit * dims.hidden);
     drop(embedded);
     let mut blocks = Vec::new();
     for (i, b) in index.blocks.iter().enumerate() {
         let spans = if config.full_blocks.contains(&i) { &windows.frames } else { &windows.windows };
-        let (y, kept) = block::forward(b, &dims, weights, x, Rows { table: &table, spans, wanted: None }, keep);
+        let (y, kept) = block::forward(b, &dims, values, x, Rows { table: &table, spans, wanted: None }, keep);
         blocks.extend(kept);
         x = y;
     }
-    let (normed, _) = block::normed(&x, &weights[index.merger_norm.clone()], dims.eps);
-    let merged = index.merger_in.forward(weights, &normed);
+    let (normed, _) = block::normed(&x, values.vector(&index.merger_norm), dims.eps);
+    let merged = index.merger_in.forward(values, &normed);
     let mut active = normed;
     mlp::gelu_forward(&mut active, &merged);
-    let features = index.merger_out.forward(weights, &active);
+    let features = index.merger_out.forward(values, &active);
     let features = unsorted(&features, &windows.order, config.out_hidden);
     let tape = (keep != Keep::Nothing).then_some(VisionTape { windows, table, blocks, last: x, merged });
     (features, tape)

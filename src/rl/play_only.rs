@@ -11,7 +11,7 @@ use crate::engine::embedded::Embedded;
 use crate::episode::Episode;
 use crate::eval;
 use crate::need;
-use crate::progress::Progress;
+use crate::progress::{self, Progress};
 use crate::run::{Interrupt, Interrupted, Invocation, Metrics, RunFolder, Start};
 
 /// `foveate rollout CONFIG`: plays one step's worth of questions per step and writes the episodes; nothing is trained.
@@ -29,6 +29,7 @@ pub fn main(invocation: &Invocation) -> Result<()> {
     need::of_rl(&plan, &*task, &rows, false)?.ensure_fits(&plan.model)?;
     let interrupt = Interrupt::install()?;
     let mut engine = Embedded::open(&plan.model, None)?;
+    progress::say(&engine.about());
     let (chat, pictures, processor) = (engine.chat.clone(), engine.pictures.clone(), engine.processor.clone());
     let context = Loop {
         plan: &plan,

@@ -11,7 +11,7 @@ use crate::config::BadConfig;
 
 /// Keys (or sections, with a dot behind) that change nothing in the steps to come; but a falling learning rate falls over
 /// `train.steps`, and so more slowly in a longer run.
-const FREE: [&str; 12] = [
+const FREE: [&str; 13] = [
     "train.out",
     "train.steps",
     "train.checkpoint_every",
@@ -19,6 +19,7 @@ const FREE: [&str; 12] = [
     "train.episodes_every",
     "train.tensorboard",
     "eval.",
+    "model.weights",
     "model.micro_batch_tokens",
     "model.recompute",
     "model.picture_cache_mib",

@@ -46,6 +46,19 @@ impl Interrupt {
         Ok(INSTALLED.get_or_init(|| interrupt).clone())
     }
 
+    /// For a command that has nothing to finish: the same signals end the process at once with 130, after `before`, which may wait for
+    /// a file that is being written.
+    ///
+    /// # Errors
+    /// When the operating system refuses the signal handler.
+    pub fn end_at_once(before: impl Fn() + Send + 'static) -> Result<()> {
+        ctrlc::set_handler(move || {
+            before();
+            std::process::exit(EXIT_INTERRUPTED);
+        })
+        .context("taking over Ctrl-C")
+    }
+
     /// A flag no signal raises: for library use and tests.
     pub fn none() -> Self {
         Interrupt::default()

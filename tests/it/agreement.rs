@@ -83,7 +83,7 @@ fn gradient(engine: &mut Embedded, groups: &[Group]) -> Vec<f32> {
 /// Largest difference within each tensor, relative to that tensor's largest entry of `a`, and the worst tensor's name.
 fn apart(model: &Vlm, a: &[f32], b: &[f32]) -> (f32, String) {
     let mut worst = (0.0, String::new());
-    for e in &model.weights.layout.entries {
+    for e in &model.weights.layout().entries {
         let (a, b) = (&a[e.range.clone()], &b[e.range.clone()]);
         let size = a.iter().fold(1e-6f32, |m, x| m.max(x.abs()));
         let far = a.iter().zip(b).fold(0.0f32, |m, (x, y)| m.max((x - y).abs())) / size;
@@ -200,7 +200,7 @@ fn packing_splitting_and_recomputing_change_no_gradient() {
     let mut frozen = engine(&model, |o| o.freeze = vec!["vision".into(), "merger".into()]);
     let text = gradient(&mut frozen, &groups(&episodes));
     let (vision, text_part): (Vec<_>, Vec<_>) =
-        model.weights.layout.entries.iter().partition(|e| e.name.starts_with("visual."));
+        model.weights.layout().entries.iter().partition(|e| e.name.starts_with("visual."));
     assert!(vision.iter().all(|e| text[e.range.clone()].iter().all(|g| *g == 0.0)));
     assert!(text_part.iter().all(|e| text[e.range.clone()] == whole[e.range.clone()]), "kept features, same gradient");
 }

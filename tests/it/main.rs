@@ -1,6 +1,7 @@
 //! Tests of the whole program, in one binary. Each module says which promise it holds.
 
 mod agreement;
+mod ask;
 mod cli;
 mod formats;
 mod learns;

@@ -122,7 +122,7 @@ impl Case {
     fn loss_and_gradients(&self, packed: &Packed, weights: &[f32], keep: Keep) -> (f32, Gradients) {
         let scored = self.model.evaluate(packed, Head::PLAIN, keep, Trainable::ALL).unwrap();
         let loss = scored.logprobs.iter().zip(weights).map(|(l, w)| l * w).sum();
-        let mut grads = Arena::zeros(&self.model.weights.layout);
+        let mut grads = Arena::zeros(self.model.weights.layout());
         self.model.backward(packed, scored.tape.unwrap(), &Slopes::of(weights), Trainable::ALL, &mut grads).unwrap();
         (loss, grads)
     }
@@ -242,14 +242,14 @@ fn loss_gradients_and_ten_steps(name: &'static str) {
     assert!(recomputed.data == grads.data, "{name}: gradients with recomputation");
     println!("{name}: {compared} gradients, worst {:.1e} ({})", worst.0, worst.1);
 
-    let n = case.model.weights.data.len();
+    let n = case.model.weights.layout().len;
     let (mut m, mut v) = (vec![0.0; n], vec![0.0; n]);
     let mut losses = Vec::new();
     for step in 1..=10 {
         let (loss, grads) = case.loss_and_gradients(&packed, &weights, Keep::Everything);
         losses.push(loss);
         let hyper = adamw::Hyper { lr: 1e-3, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01, step };
-        adamw::update(&mut case.model.weights.data, &grads.data, &mut m, &mut v, hyper, 1.0);
+        adamw::update(&mut case.model.weights.arena_mut().unwrap().data, &grads.data, &mut m, &mut v, hyper, 1.0);
     }
     // Adam divides by the gradient's own size, so an entry whose true gradient is nearly 0 takes a step of full length in a direction that
     // rounding decides: losses drift apart faster than gradients do.

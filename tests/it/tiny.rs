@@ -45,8 +45,8 @@ pub fn model(seed: u64) -> Vlm {
         },
     };
     let mut model = presets::initialise(config, seed);
-    let embed = model.weights.layout.text.embed.clone();
-    model.weights.data[embed].iter_mut().for_each(|w| *w *= 20.0);
+    let embed = model.weights.layout().text.embed.clone();
+    model.weights.arena_mut().unwrap().data[embed].iter_mut().for_each(|w| *w *= 20.0);
     model
 }
 

@@ -70,8 +70,14 @@ impl Lane {
     }
 
     /// Continues conversations: what is unread first, `read_at_once` rows in a call, then token by token until all have stopped. One
-    /// list a prompt.
-    pub fn speak(&mut self, voice: &Voice, unread: &[Unread], read_at_once: usize) -> Result<Vec<Vec<Completion>>> {
+    /// list a prompt. `heard` is told each token as soon as it is drawn, and its error ends it.
+    pub fn speak(
+        &mut self,
+        voice: &Voice,
+        unread: &[Unread],
+        read_at_once: usize,
+        heard: &mut dyn FnMut(u32) -> Result<()>,
+    ) -> Result<Vec<Vec<Completion>>> {
         let mut speakers = Vec::new();
         let mut rows = self.read(voice, unread, read_at_once, &mut speakers)?;
         let Voice { model, sampling, .. } = *voice;
@@ -84,6 +90,7 @@ impl Lane {
                 logits.par_chunks_mut(v).zip(us).map(|(row, u)| draw(row, sampling, u)).collect();
             for (&s, &(id, logprob)) in active.iter().zip(&drawn) {
                 speakers[s].hear(id, logprob, voice)?;
+                heard(id)?;
             }
             // The last token of a turn is not in the cache yet: it is read at the start of the next turn, if there is one.
             active.retain(|&s| !speakers[s].done);

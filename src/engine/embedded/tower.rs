@@ -186,7 +186,7 @@ impl Tower {
                     (patches, tape.context("a pass over the tower kept nothing")?)
                 }
             };
-            model.look_backward(&patches, tape, &dfeatures, train, grads);
+            model.look_backward(&patches, tape, &dfeatures, train, grads)?;
         }
         Ok(())
     }
