@@ -262,6 +262,7 @@ mod tests {
         config::parse::<crate::sft::Plan>(include_str!("../../configs/sft_dialogues.toml"), &[]).unwrap();
         config::parse::<crate::sft::Plan>(include_str!("../../configs/nano_pretrain.toml"), &[]).unwrap();
         config::parse::<crate::sft::Plan>(include_str!("../../configs/nano_several.toml"), &[]).unwrap();
+        config::parse::<crate::sft::Plan>(include_str!("../../configs/nano_many.toml"), &[]).unwrap();
         config::parse::<crate::sft::Plan>(include_str!("../../configs/mirg_sft.toml"), &[]).unwrap();
     }
 }
