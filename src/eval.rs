@@ -15,8 +15,7 @@ use serde_json::{Value, json};
 use crate::chat::{Chat, Convention};
 use crate::config::{self, BadConfig};
 use crate::data::{self, Format, Read, ReadAs, Sample};
-use crate::engine::Sampler;
-use crate::engine::embedded::{self, Embedded};
+use crate::engine::{self, Frontend, Sampler, embedded};
 use crate::episode::{BoxOutcome, Episode, Stop};
 use crate::image::{PictureCache, Processor};
 use crate::need;
@@ -32,6 +31,8 @@ use crate::tasks::{Options as TaskOptions, Task};
 #[serde(deny_unknown_fields)]
 pub struct Plan {
     pub model: embedded::Options,
+    #[serde(default, skip_serializing_if = "engine::Options::is_embedded")]
+    pub engine: engine::Options,
     pub data: DataOptions,
     #[serde(default)]
     pub rollout: rollout::Options,
@@ -398,15 +399,17 @@ pub fn main(invocation: &Invocation) -> Result<()> {
     }
     rows::say(&unasked);
     let all: Vec<(&dyn Task, &[Sample])> = asked.iter().map(|a| (&*a.task, &a.rows[..])).collect();
-    need::of_eval(&plan, &all)?.ensure_fits(&plan.model)?;
+    if plan.engine.is_embedded() {
+        need::of_eval(&plan, &all)?.ensure_fits(&plan.model)?;
+    }
     let interrupt = Interrupt::install()?;
-    let mut engine = Embedded::open(&plan.model, None)?;
-    let (chat, pictures, processor) = (engine.chat.clone(), engine.pictures.clone(), engine.processor.clone());
+    let mut engine = engine::open(&plan.engine, &plan.model, None, false)?;
+    let Frontend { chat, pictures, processor, convention } = engine.frontend();
     let bench = Bench {
         chat: &chat,
         pictures: &pictures,
         processor: &processor,
-        convention: engine.convention,
+        convention,
         rollout: &plan.rollout,
         options: &plan.eval,
         interrupt: &interrupt,
@@ -416,7 +419,7 @@ pub fn main(invocation: &Invocation) -> Result<()> {
     folder.begin(&config::to_toml(&plan)?, None)?;
     let (mut rows, mut of_bench) = (Vec::new(), Vec::new());
     for (k, Asked { name, task, rows: samples, truths }) in asked.iter().enumerate() {
-        let episodes = play_all(&bench, name, &**task, &mut engine, samples)?;
+        let episodes = play_all(&bench, name, &**task, &mut *engine, samples)?;
         let records: Vec<_> = episodes.iter().map(Episode::record).collect();
         folder.write_episodes(k as u64, &records)?;
         of_bench.extend(mig_bench::tables(name, &mig_bench::judged(&episodes, samples, truths)));

@@ -8,4 +8,5 @@ mod parity;
 mod resume;
 mod rollout;
 mod teacher;
+mod tinker;
 mod tiny;
