@@ -39,7 +39,14 @@ fn view_of(placed: &Placed) -> View {
 /// Views as PNG, each made once while there is room.
 pub struct Pngs {
     frontend: Frontend,
-    kept: Mutex<(HashMap<View, Arc<Vec<u8>>>, usize)>,
+    kept: Mutex<Kept>,
+}
+
+#[derive(Default)]
+struct Kept {
+    pngs: HashMap<View, Arc<Vec<u8>>>,
+    /// Of all of them.
+    bytes: usize,
 }
 
 impl Pngs {
@@ -49,7 +56,7 @@ impl Pngs {
 
     fn of(&self, placed: &Placed) -> Result<Arc<Vec<u8>>> {
         let view = view_of(placed);
-        if let Some(png) = self.kept.lock().unwrap_or_else(PoisonError::into_inner).0.get(&view) {
+        if let Some(png) = self.kept.lock().unwrap_or_else(PoisonError::into_inner).pngs.get(&view) {
             return Ok(png.clone());
         }
         let size = placed.view.size;
@@ -66,11 +73,11 @@ impl Pngs {
         let picture = self.frontend.pictures.get(&placed.path)?;
         let png = Arc::new(encode_png(&show(&picture, &placed.view)?)?);
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        if kept.1 + png.len() > PNG_BYTES {
-            *kept = Default::default();
+        if kept.bytes + png.len() > PNG_BYTES {
+            *kept = Kept::default();
         }
-        kept.1 += png.len();
-        kept.0.insert(view, png.clone());
+        kept.bytes += png.len();
+        kept.pngs.insert(view, png.clone());
         Ok(png)
     }
 

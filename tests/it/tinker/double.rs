@@ -294,6 +294,7 @@ impl Shared {
                         json!({"supported_models": [{"model_name": "other/model"}, {"model_name": BASE_MODEL}]}),
                     );
                 }
+                ("GET", _) => return no(404, "Not Found"),
                 _ => {}
             }
             let body: Value = serde_json::from_slice(body).map_err(|e| (422, e.to_string()))?;
