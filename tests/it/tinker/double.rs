@@ -300,7 +300,7 @@ impl Shared {
             let body: Value = serde_json::from_slice(body).map_err(|e| (422, e.to_string()))?;
             if path == "retrieve_future" {
                 let body = fields(&body, &["request_id"], &["allow_metadata_only"])?;
-                let id = text(&body, "request_id")?;
+                let id = text(body, "request_id")?;
                 if forget {
                     state.futures.remove(id);
                 }
@@ -649,7 +649,7 @@ impl Shared {
                     let chunk = fields(chunk, &["type", "tokens"], &[])?;
                     let ids: Vec<u32> = chunk["tokens"]
                         .as_array()
-                        .and_then(|ids| ids.iter().map(|id| Some(u32::try_from(id.as_u64()?).ok()?)).collect())
+                        .and_then(|ids| ids.iter().map(|id| u32::try_from(id.as_u64()?).ok()).collect())
                         .ok_or((422, "tokens: expected whole numbers".to_owned()))?;
                     if ids.is_empty() || ids.contains(&pad) {
                         return no(400, "an empty text chunk, or one with placeholders of pictures");
