@@ -19,8 +19,8 @@ use foveate_kernels::sample;
 use crate::batch;
 use crate::chat::{Message, Part};
 use crate::config::BadConfig;
-use crate::engine::embedded::{Embedded, Options, Training};
-use crate::engine::{Group, Prompt, Sampler, Sampling, Trainer, Weights, Who};
+use crate::engine::embedded::{Embedded, Options};
+use crate::engine::{Group, Prompt, Sampler, Sampling, Trainer, Training, Weights, Who};
 use crate::episode::Stream;
 use crate::geometry::{BBox, Budget, View};
 use crate::image::bench_image;
@@ -342,6 +342,7 @@ impl Rig {
             steps: (step.steps + step.warmup) as u64,
             temperature: 1.0,
             reference: step.kl > 0.0,
+            seed: 0,
         };
         let engine = Embedded::open(&options, Some(&training))?;
         let own = engine.processor.budget;

@@ -8,6 +8,7 @@ use serde_json::json;
 use crate::commands::gib;
 use crate::config;
 use crate::data::{ReadAs, Sample};
+use crate::engine;
 use crate::eval;
 use crate::image::Processor;
 use crate::need::{self, Need};
@@ -22,7 +23,7 @@ pub fn main(path: Option<&Path>, overrides: &[String], as_json: bool) -> Result<
     let backends = json!({"embedded": true});
     let simd = instruction_sets();
     let need = match path {
-        Some(path) => Some(needs(path, overrides)?),
+        Some(path) => needs(path, overrides)?,
         None => None,
     };
     if as_json {
@@ -51,11 +52,14 @@ pub fn main(path: Option<&Path>, overrides: &[String], as_json: bool) -> Result<
     Ok(())
 }
 
-/// What a config holds at its peak. Which kind of run it is, its sections say.
-fn needs(path: &Path, overrides: &[String]) -> Result<Need> {
+/// What a config holds at its peak; nothing to speak of where a server holds the weights. Which kind of run it is, its sections say.
+fn needs(path: &Path, overrides: &[String]) -> Result<Option<Need>> {
     let sections: toml::Table = config::load(path, overrides)?;
     if sections.contains_key("tasks") {
         let plan: eval::Plan = config::load(path, overrides)?;
+        if held_elsewhere(&plan.engine) {
+            return Ok(None);
+        }
         let factor = Processor::load(&plan.model.path)?.budget.factor;
         // Bad rows are not asked, and are told of when it begins.
         let read = plan.data.test.exists().then(|| plan.data.read_as().good(&plan.data.test)).transpose()?;
@@ -65,17 +69,30 @@ fn needs(path: &Path, overrides: &[String]) -> Result<Need> {
         };
         let sizes = read.as_ref().map(|read| read.sizes.clone()).unwrap_or_default();
         let asked = plan.asks(factor, &sizes, &rows)?;
-        return need::of_eval(&plan, &asked);
+        return need::of_eval(&plan, &asked).map(Some);
     }
     // A config of sft may have a task too; it counts dialogues, not questions.
     let has = |section: &str, key: &str| sections.get(section).and_then(|s| s.get(key)).is_some();
     let of_sft = has("train", "batch") || has("data", "pretrain") || has("data", "reason") || has("data", "snap");
     if of_sft || !sections.contains_key("task") {
-        return sft::need(&config::load(path, overrides)?);
+        return sft::need(&config::load(path, overrides)?).map(Some);
     }
     let plan = config::load::<rl::Plan>(path, overrides)?.resolve()?;
+    if held_elsewhere(&plan.engine) {
+        return Ok(None);
+    }
     let task = plan.task.task(Processor::load(&plan.model.path)?.budget.factor)?;
-    need::of_rl(&plan, &*task, &rows_of(&plan.data.train, &plan.task, &plan.data.read_as())?, true)
+    need::of_rl(&plan, &*task, &rows_of(&plan.data.train, &plan.task, &plan.data.read_as())?, true).map(Some)
+}
+
+fn held_elsewhere(engine: &engine::Options) -> bool {
+    if let engine::Options::Tinker(options) = engine {
+        progress::say(&format!(
+            "the weights are held by a server, {}; this machine keeps decoded pictures alone",
+            options.url
+        ));
+    }
+    !engine.is_embedded()
 }
 
 /// The rows as a task asks them, or none where they are not there yet: the question is what a run would need.

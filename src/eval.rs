@@ -27,8 +27,7 @@ use serde_json::json;
 use crate::chat::{Chat, Convention};
 use crate::config::{self, BadConfig};
 use crate::data::{self, Format, Read, ReadAs, Sample};
-use crate::engine::Sampler;
-use crate::engine::embedded::{self, Embedded};
+use crate::engine::{self, Frontend, Sampler, embedded};
 use crate::episode::Episode;
 use crate::image::{PictureCache, Processor};
 use crate::need;
@@ -44,6 +43,8 @@ use items::{ITEMS, Items};
 #[serde(deny_unknown_fields)]
 pub struct Plan {
     pub model: embedded::Options,
+    #[serde(default, skip_serializing_if = "engine::Options::is_embedded")]
+    pub engine: engine::Options,
     pub data: DataOptions,
     #[serde(default)]
     pub rollout: rollout::Options,
@@ -189,16 +190,17 @@ pub fn main(invocation: &Invocation) -> Result<()> {
     }
     notes.iter().for_each(|note| progress::say(note));
     rows::say(&unasked);
-    need::of_eval(&plan, &asked)?.ensure_fits(&plan.model)?;
+    if plan.engine.is_embedded() {
+        need::of_eval(&plan, &asked)?.ensure_fits(&plan.model)?;
+    }
     let interrupt = Interrupt::install()?;
-    let mut engine = Embedded::open(&plan.model, None)?;
-    progress::say(&engine.about());
-    let (chat, pictures, processor) = (engine.chat.clone(), engine.pictures.clone(), engine.processor.clone());
+    let mut engine = engine::open(&plan.engine, &plan.model, None, false)?;
+    let Frontend { chat, pictures, processor, convention } = engine.frontend();
     let bench = Bench {
         chat: &chat,
         pictures: &pictures,
         processor: &processor,
-        convention: engine.convention,
+        convention,
         rollout: &plan.rollout,
         options: &plan.eval,
         interrupt: &interrupt,
@@ -215,7 +217,7 @@ pub fn main(invocation: &Invocation) -> Result<()> {
     for k in order {
         let Asked { name, of, protocol, samples, truths, .. } = &asked[k];
         let named = regions.get(of.as_str()).map_or(&[][..], |regions| &regions[..]);
-        let episodes = asked[k].play(&bench, plan.eval.free_turns, &mut engine, named)?;
+        let episodes = asked[k].play(&bench, plan.eval.free_turns, &mut *engine, named)?;
         let records: Vec<_> = episodes.iter().map(Episode::record).collect();
         folder.write_episodes(k as u64, &records)?;
         let areas: Vec<Option<f64>> = samples.iter().map(|row| size::target_area(row, &sizes)).collect();

@@ -20,6 +20,7 @@ pub mod engine;
 pub mod episode;
 pub mod eval;
 pub mod geometry;
+pub mod http;
 pub mod image;
 pub mod model;
 pub mod need;

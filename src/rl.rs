@@ -23,8 +23,7 @@ pub use play_only::main as rollout_main;
 use crate::chat::{Chat, Convention};
 use crate::config;
 use crate::data::{Order, ReadAs, Sample};
-use crate::engine::embedded::{self, Embedded};
-use crate::engine::{Group, Scores, Trainer, Weights, Who};
+use crate::engine::{self, Frontend, Group, Scores, Trainer, Weights, Who};
 use crate::episode::{Episode, Stop, Update};
 use crate::eval;
 use crate::image::{PictureCache, Processor};
@@ -111,17 +110,36 @@ pub fn train(
     interrupt: &Interrupt,
     watch: &mut dyn FnMut(u64, &Metrics),
 ) -> Result<Metrics> {
-    let Ready { rows, held_out, task, objective } = Ready::of(plan)?;
-    ensure_possible(&rows, &plan.data.train)?;
-    need::of_rl(plan, &*task, &rows, true)?.ensure_fits(&plan.model)?;
-    let settings = embedded::Training {
-        optim: plan.optim.clone(),
-        steps: plan.train.steps * plan.train.updates as u64,
-        temperature: plan.rollout.temperature,
-        reference: objective.needs_reference(),
-    };
-    let mut engine = Embedded::open(&plan.model, Some(&settings))?;
-    let (chat, pictures, processor) = (engine.chat.clone(), engine.pictures.clone(), engine.processor.clone());
+    let ready = Ready::of(plan)?;
+    ensure_possible(&ready.rows, &plan.data.train)?;
+    if plan.engine.is_embedded() {
+        need::of_rl(plan, &*ready.task, &ready.rows, true)?.ensure_fits(&plan.model)?;
+    }
+    let mut engine = engine::open(&plan.engine, &plan.model, Some(&plan.training()?), start != Start::New)?;
+    train_on(&mut *engine, plan, &ready, start, interrupt, watch)
+}
+
+/// The same on an engine of one's own, opened as [`Plan::training`] says.
+pub fn train_with(
+    engine: &mut dyn Trainer,
+    plan: &Plan,
+    start: Start,
+    interrupt: &Interrupt,
+    watch: &mut dyn FnMut(u64, &Metrics),
+) -> Result<Metrics> {
+    train_on(engine, plan, &Ready::of(plan)?, start, interrupt, watch)
+}
+
+fn train_on(
+    engine: &mut dyn Trainer,
+    plan: &Plan,
+    ready: &Ready,
+    start: Start,
+    interrupt: &Interrupt,
+    watch: &mut dyn FnMut(u64, &Metrics),
+) -> Result<Metrics> {
+    let Ready { rows, held_out, task, objective } = ready;
+    let Frontend { chat, pictures, processor, convention } = engine.frontend();
     // Claimed only now that everything a person can get wrong has been read: a failed start leaves no folder behind.
     let written_plan = config::to_toml(plan)?;
     let (folder, checkpoint) = RunFolder::open(&plan.train.out, start, &written_plan)?;
@@ -136,15 +154,8 @@ pub fn train(
         progress::say(&format!("resuming after step {done}"));
     }
     folder.begin(&written_plan, checkpoint.map(|c| c.step))?;
-    let context = Loop {
-        plan,
-        objective: &objective,
-        task: &*task,
-        chat: &chat,
-        pictures: &pictures,
-        processor: &processor,
-        convention: engine.convention,
-    };
+    let context =
+        Loop { plan, objective, task: &**task, chat: &chat, pictures: &pictures, processor: &processor, convention };
     let mut log = folder.metrics_log()?;
     if plan.train.tensorboard {
         log = log.with_events()?;
@@ -154,10 +165,10 @@ pub fn train(
     for step in done + 1..=plan.train.steps {
         let mut watch_time = Stopwatch::start();
         let mut metrics = Metrics::new();
-        let episodes = context.step(&mut engine, &rows, &mut state, step, &mut watch_time, &mut metrics)?;
+        let episodes = context.step(engine, rows, &mut state, step, &mut watch_time, &mut metrics)?;
         let last_step = step == plan.train.steps;
         if plan.eval.every > 0 && (step % plan.eval.every == 0 || last_step) {
-            let played = watch_time.time("eval", || context.evaluate(&mut engine, &held_out, &mut metrics))?;
+            let played = watch_time.time("eval", || context.evaluate(engine, held_out, &mut metrics))?;
             let records: Vec<_> = played.iter().map(Episode::record).collect();
             folder.write_validation(step, &records)?;
         }
@@ -208,7 +219,7 @@ impl Loop<'_> {
 
     fn step(
         &self,
-        engine: &mut Embedded,
+        engine: &mut dyn Trainer,
         rows: &[Sample],
         state: &mut State,
         step: u64,
@@ -223,10 +234,16 @@ impl Loop<'_> {
             groups.sort_by(|a, b| mean(b).total_cmp(&mean(a)));
         }
         let reference = match self.objective.needs_reference() {
-            true => Some(watch.time("ref", || reference_logprobs(engine, &episodes, &groups))?),
+            true => Some(watch.time("ref", || scored(engine, &episodes, &groups, Who::Reference))?),
             false => None,
         };
-        let old: Vec<Vec<f32>> = episodes.iter().map(sampled_logprobs).collect();
+        let sampled: Vec<Vec<f32>> = episodes.iter().map(sampled_logprobs).collect();
+        let old = match engine.samples_exactly() {
+            true => sampled.clone(),
+            false => watch.time("old_log_prob", || scored(engine, &episodes, &groups, Who::Policy))?,
+        };
+        // An exact sampler has nothing to correct, and no mismatch to report.
+        let report_sampler = !engine.samples_exactly() || self.objective.correction != Correction::Off;
         let outcomes: Vec<Outcome> = episodes
             .iter()
             .enumerate()
@@ -273,10 +290,9 @@ impl Loop<'_> {
                     masked: masked[i],
                     new: &scores.logprobs,
                     old: &old[i],
-                    // This engine's sampler is its trainer: there is nothing to correct, and no mismatch to report.
-                    sampler: (self.objective.correction != Correction::Off).then_some(old[i].as_slice()),
+                    sampler: report_sampler.then_some(sampled[i].as_slice()),
                     reference: reference.as_ref().map(|r| r[i].as_slice()),
-                    entropy: Some(&scores.entropies),
+                    entropy: (!scores.entropies.is_empty()).then_some(&scores.entropies),
                 };
                 let mut out = self.objective.evaluate(&[sequence], &totals)?;
                 of_update.merge(&out.tally);
@@ -289,7 +305,7 @@ impl Loop<'_> {
             if update == 0 {
                 first_ratio = largest_ratio_gap(&of_update);
             }
-            let rate = engine.learning_rate();
+            let rate = self.plan.optim.lr_at(engine.updates(), self.plan.total_updates());
             norms.push(engine.step(rate)?);
             metrics.insert("actor/lr".into(), json!(rate));
             tally.merge(&of_update);
@@ -300,7 +316,9 @@ impl Loop<'_> {
         }
         // Before the first update the policy is the one that sampled: anything but 0 here is a bug of the engine.
         metrics.insert("ratio/first_update_gap".into(), json!(first_ratio));
-        metrics.insert("actor/grad_norm".into(), json!(eval::average(norms.iter().copied())));
+        if norms.iter().all(|norm| norm.is_finite()) {
+            metrics.insert("actor/grad_norm".into(), json!(eval::average(norms.iter().copied())));
+        }
         for (i, episode) in episodes.iter_mut().enumerate() {
             episode.advantage = Some(advantages.trajectory[i]);
             episode.update = seen[i].take();
@@ -313,7 +331,7 @@ impl Loop<'_> {
     /// kept all the same, for the step still has to be one, and must get no advantage.
     fn play(
         &self,
-        engine: &mut Embedded,
+        engine: &mut dyn Trainer,
         rows: &[Sample],
         state: &mut State,
         step: u64,
@@ -361,7 +379,7 @@ impl Loop<'_> {
         Ok((kept, teaches))
     }
 
-    fn evaluate(&self, engine: &mut Embedded, rows: &[Sample], metrics: &mut Metrics) -> Result<Vec<Episode>> {
+    fn evaluate(&self, engine: &mut dyn Trainer, rows: &[Sample], metrics: &mut Metrics) -> Result<Vec<Episode>> {
         let options = eval::EvalOptions { seed: self.plan.train.seed, ..eval::EvalOptions::default() };
         let rollout = self.plan.held_out_rollout();
         let bench = eval::Bench {
@@ -416,9 +434,10 @@ fn sampled_logprobs(episode: &Episode) -> Vec<f32> {
     s.logprobs.iter().zip(&s.sampled).filter(|(_, sampled)| **sampled).map(|(l, _)| *l).collect()
 }
 
-fn reference_logprobs(engine: &mut Embedded, episodes: &[Episode], groups: &[Vec<usize>]) -> Result<Vec<Vec<f32>>> {
+/// Log-probs of each episode's sampled tokens under the weights of `who`.
+fn scored(engine: &mut dyn Trainer, episodes: &[Episode], groups: &[Vec<usize>], who: Who) -> Result<Vec<Vec<f32>>> {
     let streams: Vec<Group> = groups.iter().map(|g| g.iter().map(|&i| &episodes[i].stream).collect()).collect();
-    let scores = engine.logprobs(&streams, Who::Reference)?;
+    let scores = engine.logprobs(&streams, who)?;
     // By the episode's own index: groups may stand in any order.
     let mut flat: Vec<Option<Vec<f32>>> = vec![None; episodes.len()];
     for (group, scores) in groups.iter().zip(scores) {
@@ -429,7 +448,7 @@ fn reference_logprobs(engine: &mut Embedded, episodes: &[Episode], groups: &[Vec
     let scored = flat.iter().flatten().count();
     flat.into_iter()
         .collect::<Option<_>>()
-        .with_context(|| format!("the reference scored {scored} of {} episodes", episodes.len()))
+        .with_context(|| format!("the engine scored {scored} of {} episodes ({who:?})", episodes.len()))
 }
 
 /// What each episode's advantage is multiplied with for the difficulty of its question.

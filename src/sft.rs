@@ -15,7 +15,7 @@ use crate::chat::{Chat, Content, Convention, Message, Part};
 use crate::config::{self, BadConfig};
 use crate::data::{Dialogue, Format, Order, ReadAs, Sample, read_dialogues};
 use crate::engine::embedded::{self, EarlyHints, Embedded};
-use crate::engine::{Trainer, Weights};
+use crate::engine::{Trainer, Training, Weights};
 use crate::episode::Stream;
 use crate::geometry::{BBox, Budget, Grid, Size, View};
 use crate::image::{self, Patches, PictureCache, Processor};
@@ -387,8 +387,13 @@ pub fn train(plan: &Plan, start: Start, interrupt: &Interrupt) -> Result<Metrics
     let (chat, processor) = (Chat::load(&plan.model.path)?, Processor::load(&plan.model.path)?);
     let source = Source::open(plan, &processor)?;
     need::of_sft(plan, &first_examples(plan, &source, &chat, &processor)?)?.ensure_fits(&plan.model)?;
-    let training =
-        embedded::Training { optim: plan.optim.clone(), steps: plan.train.steps, temperature: 1.0, reference: false };
+    let training = Training {
+        optim: plan.optim.clone(),
+        steps: plan.train.steps,
+        temperature: 1.0,
+        reference: false,
+        seed: plan.train.seed,
+    };
     let mut engine = Embedded::open(&plan.model, Some(&training))?;
     let mut state = State { next: 0, order: source.rows().map(|rows| Order::new(rows, plan.train.seed)).transpose()? };
     let mut head = match (&plan.dense, &source) {

@@ -18,7 +18,7 @@ mod tower;
 
 use self::lane::{Lane, READ_AT_ONCE, Unread, Voice};
 use self::tower::{OnFeatures, Tower};
-use super::{Completion, Group, Prompt, Sampler, Sampling, Scores, Trainer, Weights, Who};
+use super::{Completion, Frontend, Group, Prompt, Sampler, Sampling, Scores, Trainer, Training, Weights, Who};
 use crate::batch::{self, Batch};
 use crate::chat::{Chat, Convention};
 use crate::config::BadConfig;
@@ -118,17 +118,6 @@ pub struct Hinted {
 /// gradient (to add to), and returns the gradient by the features.
 pub type Look<'a> = dyn FnMut(usize, &[f32], &[Grid], &[f32], &mut [f32]) -> Option<Vec<f32>> + 'a;
 
-/// What training needs beyond sampling.
-pub struct Training {
-    pub optim: Optim,
-    /// Optimiser updates of the whole run, for the schedule.
-    pub steps: u64,
-    /// The temperature that episodes are sampled at.
-    pub temperature: f32,
-    /// Keep the first weights for a KL term.
-    pub reference: bool,
-}
-
 struct Learning {
     gradients: Gradients,
     optimizer: AdamW,
@@ -176,12 +165,10 @@ impl Embedded {
 
     /// The same around weights that are already in memory; tokenizer and processor still come from the folder.
     pub fn with_model(model: Vlm, options: &Options, training: Option<&Training>) -> Result<Embedded> {
-        let dir = &options.path;
-        let chat = Chat::load(dir)?;
-        let processor = Processor::load(dir)?;
+        let Frontend { chat, pictures, processor, convention } =
+            Frontend::load(&options.path, options.picture_cache_mib)?;
         let trainable = options.trainable()?;
         let banned = chat.banned(model.config.text.vocab);
-        let convention = Convention::of("qwen2_5_vl")?;
         let training_state = training.map(|t| -> Result<Learning> {
             t.optim.validate()?;
             let Arena { layout, data } = model.weights.arena()?;
@@ -198,8 +185,6 @@ impl Embedded {
             })
         });
         let training_state: Option<Learning> = training_state.transpose()?;
-        let pictures = Arc::new(PictureCache::new(options.picture_cache_mib << 20));
-        let processor = Arc::new(processor);
         let keep = match training_state.is_some() && trainable.tower() {
             true => options.keep(),
             false => Keep::Nothing,
@@ -208,7 +193,7 @@ impl Embedded {
         let tower = Tower::new(pictures.clone(), processor.clone(), memory, options.vision_tape_mib << 20, keep);
         Ok(Embedded {
             model,
-            chat: Arc::new(chat),
+            chat,
             pictures,
             processor,
             convention,
@@ -240,14 +225,6 @@ impl Embedded {
 
     pub fn gradients(&self) -> Option<&Gradients> {
         self.training.as_ref().map(|t| &t.gradients)
-    }
-
-    /// Of a trained tower: the weights have changed, or what was seen since then is not what the next update is about (an
-    /// evaluation has ended). A frozen tower remembers from step to step.
-    pub fn forget_views(&mut self) {
-        if self.trainable.tower() {
-            self.tower.forget();
-        }
     }
 
     /// Features of some views, each computed once while the tower stays as it is.
@@ -481,6 +458,19 @@ impl Sampler for Embedded {
 }
 
 impl Trainer for Embedded {
+    fn frontend(&self) -> Frontend {
+        Frontend {
+            chat: self.chat.clone(),
+            pictures: self.pictures.clone(),
+            processor: self.processor.clone(),
+            convention: self.convention,
+        }
+    }
+
+    fn samples_exactly(&self) -> bool {
+        true
+    }
+
     fn logprobs(&mut self, groups: &[Group], who: Who) -> Result<Vec<Vec<Scores>>> {
         if who == Who::Policy {
             return self.score(groups);
@@ -570,7 +560,18 @@ impl Trainer for Embedded {
         Ok(stepped.grad_norm)
     }
 
-    fn save(&self, dir: &Path) -> Result<()> {
+    fn updates(&self) -> u64 {
+        self.training.as_ref().map_or(0, |t| t.optimizer.steps())
+    }
+
+    /// A frozen tower remembers from step to step.
+    fn forget_views(&mut self) {
+        if self.trainable.tower() {
+            self.tower.forget();
+        }
+    }
+
+    fn save(&mut self, dir: &Path) -> Result<()> {
         // Always exact: a run that goes on from here must go on bit for bit. `model export` writes bf16.
         self.model.save(dir, Dtype::F32, Some(&self.options.path))?;
         if let Some(training) = &self.training {

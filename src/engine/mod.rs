@@ -5,13 +5,132 @@
 //! never sees an objective: it is asked for log-probs and is handed back one weight per token.
 
 pub mod embedded;
+pub mod tinker;
 
 use std::path::Path;
+use std::sync::Arc;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use serde::{Deserialize, Serialize};
 
+use crate::chat::{Chat, Convention};
+use crate::config::BadConfig;
 use crate::episode::Stream;
+use crate::image::{PictureCache, Processor};
+use crate::optim::Optim;
+use crate::progress;
+
+/// `[engine]` of a config: who holds the weights. `kind` says which; without the section it is `embedded`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Options {
+    /// This program, on this machine; its settings stand in `[model]`.
+    Embedded {},
+    /// A server that speaks the Tinker API.
+    Tinker(tinker::Options),
+}
+
+impl Default for Options {
+    fn default() -> Options {
+        Options::Embedded {}
+    }
+}
+
+impl Options {
+    pub fn is_embedded(&self) -> bool {
+        matches!(self, Options::Embedded {})
+    }
+
+    /// # Errors
+    /// What this engine cannot do of what the rest of the config asks: `freeze` of the model, the `temperature` that is trained at,
+    /// and the entropy bonus.
+    pub fn validate(&self, freeze: &[String], temperature: f32, entropy_coef: f64) -> Result<()> {
+        let Options::Tinker(options) = self else { return Ok(()) };
+        options.validate()?;
+        if !freeze.is_empty() {
+            bail!(BadConfig("model.freeze is for the embedded engine; a server decides itself what it trains".into()));
+        }
+        if temperature != 1.0 {
+            bail!(BadConfig(format!(
+                "rollout.temperature = {temperature}: the protocol computes log-probs at temperature 1, so training through it samples at 1"
+            )));
+        }
+        if entropy_coef != 0.0 {
+            bail!(BadConfig(format!(
+                "objective.entropy_coef = {entropy_coef}: the protocol carries no weights of entropies; set it to 0"
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// What training needs beyond sampling.
+#[derive(Clone, Debug)]
+pub struct Training {
+    pub optim: Optim,
+    /// Optimiser updates of the whole run, for the schedule.
+    pub steps: u64,
+    /// The temperature that episodes are sampled at.
+    pub temperature: f32,
+    /// Keep the first weights for a KL term.
+    pub reference: bool,
+    /// Draws what an engine has to draw before the first update: the adapters of LoRA.
+    pub seed: u64,
+}
+
+/// Opens the engine that a config names, for sampling, and for training if `training` says how. With `resumes` a checkpoint is
+/// going to be loaded, so an engine that would have to make weights for it waits.
+///
+/// # Errors
+/// A model, a server or options that cannot do what is asked.
+pub fn open(
+    engine: &Options,
+    model: &embedded::Options,
+    training: Option<&Training>,
+    resumes: bool,
+) -> Result<Box<dyn Trainer>> {
+    Ok(match engine {
+        Options::Embedded {} => {
+            let engine = embedded::Embedded::open(model, training)?;
+            if training.is_none() {
+                progress::say(&engine.about());
+            }
+            Box::new(engine)
+        }
+        Options::Tinker(options) => {
+            let mut engine = tinker::Tinker::open(options, model, training, true)?;
+            if !resumes {
+                engine.prepare()?;
+            }
+            Box::new(engine)
+        }
+    })
+}
+
+/// What stands before a model, on this machine whoever holds the weights: words to tokens and back, pictures to patches, and what
+/// the model's coordinates mean.
+#[derive(Clone)]
+pub struct Frontend {
+    pub chat: Arc<Chat>,
+    pub pictures: Arc<PictureCache>,
+    pub processor: Arc<Processor>,
+    pub convention: Convention,
+}
+
+impl Frontend {
+    /// From the folder of a checkpoint, which need not hold weights; decoded pictures are kept up to `picture_cache_mib`.
+    ///
+    /// # Errors
+    /// A tokenizer, template or picture settings that are missing or not to be read.
+    pub fn load(dir: &Path, picture_cache_mib: u64) -> Result<Frontend> {
+        Ok(Frontend {
+            chat: Arc::new(Chat::load(dir)?),
+            pictures: Arc::new(PictureCache::new(picture_cache_mib << 20)),
+            processor: Arc::new(Processor::load(dir)?),
+            convention: Convention::of("qwen2_5_vl")?,
+        })
+    }
+}
 
 /// A conversation to be continued `seeds.len()` times.
 pub struct Prompt<'a> {
@@ -58,6 +177,7 @@ pub struct Completion {
 #[derive(Clone, Debug, Default)]
 pub struct Scores {
     pub logprobs: Vec<f32>,
+    /// Empty where the engine does not tell them.
     pub entropies: Vec<f32>,
 }
 
@@ -86,6 +206,10 @@ pub trait Sampler {
 pub type Group<'a> = Vec<&'a Stream>;
 
 pub trait Trainer: Sampler {
+    fn frontend(&self) -> Frontend;
+    /// Whether the log-probs of sampling are those of training, to the last bit. Where a server samples with other kernels than it
+    /// trains with, they are not: then ratios start from the trainer's own, and the difference is measured.
+    fn samples_exactly(&self) -> bool;
     /// Log-probs of every sampled token, without gradients.
     fn logprobs(&mut self, groups: &[Group], who: Who) -> Result<Vec<Vec<Scores>>>;
     /// Runs the policy over the groups and adds the gradient of the weighted sum of log-probs (and entropies).
@@ -95,9 +219,25 @@ pub trait Trainer: Sampler {
         groups: &[Group],
         weigh: &mut dyn FnMut(usize, usize, &Scores) -> Result<Weights>,
     ) -> Result<()>;
-    /// Clips, updates, forgets the gradient. Returns the norm of the gradient before clipping.
+    /// Clips, updates, forgets the gradient. Returns the norm of the gradient before clipping; NaN where the engine does not tell it.
     fn step(&mut self, learning_rate: f64) -> Result<f64>;
-    /// Writes weights (Hugging Face layout) and optimiser state into `dir`.
-    fn save(&self, dir: &Path) -> Result<()>;
+    /// Updates so far, those before the last [`Trainer::load`] included: the schedule of the learning rate goes by them.
+    fn updates(&self) -> u64;
+    /// What was seen since the last update is not what the next one is about (an evaluation has ended): nothing of it need be kept.
+    fn forget_views(&mut self);
+    /// Writes into `dir` what [`Trainer::load`] needs to go on: weights (Hugging Face layout) and optimiser state, or where they are.
+    fn save(&mut self, dir: &Path) -> Result<()>;
     fn load(&mut self, dir: &Path) -> Result<()>;
+}
+
+/// Whether the text written so far ends a turn by a stop text.
+fn completes(chat: &Chat, ids: &[u32], stops: &[String]) -> Result<bool> {
+    if stops.is_empty() {
+        return Ok(false);
+    }
+    // A token is at least one byte, so the end of the text is in the last tokens.
+    let longest = stops.iter().map(String::len).max().unwrap_or(0);
+    let tail = chat.decode(&ids[ids.len().saturating_sub(longest + 4)..], true)?;
+    // The token that completes a stop text may carry on behind it ("```\n"); an earlier completion would have stopped.
+    Ok(stops.iter().any(|s| tail.contains(s.as_str())))
 }

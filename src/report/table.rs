@@ -374,7 +374,7 @@ mod tests {
             ..Table::default()
         };
         let text = table.to_string();
-        assert!(text.contains("50.0 %    -5.0 (-10.0 to 0.0)    0.03"), "{text}");
+        assert!(text.contains("50.0 %      -5.0 (-10.0 to 0.0)    0.03"), "{text}");
         assert!(text.contains("+2.5 (+1.0 to +4.0)    1.2e-9"), "{text}");
         // Zero is the middle; five of at most ten points reach half of the left half.
         let html = table.html();

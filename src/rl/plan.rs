@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::{self, BadConfig};
 use crate::data::{Format, ReadAs};
-use crate::engine::embedded;
+use crate::engine::{self, Training, embedded};
 use crate::objective::Objective;
 use crate::optim::Optim;
 use crate::rollout;
@@ -17,6 +17,8 @@ use crate::tasks::Options as TaskOptions;
 #[serde(deny_unknown_fields)]
 pub struct Plan {
     pub model: embedded::Options,
+    #[serde(default, skip_serializing_if = "engine::Options::is_embedded")]
+    pub engine: engine::Options,
     pub data: DataOptions,
     pub task: TaskOptions,
     #[serde(default)]
@@ -135,6 +137,25 @@ impl Plan {
             .map_err(|e| BadConfig(format!("[objective] {}", config::explain(&format!("{e:#}")))).into())
     }
 
+    /// What the engine is told of the training.
+    ///
+    /// # Errors
+    /// A bad `[objective]`.
+    pub fn training(&self) -> Result<Training> {
+        Ok(Training {
+            optim: self.optim.clone(),
+            steps: self.total_updates(),
+            temperature: self.rollout.temperature,
+            reference: self.objective()?.needs_reference(),
+            seed: self.train.seed,
+        })
+    }
+
+    /// Optimiser updates of the whole run, over which the schedule of the learning rate goes.
+    pub(super) fn total_updates(&self) -> u64 {
+        self.train.steps * self.train.updates as u64
+    }
+
     /// How held-out questions are sampled.
     pub(super) fn held_out_rollout(&self) -> rollout::Options {
         rollout::Options { temperature: self.eval.temperature, ..self.rollout.clone() }
@@ -151,6 +172,7 @@ impl Plan {
         self.rollout.validate()?;
         self.optim.validate()?;
         self.model.trainable()?;
+        self.engine.validate(&self.model.freeze, self.rollout.temperature, objective.entropy_coef)?;
         if t.prompts == 0 || t.group == 0 || t.updates == 0 || t.steps == 0 {
             return bad("train.steps, train.prompts, train.group and train.updates must be at least 1".into());
         }
@@ -203,6 +225,7 @@ impl Plan {
 mod tests {
     use super::*;
     use crate::eval;
+    use crate::objective::Correction;
 
     #[test]
     fn the_gate_is_halved_with_each_phase() {
@@ -230,6 +253,41 @@ mod tests {
             assert!(named || optional.contains(&key), "configs/mgpo_paper.toml does not mention {key}");
         }
         assert!(optional.iter().all(|key| text.contains(key)));
+    }
+
+    /// The config for a cluster names every key of its engine, with the defaults where it has no reason of its own, and is otherwise the published
+    /// one but for what it says.
+    #[test]
+    fn the_config_for_a_cluster_is_the_published_one() {
+        let text = include_str!("../../configs/mgpo_tinker.toml");
+        let plan: Plan = config::parse::<Plan>(text, &[]).unwrap().resolve().unwrap();
+        let engine::Options::Tinker(options) = &plan.engine else { panic!("another engine") };
+        let every = engine::tinker::Options {
+            state: Some(String::new()),
+            reduction: Some(engine::tinker::Reduction::Sum),
+            ..engine::tinker::Options::default()
+        };
+        for key in toml::Table::try_from(&every).unwrap().keys() {
+            assert!(text.lines().any(|line| line.trim_start_matches("# ").starts_with(&format!("{key} ="))), "{key}");
+        }
+        let own = engine::tinker::Options {
+            url: options.url.clone(),
+            base_model: options.base_model.clone(),
+            lora_rank: 0,
+            ..engine::tinker::Options::default()
+        };
+        assert_eq!(*options, own);
+        let paper = include_str!("../../configs/mgpo_paper.toml");
+        let paper: Plan = config::parse::<Plan>(paper, &[]).unwrap().resolve().unwrap();
+        let published = Objective { kl_coef: 0.0, correction: Correction::TruncateToken, ..paper.objective().unwrap() };
+        assert_eq!(plan.objective().unwrap(), published);
+        let sections = |plan: &Plan| {
+            let mut table = toml::Table::try_from(plan).unwrap();
+            table.retain(|section, _| !["model", "engine", "objective"].contains(&section));
+            table["train"].as_table_mut().unwrap().remove("out");
+            table
+        };
+        assert_eq!(sections(&plan), sections(&paper));
     }
 
     #[test]

@@ -7,11 +7,11 @@ use super::metrics::count;
 use super::{Loop, Plan, Ready, State};
 use crate::config::{self, BadConfig};
 use crate::data::Order;
-use crate::engine::embedded::Embedded;
+use crate::engine::{self, Frontend};
 use crate::episode::Episode;
 use crate::eval;
 use crate::need;
-use crate::progress::{self, Progress};
+use crate::progress::Progress;
 use crate::run::{Interrupt, Interrupted, Invocation, Metrics, RunFolder, Start};
 
 /// `foveate rollout CONFIG`: plays one step's worth of questions per step and writes the episodes; nothing is trained.
@@ -26,11 +26,12 @@ pub fn main(invocation: &Invocation) -> Result<()> {
         eprintln!("{} rows; {} episodes a step", rows.len(), plan.train.prompts * plan.train.group);
         return Ok(());
     }
-    need::of_rl(&plan, &*task, &rows, false)?.ensure_fits(&plan.model)?;
+    if plan.engine.is_embedded() {
+        need::of_rl(&plan, &*task, &rows, false)?.ensure_fits(&plan.model)?;
+    }
     let interrupt = Interrupt::install()?;
-    let mut engine = Embedded::open(&plan.model, None)?;
-    progress::say(&engine.about());
-    let (chat, pictures, processor) = (engine.chat.clone(), engine.pictures.clone(), engine.processor.clone());
+    let mut engine = engine::open(&plan.engine, &plan.model, None, false)?;
+    let Frontend { chat, pictures, processor, convention } = engine.frontend();
     let context = Loop {
         plan: &plan,
         objective: &objective,
@@ -38,7 +39,7 @@ pub fn main(invocation: &Invocation) -> Result<()> {
         chat: &chat,
         pictures: &pictures,
         processor: &processor,
-        convention: engine.convention,
+        convention,
     };
     let folder = RunFolder::create(&plan.train.out)?;
     folder.begin(&config::to_toml(&plan)?, None)?;
@@ -47,7 +48,7 @@ pub fn main(invocation: &Invocation) -> Result<()> {
     let bar = Progress::start("playing", "step", 0, plan.train.steps);
     for step in 1..=plan.train.steps {
         let mut metrics = Metrics::new();
-        let (episodes, _) = context.play(&mut engine, &rows, &mut state, step, &mut metrics)?;
+        let (episodes, _) = context.play(&mut *engine, &rows, &mut state, step, &mut metrics)?;
         count(&episodes, &mut metrics);
         metrics.insert("reward/mean".into(), json!(eval::average(episodes.iter().map(|e| e.reward))));
         let records: Vec<_> = episodes.iter().map(Episode::record).collect();

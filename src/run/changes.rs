@@ -11,7 +11,7 @@ use crate::config::BadConfig;
 
 /// Keys (or sections, with a dot behind) that change nothing in the steps to come; but a falling learning rate falls over
 /// `train.steps`, and so more slowly in a longer run.
-const FREE: [&str; 13] = [
+const FREE: [&str; 20] = [
     "train.out",
     "train.steps",
     "train.checkpoint_every",
@@ -25,6 +25,13 @@ const FREE: [&str; 13] = [
     "model.picture_cache_mib",
     "model.vision_tape_mib",
     "model.check_memory",
+    "engine.url",
+    "engine.api_key_env",
+    "engine.max_in_flight",
+    "engine.max_request_mib",
+    "engine.timeout_s",
+    "engine.pause_s",
+    "engine.patience_s",
 ];
 
 /// # Errors

@@ -27,11 +27,12 @@ use serde_json::Value;
 use super::stream;
 use super::trajectories::{Facts, Rejected};
 use crate::data::Sample;
+use crate::http::{self, backoff, sleep};
 use crate::progress::Progress;
 use crate::run::{self, Interrupt, Interrupted};
 use journal::{Answer, Call, End, Journal};
 use request::Request;
-use server::{Fault, Outcome, Pace, Server, backoff, sleep};
+use server::{Fault, Outcome, Pace, Server};
 
 const PURPOSE: u64 = 6;
 /// Rows that fail one after another because the server is away, before the run stops.
@@ -124,8 +125,7 @@ impl<'a> Endpoint<'a> {
     /// # Errors
     /// Options that make no sense; a record that cannot be read, or that another process writes to.
     pub fn open(options: &'a Options, interrupt: &'a Interrupt) -> Result<Endpoint<'a>> {
-        let key =
-            std::env::var(&options.api_key_env).ok().map(|key| key.trim().to_owned()).filter(|key| !key.is_empty());
+        let key = http::key_from(&options.api_key_env);
         Ok(Endpoint {
             options,
             interrupt,

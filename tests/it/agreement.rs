@@ -5,8 +5,8 @@ use std::path::Path;
 
 use foveate::chat::Convention;
 use foveate::data::{self, Sample};
-use foveate::engine::embedded::{Embedded, Options, Training};
-use foveate::engine::{Group, Scores, Trainer, Weights, Who};
+use foveate::engine::embedded::{Embedded, Options};
+use foveate::engine::{Group, Scores, Trainer, Training, Weights, Who};
 use foveate::episode::Episode;
 use foveate::image;
 use foveate::model::Vlm;
@@ -21,7 +21,7 @@ const TEMPERATURE: f32 = 0.8;
 fn engine(model: &Vlm, change: impl FnOnce(&mut Options)) -> Embedded {
     let mut options = Options { path: tiny::nano(), ..Options::default() };
     change(&mut options);
-    let training = Training { optim: Optim::default(), steps: 10, temperature: TEMPERATURE, reference: true };
+    let training = Training { optim: Optim::default(), steps: 10, temperature: TEMPERATURE, reference: true, seed: 0 };
     Embedded::with_model(model.clone(), &options, Some(&training)).unwrap()
 }
 

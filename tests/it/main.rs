@@ -10,4 +10,5 @@ mod protocols;
 mod resume;
 mod rollout;
 mod teacher;
+mod tinker;
 mod tiny;

@@ -14,7 +14,7 @@ use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
 use crate::chat::Chat;
-use crate::engine::{Completion, Finish, Prompt, Sampling};
+use crate::engine::{Completion, Finish, Prompt, Sampling, completes};
 use crate::model::generate::{Cache, Extension, SequenceId};
 use crate::model::{self, Vlm};
 
@@ -201,18 +201,6 @@ impl Speaker {
         }
         Ok(())
     }
-}
-
-/// Whether the text written so far ends a turn by a stop text.
-fn completes(chat: &Chat, ids: &[u32], stops: &[String]) -> Result<bool> {
-    if stops.is_empty() {
-        return Ok(false);
-    }
-    // A token is at least one byte, so the end of the text is in the last tokens.
-    let longest = stops.iter().map(String::len).max().unwrap_or(0);
-    let tail = chat.decode(&ids[ids.len().saturating_sub(longest + 4)..], true)?;
-    // The token that completes a stop text may carry on behind it ("```\n"); an earlier completion would have stopped.
-    Ok(stops.iter().any(|s| tail.contains(s.as_str())))
 }
 
 fn draw(row: &mut [f32], sampling: &Sampling, u: f64) -> (u32, f32) {

@@ -7,19 +7,13 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use serde_json::Value;
-use ureq::http::{HeaderMap, StatusCode, Uri};
+use ureq::http::StatusCode;
 
 use super::journal::Answer;
 use crate::config::BadConfig;
-
-/// The longest pause between two attempts that we choose ourselves.
-const LONGEST_BACKOFF: Duration = Duration::from_secs(60);
-/// Characters of a body that an error shows.
-const SHOWN: usize = 200;
-/// How often a wait looks whether it should end.
-const TICK: Duration = Duration::from_millis(20);
+use crate::http::{self, TICK, retry_after, shown};
 
 /// How a call ended.
 #[derive(Debug)]
@@ -47,6 +41,8 @@ pub(super) enum Fault {
 /// The address and how to call it.
 pub(super) struct Server {
     agent: ureq::Agent,
+    /// Of one call, from connecting to the last byte.
+    timeout: Duration,
     url: String,
     key: Option<String>,
 }
@@ -58,37 +54,9 @@ impl Server {
     /// The address is none, or the key cannot stand in a header.
     pub fn new(base: &str, key: Option<String>, timeout: Duration) -> Result<Server> {
         let base = base.trim().trim_end_matches('/').trim_end_matches("/chat/completions");
-        let uri = base.parse::<Uri>().ok().filter(|uri| matches!(uri.scheme_str(), Some("http" | "https")));
-        let Some(host) = uri.as_ref().and_then(Uri::host) else {
-            return Err(BadConfig(format!("--url {base}: expected an address such as http://localhost:8000/v1")).into());
-        };
-        // Errors name the address, so nothing secret may stand in it.
-        ensure!(
-            !uri.as_ref().and_then(Uri::authority).is_some_and(|a| a.as_str().contains('@')) && !base.contains('?'),
-            BadConfig(
-                "--url: expected an address without a password and without ?...; the key comes from --api-key-env"
-                    .into()
-            )
-        );
-        ensure!(
-            key.iter().all(|key| key.bytes().all(|b| b.is_ascii_graphic())),
-            BadConfig("the API key holds characters that no key has (spaces, line ends?); look at its variable".into())
-        );
-        let mut config = ureq::Agent::config_builder()
-            .timeout_global(Some(timeout))
-            // The body of a refusal says why.
-            .http_status_as_error(false)
-            // A call elsewhere than the user said is not made.
-            .max_redirects(0)
-            .max_redirects_will_error(false)
-            // A kept connection that the server closed meanwhile would cost an attempt; a new one costs little beside a call.
-            .max_idle_connections(0)
-            .user_agent(concat!("foveate/", env!("CARGO_PKG_VERSION")));
-        if matches!(host, "localhost" | "127.0.0.1" | "[::1]") {
-            // What runs on this machine is not behind the proxy of the environment.
-            config = config.proxy(None);
-        }
-        Ok(Server { agent: config.build().into(), url: format!("{base}/chat/completions"), key })
+        let host = http::host(base, "--url", "http://localhost:8000/v1", "--api-key-env")?;
+        http::check_key(key.as_deref())?;
+        Ok(Server { agent: http::agent(&host), timeout, url: format!("{base}/chat/completions"), key })
     }
 
     pub fn has_key(&self) -> bool {
@@ -97,7 +65,8 @@ impl Server {
 
     /// Sends one request and reads the whole reply; with the status, if there was one.
     pub fn call(&self, body: &[u8]) -> (Option<u16>, Outcome) {
-        let mut request = self.agent.post(&self.url).header("content-type", "application/json");
+        let request = self.agent.post(&self.url).config().timeout_global(Some(self.timeout)).build();
+        let mut request = request.header("content-type", "application/json");
         if let Some(key) = &self.key {
             request = request.header("authorization", format!("Bearer {key}"));
         }
@@ -128,10 +97,7 @@ impl Server {
 
     /// Some servers repeat the key that they refuse.
     fn without_key(&self, outcome: Outcome) -> Outcome {
-        let clean = |why: String| match &self.key {
-            Some(key) => why.replace(key.as_str(), "[key]"),
-            None => why,
-        };
+        let clean = |why: String| http::without_key(why, self.key.as_deref());
         match outcome {
             Outcome::Answer(answer) => Outcome::Answer(answer),
             Outcome::Again { why, wait, fault } => Outcome::Again { why: clean(why), wait, fault },
@@ -178,30 +144,6 @@ fn answer(reply: &Value) -> Option<Answer> {
     Some(Answer { text, finish_reason, usage })
 }
 
-/// The start of a body, in one line.
-fn shown(body: &[u8]) -> String {
-    let text = String::from_utf8_lossy(body);
-    let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
-    line.chars().take(SHOWN).collect()
-}
-
-/// How long the server asks to wait: seconds or a date (RFC 9110, 10.2.3). What is neither is passed over.
-fn retry_after(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
-    let value = headers.get("retry-after")?.to_str().ok()?.trim();
-    match value.parse::<f64>() {
-        Ok(seconds) => Duration::try_from_secs_f64(if seconds < 0.0 { 0.0 } else { seconds }).ok(),
-        // A date that is past asks for nothing.
-        Err(_) => Some(httpdate::parse_http_date(value).ok()?.duration_since(now).unwrap_or_default()),
-    }
-}
-
-/// The pause after a failed attempt (counted from 1): `first`, doubled each time, at most a minute; of that between half and all, as
-/// `chance` says, so that rows which failed together do not come back together.
-pub(super) fn backoff(first: Duration, attempt: usize, chance: f64) -> Duration {
-    let doubled = 2f64.powi(attempt.saturating_sub(1).min(30) as i32) * first.as_secs_f64();
-    LONGEST_BACKOFF.min(Duration::from_secs_f64(doubled)).mul_f64(0.5 + 0.5 * chance.clamp(0.0, 1.0))
-}
-
 /// When calls may go out, for all who call: so many a minute, evenly, and none while the server asks to wait.
 pub(super) struct Pace {
     gap: Duration,
@@ -242,53 +184,12 @@ impl Pace {
     }
 }
 
-/// Sleeps; false when `stop` came first.
-pub(super) fn sleep(wait: Duration, stop: &dyn Fn() -> bool) -> bool {
-    let until = Instant::now() + wait;
-    loop {
-        if stop() {
-            return false;
-        }
-        match until.saturating_duration_since(Instant::now()) {
-            Duration::ZERO => return true,
-            left => std::thread::sleep(left.min(TICK)),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use serde_json::json;
 
     const NO_TIME: Duration = Duration::ZERO;
-
-    #[test]
-    fn retry_after_is_seconds_or_a_date() {
-        let now = httpdate::parse_http_date("Sun, 06 Nov 1994 08:49:37 GMT").unwrap();
-        let asks = |value: &'static str| {
-            let mut headers = HeaderMap::new();
-            headers.insert("retry-after", value.parse().unwrap());
-            retry_after(&headers, now)
-        };
-        assert_eq!(asks("7"), Some(Duration::from_secs(7)));
-        assert_eq!(asks(" 0.5 "), Some(Duration::from_millis(500)));
-        assert_eq!(asks("-3"), Some(NO_TIME));
-        assert_eq!(asks("Sun, 06 Nov 1994 08:50:07 GMT"), Some(Duration::from_secs(30)));
-        assert_eq!(asks("Sun, 06 Nov 1994 08:00:00 GMT"), Some(NO_TIME), "a date that is past");
-        assert_eq!(asks("soon"), None);
-        assert_eq!(asks("NaN"), None);
-        assert_eq!(retry_after(&HeaderMap::new(), now), None);
-    }
-
-    #[test]
-    fn pauses_double_up_to_a_minute() {
-        let second = Duration::from_secs(1);
-        assert_eq!([1, 2, 3].map(|k| backoff(second, k, 1.0).as_secs_f64()), [1.0, 2.0, 4.0]);
-        assert_eq!([1, 2, 3].map(|k| backoff(second, k, 0.0).as_secs_f64()), [0.5, 1.0, 2.0]);
-        assert_eq!(backoff(second, 1000, 1.0), LONGEST_BACKOFF);
-        assert_eq!(backoff(NO_TIME, 1000, 1.0), NO_TIME);
-    }
 
     #[test]
     fn replies_are_answers_or_worth_another_attempt_or_not() {
