@@ -552,7 +552,8 @@ mod tests {
             root[key] = value;
             Config::from_json(&root).unwrap_err().to_string()
         };
-        assert_eq!(with("model_type", json!("qwen3_vl")), "`model_type` is \"qwen3_vl\"; supported: \"qwen2_5_vl\"");
+        let other = with("model_type", json!("qwen3_vl"));
+        assert!(other.starts_with("`model_type` is \"qwen3_vl\"; supported: \"qwen2_5_vl\""), "{other}");
         assert_eq!(with("use_sliding_window", json!(true)), "`use_sliding_window` is true; supported: false");
         assert_eq!(with("hidden_act", json!("gelu")), "`hidden_act` is \"gelu\"; supported: \"silu\"");
         let yarn = with("rope_scaling", json!({"type": "yarn", "factor": 4.0}));
