@@ -1,6 +1,7 @@
 //! The small commands: data, model, trace. Each is a few lines around a library call.
 
 mod check;
+mod overlap;
 mod trajectories;
 
 use std::path::{Path, PathBuf};
@@ -158,6 +159,8 @@ pub enum Data {
         #[arg(long)]
         json: bool,
     },
+    /// Pictures and questions that two files of rows share: exact and near duplicates
+    Overlap(Box<overlap::Overlap>),
     /// Validate rows of any known format, one by one; with a model, show what would be asked
     Check(Box<check::Check>),
 }
@@ -215,6 +218,7 @@ impl Data {
                 }
                 Ok(())
             }
+            Data::Overlap(command) => command.run(),
             Data::Check(command) => command.run(),
         }
     }

@@ -183,7 +183,7 @@ pub fn main(invocation: &Invocation) -> Result<()> {
         return Ok(());
     }
     // Headers were read; what is damaged behind them would stop the evaluation where it is met.
-    let every: Vec<&Sample> = asked.iter().flat_map(|asked| &asked.samples).collect();
+    let every: Vec<&Sample> = asked.iter().flat_map(|asked| asked.samples.iter()).collect();
     let damaged = data::damaged(&every);
     for Asked { name, samples, truths, .. } in &mut asked {
         unasked.extend(rows::leave_out(name, samples, truths, &damaged, file)?);

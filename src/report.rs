@@ -11,6 +11,7 @@ mod figures;
 mod grounding;
 mod html;
 mod load;
+mod overlap;
 mod pictures;
 mod record;
 mod seeds;
@@ -18,6 +19,7 @@ mod setup;
 mod table;
 mod viewer;
 
+pub use overlap::{overlap_page, summary as overlap_summary};
 pub use table::{Cell, Row, TABLE, Table, Unit, tables_json};
 
 use crate::run;

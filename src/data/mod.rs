@@ -32,6 +32,7 @@ mod grounding;
 mod mgrounding;
 mod mig_bench;
 mod order;
+pub mod overlap;
 mod published;
 mod reading;
 mod refcoco;

@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -27,7 +28,8 @@ pub struct Asked {
     pub of: String,
     pub protocol: Option<(Protocol, CropOptions)>,
     pub task: Box<dyn Task>,
-    pub samples: Vec<Sample>,
+    /// Shared among the protocols of a task, as long as all can ask them.
+    pub samples: Arc<Vec<Sample>>,
     /// Sample by sample, where they are of MIG-Bench and answered in boxes.
     pub truths: Vec<Option<Truth>>,
 }
@@ -62,6 +64,7 @@ impl Plan {
             let within = || format!("[tasks.{name}]");
             let mut samples = rows(options)?;
             samples.truncate(self.data.limit.unwrap_or(usize::MAX));
+            let samples = Arc::new(samples);
             if protocols.is_empty() {
                 let task = options.task(factor).with_context(within)?;
                 all.push(Asked { name: name.clone(), of: name.clone(), protocol: None, task, samples, truths: vec![] });
@@ -81,7 +84,7 @@ impl Plan {
                     of: name.clone(),
                     protocol: Some((protocol, base.clone())),
                     task,
-                    samples: samples.clone(),
+                    samples: Arc::clone(&samples),
                     truths: vec![],
                 });
             }

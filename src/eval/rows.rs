@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use serde::Serialize;
@@ -51,10 +52,19 @@ pub(super) fn bad(report: &Report) -> Vec<Unasked> {
 ///
 /// # Errors
 /// It can ask none.
-pub(super) fn keep_askable(name: &str, task: &dyn Task, rows: &mut Vec<Sample>, file: &Path) -> Result<Vec<Unasked>> {
+pub(super) fn keep_askable(
+    name: &str,
+    task: &dyn Task,
+    rows: &mut Arc<Vec<Sample>>,
+    file: &Path,
+) -> Result<Vec<Unasked>> {
     let (mut unasked, mut first) = (Vec::new(), None);
     let count = rows.len();
-    rows.retain(|row| match task.check(row) {
+    // Most often all can be asked, and then the rows stay shared.
+    if rows.iter().all(|row| task.check(row).is_ok()) {
+        return Ok(unasked);
+    }
+    Arc::make_mut(rows).retain(|row| match task.check(row) {
         Ok(()) => true,
         Err(error) => {
             unasked.push(Unasked::by(name, row, format!("{error:#}")));
@@ -76,7 +86,7 @@ pub(super) fn keep_askable(name: &str, task: &dyn Task, rows: &mut Vec<Sample>, 
 /// None is left.
 pub(super) fn leave_out(
     name: &str,
-    rows: &mut Vec<Sample>,
+    rows: &mut Arc<Vec<Sample>>,
     truths: &mut Vec<Option<Truth>>,
     damaged: &HashMap<PathBuf, String>,
     file: &Path,
@@ -88,13 +98,16 @@ pub(super) fn leave_out(
         whole.contains(&true) || rows.is_empty(),
         anyhow!("no picture can be decoded for {name}: {}: {}", unasked[0].line(), file.display())
     );
+    if unasked.is_empty() {
+        return Ok(unasked);
+    }
     let mut keep = whole.iter();
     // One for each row, or none at all where the rows are of no benchmark with truths.
     if truths.len() == whole.len() {
         truths.retain(|_| keep.next().copied().unwrap_or(true));
     }
     let mut keep = whole.iter();
-    rows.retain(|_| keep.next().copied().unwrap_or(true));
+    Arc::make_mut(rows).retain(|_| keep.next().copied().unwrap_or(true));
     Ok(unasked)
 }
 

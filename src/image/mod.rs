@@ -10,6 +10,7 @@ mod bench;
 mod cache;
 mod decode;
 mod draw;
+mod fingerprint;
 mod patches;
 mod resize;
 
@@ -17,6 +18,7 @@ pub use self::bench::bench_image;
 pub use self::cache::{CacheStats, PictureCache};
 pub use self::decode::{MAX_PIXELS, Picture, decode, decode_bytes, size};
 pub use self::draw::{Color, draw_box, encode_jpeg, encode_png, save};
+pub use self::fingerprint::{Fingerprint, Likeness};
 pub use self::patches::{Patches, Processor, cut, patches};
 pub use self::resize::PassOrder;
 pub use ::image::RgbImage;

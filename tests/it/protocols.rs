@@ -33,7 +33,7 @@ fn lines(path: &Path) -> Vec<Value> {
 fn all_protocols_are_one_table_and_every_question_has_its_class() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
-    plates(dir, 6);
+    plates(dir, 4);
     config(dir, ALL);
     let out = json(&good(dir, &["eval", "eval.toml", "--json"]));
     let rows: Vec<&str> =
@@ -45,10 +45,10 @@ fn all_protocols_are_one_table_and_every_question_has_its_class() {
     let cells = |k: usize| out["table"]["rows"][k]["cells"].as_array().unwrap();
     assert!(cells(0)[3]["value"].is_null() && cells(1)[3]["value"] == 0.0 && cells(1)[4]["value"] == 1.0);
     assert!(cells(7)[1]["value"].is_null(), "a control has no boxes of its own");
-    assert_eq!(out["rows"]["two_turns"]["by_target_area"][0]["questions"], 6);
+    assert_eq!(out["rows"]["two_turns"]["by_target_area"][0]["questions"], 4);
 
     let items = lines(&dir.join("eval/items.jsonl"));
-    assert_eq!((items.len(), out["items"].as_str()), (6, Some("eval/items.jsonl")));
+    assert_eq!((items.len(), out["items"].as_str()), (4, Some("eval/items.jsonl")));
     let necessity = &out["by_task"][0];
     assert!(necessity["title"].as_str().unwrap().starts_with("Was the crop needed?"));
     let classes = ["only_with", "only_without", "both", "neither"];
@@ -84,8 +84,8 @@ fn all_protocols_are_one_table_and_every_question_has_its_class() {
         (&0.0.into(), &1.0.into())
     );
     let two = good(dir, &["score", "--compare", "eval/episodes/3.jsonl", "eval/episodes/0.jsonl"]);
-    assert!(two.contains("two_turns and no_tool, strict rule") && two.contains("all (6)"), "{two}");
-    good(dir, &["eval", "eval.toml", "data.limit=4", "eval.out=less", "eval.protocols=['no_tool']"]);
+    assert!(two.contains("two_turns and no_tool, strict rule") && two.contains("all (4)"), "{two}");
+    good(dir, &["eval", "eval.toml", "data.limit=2", "eval.out=less", "eval.protocols=['no_tool']"]);
     refused(dir, &["score", "--compare", "eval", "less"], 1, &["2 only in eval", "data.limit"]);
 }
 
@@ -93,13 +93,13 @@ fn all_protocols_are_one_table_and_every_question_has_its_class() {
 fn several_answers_each_see_their_own_region() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
-    plates(dir, 3);
+    plates(dir, 2);
     config(dir, "['one_turn', 'crop_alone', 'two_turns']");
     let out = json(&good(dir, &["eval", "eval.toml", "--json", "eval.samples=2", "rollout.temperature=1.0"]));
     let notes = out["table"]["notes"].to_string();
     assert!(notes.contains("Avg@2"), "{notes}");
     let (alone, named) = (lines(&dir.join("eval/episodes/1.jsonl")), lines(&dir.join("eval/episodes/2.jsonl")));
-    assert_eq!((alone.len(), named.len()), (6, 6));
+    assert_eq!((alone.len(), named.len()), (4, 4));
     for (alone, named) in alone.iter().zip(&named) {
         assert_eq!((&alone["id"], &alone["member"]), (&named["id"], &named["member"]));
         let views = named["views"].as_array().unwrap();

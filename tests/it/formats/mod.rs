@@ -430,3 +430,42 @@ fn the_cost_of_tables() {
         }
     }
 }
+
+/// What was trained on and what is tested may come in any format; a picture is known again smaller and compressed anew.
+#[test]
+fn what_two_files_share_is_found_across_formats() {
+    let world = tempfile::tempdir().unwrap();
+    let dir = world.path();
+    for (name, width, height) in [("one.png", 320, 240), ("two.png", 200, 330)] {
+        tiny::picture(&dir.join(name), width, height);
+    }
+    let own = [
+        r#"{"id": "a", "images": ["one.png"], "question": "Which <b>colour</b> is the car left of the door?", "answer": "red"}"#,
+        r#"{"id": "b", "images": ["two.png"], "question": "How many?", "answer": "2"}"#,
+    ];
+    std::fs::write(dir.join("train.jsonl"), own.join("\n")).unwrap();
+    let picture = foveate::image::decode(&dir.join("one.png")).unwrap();
+    let size = foveate::geometry::Size::new(150, 110);
+    let small = foveate::image::resize(picture.as_image(), size, foveate::image::PassOrder::default()).unwrap();
+    let jpeg = foveate::image::encode_jpeg(&small, 50).unwrap();
+    let mut asked = question("0", &base64(&jpeg), "right");
+    asked[2] = "which <b>colour</b> is the car, left of the door".into();
+    let rows = [asked, question("1", &base64(&png(2)), "right")];
+    tsv(&dir.join("test.tsv"), &HEADINGS, &rows);
+    let out = foveate(dir, &["data", "overlap", "train.jsonl", "test.tsv", "--report", "shared.html", "--json"]);
+    assert!(out.status.success(), "{}", said(&out));
+    let found = json(&out);
+    let pairs = found["pictures"].as_array().unwrap();
+    assert_eq!(pairs.len(), 1, "{found}");
+    assert_eq!(
+        (&pairs[0]["kind"], &pairs[0]["first"], &pairs[0]["second"]),
+        (&"near".into(), &"one.png".into(), &"test.tsv#row=1".into())
+    );
+    assert_eq!(found["rows"], serde_json::json!({"picture": 1, "picture_and_question": 1, "question": 1}));
+    let page = std::fs::read_to_string(dir.join("shared.html")).unwrap();
+    assert_eq!(page.matches("data:image/jpeg;base64,").count(), 2);
+    assert!(page.contains("&lt;b&gt;colour") && !page.contains("<b>colour"), "words of rows are escaped");
+    // Nothing of a file that cannot be read is taken for nothing in common.
+    let out = foveate(dir, &["data", "overlap", "train.jsonl", "none.jsonl"]);
+    assert!(out.status.code() == Some(1) && said(&out).contains("none.jsonl"), "{}", said(&out));
+}
