@@ -19,7 +19,9 @@ use checkpoint::Draft;
 pub use checkpoint::{Checkpoint, STATE};
 pub use events::EVENTS;
 pub use metrics::{Metrics, MetricsFile, MetricsLog};
-pub use process::{EXIT_INTERRUPTED, Environment, Interrupt, Interrupted, Invocation, Stopwatch, now, peak_rss};
+pub use process::{
+    EXIT_INTERRUPTED, Environment, Interrupt, Interrupted, Invocation, Stopwatch, now, peak_of, peak_rss,
+};
 
 use anyhow::{Context, Result, bail};
 use serde::{Serialize, de::DeserializeOwned};

@@ -1,6 +1,6 @@
 //! What a long run asks of its own process: was it asked to stop, how much memory did it take, where did the time go.
 //!
-//! Hides signals, `getrusage` and `/proc`. What must stay true: the first Ctrl-C never loses work and the second never waits.
+//! Hides signals, `/proc` and `getrusage`. What must stay true: the first Ctrl-C never loses work and the second never waits.
 
 use crate::{progress, run::Metrics};
 use anyhow::{Context, Result};
@@ -76,16 +76,30 @@ impl Interrupt {
 }
 
 /// The most memory this process has held at once, in bytes (0 where the system does not say).
+///
+/// Linux is asked through `/proc`, which counts from this program's start: `getrusage` also remembers what the process that
+/// started it held, so a program called by a larger one would report the larger one's peak as its own.
 pub fn peak_rss() -> u64 {
-    let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
-    // SAFETY: getrusage writes one rusage into the memory we own; all-zero bytes are a valid rusage if it fails.
-    let usage = unsafe {
-        libc::getrusage(libc::RUSAGE_SELF, usage.as_mut_ptr());
-        usage.assume_init()
-    };
-    let peak = u64::try_from(usage.ru_maxrss).unwrap_or(0);
-    // Linux counts in KiB, macOS in bytes.
-    if cfg!(target_os = "macos") { peak } else { peak * 1024 }
+    peak_of("self").unwrap_or_else(|| {
+        let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
+        // SAFETY: getrusage writes one rusage into the memory we own; all-zero bytes are a valid rusage if it fails.
+        let usage = unsafe {
+            libc::getrusage(libc::RUSAGE_SELF, usage.as_mut_ptr());
+            usage.assume_init()
+        };
+        let peak = u64::try_from(usage.ru_maxrss).unwrap_or(0);
+        // Linux counts in KiB, macOS in bytes.
+        if cfg!(target_os = "macos") { peak } else { peak * 1024 }
+    })
+}
+
+/// The most memory that a process has held until now, in bytes. `process` is its number, or `self`; None where there is no
+/// `/proc` or no such process any more.
+pub fn peak_of(process: &str) -> Option<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{process}/status")).ok()?;
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kib: u64 = peak.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib * 1024)
 }
 
 /// A run that ended because a person asked for it; the program's exit code is 130.

@@ -590,18 +590,17 @@ fn the_peak_of_a_step_is_predicted() {
     tiny::picture(&dir.path().join("large.png"), 1600, 1200);
     let row = r#"{"image": "large.png", "question": "What?", "boxes": [[0, 0, 900, 700], [400, 300, 1500, 1100]]}"#;
     std::fs::write(dir.path().join("rows.jsonl"), row).unwrap();
+    // What the caller holds is not the program's: a large parent must not show in the figure.
+    let of_the_caller = std::hint::black_box(vec![1_u8; 300 << 20]);
     for more in [&[][..], &["--recompute"]] {
         let mut args = vec!["bench", "step", "--model", model, "--rows", "rows.jsonl", "--max-pixels", "301056"];
         args.extend(["--prompts", "1", "--group", "4", "--steps", "1", "--warmup", "0", "--new-tokens", "8,4"]);
         args.extend(more);
-        // On a busy machine a thread that is left standing may hold its part longer: of three runs one has to be as predicted.
-        let runs: Vec<(f64, f64)> = (0..3)
-            .map(|_| json(&good(dir.path(), &args)))
-            .map(|out| (out["peak_rss_mib"].as_f64().unwrap(), out["predicted_mib"].as_f64().unwrap()))
-            .collect();
-        let near = |&(taken, predicted): &(f64, f64)| (predicted / taken - 1.0).abs() < 0.15;
-        assert!(runs.iter().any(near), "{more:?}: (taken, predicted) in MiB: {runs:?}");
+        let out = json(&good(dir.path(), &args));
+        let (taken, predicted) = (out["peak_rss_mib"].as_f64().unwrap(), out["predicted_mib"].as_f64().unwrap());
+        assert!((predicted / taken - 1.0).abs() < 0.15, "{more:?}: {predicted} MiB predicted, {taken} taken");
     }
+    drop(of_the_caller);
 }
 
 #[test]

@@ -395,13 +395,9 @@ fn the_cost_of_tables() {
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
-        // Of the process itself: what the system counts of children begins with the memory of their parent.
         let mut peak = 0;
         while child.try_wait().unwrap().is_none() {
-            let status = std::fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap_or_default();
-            let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-            let now = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
-            peak = peak.max(now.unwrap_or(0) / 1024);
+            peak = peak.max(foveate::run::peak_of(&child.id().to_string()).unwrap_or(0) >> 20);
             std::thread::sleep(std::time::Duration::from_millis(2));
         }
         assert!(child.wait().unwrap().success());
