@@ -97,21 +97,17 @@ pub fn main(options: &Options) -> Result<()> {
     if !options.json {
         progress::say(&embedded.about());
     }
-    let (chat, pictures, processor) = (embedded.chat.clone(), embedded.pictures.clone(), embedded.processor.clone());
-    let convention = embedded.convention;
+    let frontend = embedded.frontend.clone();
     let held = embedded.model.weights.hold();
-    let stage =
-        Stage { task: &*task, chat: &chat, pictures: &pictures, processor: &processor, convention, options: &play };
+    let stage = Stage { task: &*task, frontend: &frontend, options: &play };
     let asked = [(0, &sample)];
     let episodes = if aloud {
         println!("{}\n{}", screen.head("── user"), screen.words(&options.question));
         let mut sampler = Aloud {
             engine: &mut embedded,
-            chat: &chat,
-            pictures: &pictures,
+            frontend: &frontend,
             saving: saving.as_mut(),
             screen,
-            special: !convention.is_json(),
             asked: options.image.len(),
             told: 0,
         };
@@ -125,14 +121,14 @@ pub fn main(options: &Options) -> Result<()> {
     let mut wrote = Vec::new();
     if let Some(saving) = &mut saving {
         for placed in episode.stream.images.iter().skip(saving.views()) {
-            wrote.push(saving.view(&*pictures.get(&placed.path)?, &placed.view)?);
+            wrote.push(saving.view(&*frontend.pictures.get(&placed.path)?, &placed.view)?);
         }
         for (k, image) in options.image.iter().enumerate() {
             let closer = record.views.iter().skip(options.image.len()).filter(|v| v.image == k);
             let looked: Vec<BBox> = closer.map(|view| view.region).collect();
             let said: Vec<BBox> =
                 named(&record.turns).filter(|said| said.image == k + 1).map(|said| said.bbox).collect();
-            wrote.push(saving.marked(k, &*pictures.get(image)?, &looked, &said)?);
+            wrote.push(saving.marked(k, &*frontend.pictures.get(image)?, &looked, &said)?);
         }
     }
     let last = record.turns.last().map_or("", |turn| turn.text.as_str());

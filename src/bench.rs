@@ -345,7 +345,7 @@ impl Rig {
             seed: 0,
         };
         let engine = Embedded::open(&options, Some(&training))?;
-        let own = engine.processor.budget;
+        let own = engine.frontend.processor.budget;
         let budget = Budget::new(
             step.min_pixels.unwrap_or(own.min_pixels),
             step.max_pixels.unwrap_or(own.max_pixels),
@@ -359,7 +359,7 @@ impl Rig {
     }
 
     fn view(&self, row: &Row, region: Option<BBox>) -> Result<View> {
-        let size = self.engine.pictures.get(&row.image)?.size();
+        let size = self.engine.frontend.pictures.get(&row.image)?.size();
         match region {
             None => View::whole(0, size, self.budget),
             Some(region) => View { image: 0, region: size.bounds(), size }.crop(region, size, self.crop_budget),
@@ -370,15 +370,15 @@ impl Rig {
     fn open_turn(&self, row: &Row) -> Result<Stream> {
         let mut stream = Stream::default();
         let view = self.view(row, None)?;
-        let grid = self.engine.processor.grid(view.size);
+        let grid = self.engine.frontend.processor.grid(view.size);
         let ask = format!(
             "Question: {} Output the coordinates of the key image area relevant to the problem in JSON format.",
             row.question
         );
         let message = Message::user(vec![Part::image(), Part::text(ask)]);
-        let merge = self.engine.processor.merge;
-        let encoded = self.engine.chat.encode(&[message], true, &[grid.tokens(merge)])?;
-        let pad = self.engine.chat.special.image_pad;
+        let merge = self.engine.frontend.processor.merge;
+        let encoded = self.engine.frontend.chat.encode(&[message], true, &[grid.tokens(merge)])?;
+        let pad = self.engine.frontend.chat.special.image_pad;
         stream.push_context(&encoded.ids, vec![(Arc::from(row.image.as_path()), view, grid)], pad, merge)?;
         Ok(stream)
     }
@@ -386,12 +386,13 @@ impl Rig {
     /// The second turn's message with the crop of box `i`.
     fn next_turn(&self, stream: &mut Stream, row: &Row, i: usize) -> Result<()> {
         let view = self.view(row, Some(row.boxes[i % row.boxes.len()]))?;
-        let grid = self.engine.processor.grid(view.size);
-        let merge = self.engine.processor.merge;
+        let grid = self.engine.frontend.processor.grid(view.size);
+        let merge = self.engine.frontend.processor.merge;
         let answer = format!("\nQuestion: {} Put the final answer in \\boxed{{}}.", row.question);
         let message = Message::user(vec![Part::text("The enlarged region:\n"), Part::image(), Part::text(answer)]);
-        let ids = self.engine.chat.continuation(1, &message, &[grid.tokens(merge)], stream.ids.last().copied())?.ids;
-        let pad = self.engine.chat.special.image_pad;
+        let ids =
+            self.engine.frontend.chat.continuation(1, &message, &[grid.tokens(merge)], stream.ids.last().copied())?.ids;
+        let pad = self.engine.frontend.chat.special.image_pad;
         stream.push_context(&ids, vec![(Arc::from(row.image.as_path()), view, grid)], pad, merge)
     }
 
@@ -469,9 +470,10 @@ impl Rig {
             let n = step.prompts * step.group;
             length = streams.iter().flatten().map(|s| s.len() as f64).sum::<f64>() / n as f64;
             let held = self.engine.held(&groups, self.lengths[0]);
-            predicted = Need { held, pictures: self.engine.pictures.stats().bytes, program: PROGRAM, mapped: false }
-                .total()
-                .max(predicted);
+            predicted =
+                Need { held, pictures: self.engine.frontend.pictures.stats().bytes, program: PROGRAM, mapped: false }
+                    .total()
+                    .max(predicted);
             let started = Instant::now();
             let reference = match objective.needs_reference() {
                 true => Some(self.engine.logprobs(&groups, Who::Reference)?),

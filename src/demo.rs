@@ -169,18 +169,10 @@ fn judge(
     interrupt: &Interrupt,
 ) -> Result<Vec<Episode>> {
     let mut engine = Embedded::open(&EngineOptions { path: model.to_owned(), ..EngineOptions::default() }, None)?;
-    let task = task.task(engine.processor.budget.factor)?;
-    let (chat, pictures, processor) = (engine.chat.clone(), engine.pictures.clone(), engine.processor.clone());
+    let task = task.task(engine.frontend.processor.budget.factor)?;
+    let frontend = engine.frontend.clone();
     let options = EvalOptions { seed, ..EvalOptions::default() };
-    let bench = Bench {
-        chat: &chat,
-        pictures: &pictures,
-        processor: &processor,
-        convention: engine.convention,
-        rollout,
-        options: &options,
-        interrupt,
-    };
+    let bench = Bench { frontend: &frontend, rollout, options: &options, interrupt };
     eval::play_all(&bench, name, &*task, &mut engine, test)
 }
 

@@ -24,12 +24,11 @@ use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::chat::{Chat, Convention};
 use crate::config::{self, BadConfig};
 use crate::data::{self, Format, Read, ReadAs, Sample};
 use crate::engine::{self, Frontend, Sampler, embedded};
 use crate::episode::Episode;
-use crate::image::{PictureCache, Processor};
+use crate::image::Processor;
 use crate::need;
 use crate::progress::{self, Progress};
 use crate::report::{self, TABLE};
@@ -105,10 +104,7 @@ impl Default for EvalOptions {
 /// Everything that stays the same between the rows of a table.
 #[derive(Clone, Copy)]
 pub struct Bench<'a> {
-    pub chat: &'a Chat,
-    pub pictures: &'a PictureCache,
-    pub processor: &'a Processor,
-    pub convention: Convention,
+    pub frontend: &'a Frontend,
     pub rollout: &'a rollout::Options,
     pub options: &'a EvalOptions,
     /// Looked at between batches. Training passes one that is never raised: it stops between steps, with a checkpoint.
@@ -123,14 +119,7 @@ pub fn play_all(
     sampler: &mut dyn Sampler,
     samples: &[Sample],
 ) -> Result<Vec<Episode>> {
-    let stage = Stage {
-        task,
-        chat: bench.chat,
-        pictures: bench.pictures,
-        processor: bench.processor,
-        convention: bench.convention,
-        options: bench.rollout,
-    };
+    let stage = Stage { task, frontend: bench.frontend, options: bench.rollout };
     let progress = Progress::start(&format!("evaluating {name}"), "question", 0, samples.len() as u64);
     let mut episodes = Vec::with_capacity(samples.len() * bench.options.samples);
     let numbered: Vec<(u64, &Sample)> = samples.iter().enumerate().map(|(i, s)| (i as u64, s)).collect();
@@ -195,16 +184,8 @@ pub fn main(invocation: &Invocation) -> Result<()> {
     }
     let interrupt = Interrupt::install()?;
     let mut engine = engine::open(&plan.engine, &plan.model, None, false)?;
-    let Frontend { chat, pictures, processor, convention } = engine.frontend();
-    let bench = Bench {
-        chat: &chat,
-        pictures: &pictures,
-        processor: &processor,
-        convention,
-        rollout: &plan.rollout,
-        options: &plan.eval,
-        interrupt: &interrupt,
-    };
+    let frontend = engine.frontend();
+    let bench = Bench { frontend: &frontend, rollout: &plan.rollout, options: &plan.eval, interrupt: &interrupt };
     // Claimed only now that everything a person can get wrong has been read: a failed start leaves no folder behind.
     let folder = RunFolder::create(&plan.eval.out)?;
     folder.begin(&config::to_toml(&plan)?, None)?;
@@ -222,8 +203,8 @@ pub fn main(invocation: &Invocation) -> Result<()> {
         folder.write_episodes(k as u64, &records)?;
         let areas: Vec<Option<f64>> = samples.iter().map(|row| size::target_area(row, &sizes)).collect();
         let mut of_bench = mig_bench::tables(name, &mig_bench::judged(&episodes, samples, truths));
-        of_bench.extend(benchmarks::tables(name, &episodes, samples, bench.convention));
-        items.add(name, &episodes, samples, &areas, &benchmarks::verdicts(&episodes, samples, bench.convention));
+        of_bench.extend(benchmarks::tables(name, &episodes, samples, frontend.convention));
+        items.add(name, &episodes, samples, &areas, &benchmarks::verdicts(&episodes, samples, frontend.convention));
         let mut figures = Figures::of(name, &episodes, samples, &areas);
         if let Some((protocol, _)) = protocol {
             protocol.about().clone_into(&mut figures.about);

@@ -17,10 +17,10 @@ use crate::commands::gib;
 use crate::data::Sample;
 use crate::engine::embedded;
 use crate::engine::embedded::memory::{self, Held, Learns};
-use crate::engine::{Completion, Finish, Group, Prompt, Sampler, Sampling};
+use crate::engine::{Completion, Finish, Frontend, Group, Prompt, Sampler, Sampling};
 use crate::episode::Episode;
 use crate::geometry::{BBox, Size};
-use crate::image::{PictureCache, Processor, RgbImage};
+use crate::image::RgbImage;
 use crate::model::checkpoint::would_map;
 use crate::model::values::mapped_bytes;
 use crate::model::{Config, Layout, Trainable};
@@ -178,8 +178,8 @@ struct Model {
     /// Bytes of the weights where they stay in their files.
     mapped: Option<u64>,
     config: Config,
-    chat: Chat,
-    processor: Processor,
+    /// Keeps no picture.
+    frontend: Frontend,
     tokenizer: u64,
 }
 
@@ -192,7 +192,7 @@ impl Model {
         let mapped = !learns && would_map(path, &layout, options.weights).unwrap_or(false);
         let mapped = mapped.then(|| mapped_bytes(&layout));
         let tokenizer = std::fs::metadata(path.join("tokenizer.json")).map_or(0, |m| m.len());
-        Ok(Model { mapped, config, chat: Chat::load(path)?, processor: Processor::load(path)?, tokenizer })
+        Ok(Model { mapped, config, frontend: Frontend::load(path, 0)?, tokenizer })
     }
 
     fn need(&self, mut held: Held, pictures: u64) -> Need {
@@ -225,19 +225,12 @@ impl Model {
         } else {
             (rows, None)
         };
-        let convention = Convention::of("qwen2_5_vl")?;
         let played = rows.len().min(prompts).clamp(1, REHEARSED);
         // Spread over the file: neighbours are often alike.
         let some: Vec<(u64, &Sample)> = (0..played).map(|i| (i as u64, &rows[i * rows.len() / played])).collect();
-        let stage = Stage {
-            task,
-            chat: &self.chat,
-            pictures: &PictureCache::new(0),
-            processor: &self.processor,
-            convention,
-            options,
-        };
-        let mut policy = Longest { chat: &self.chat, convention };
+        let Frontend { chat, convention, .. } = &self.frontend;
+        let stage = Stage { task, frontend: &self.frontend, options };
+        let mut policy = Longest { chat, convention: *convention };
         let episodes = rollout::play(&stage, &mut policy, &some, group, 0, 0)?;
         let bytes = |e: &Episode| {
             e.stream.images.iter().map(|i| i.view.region).fold(0.0, |most: f64, r| most.max(r.area())) * 3.0

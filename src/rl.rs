@@ -20,13 +20,12 @@ use serde_json::json;
 pub use plan::{DataOptions, EvalOptions, Plan, TrainOptions};
 pub use play_only::main as rollout_main;
 
-use crate::chat::{Chat, Convention};
 use crate::config;
 use crate::data::{Order, ReadAs, Sample};
 use crate::engine::{self, Frontend, Group, Scores, Trainer, Weights, Who};
 use crate::episode::{Episode, Stop, Update};
 use crate::eval;
-use crate::image::{PictureCache, Processor};
+use crate::image::Processor;
 use crate::need;
 use crate::objective::{Advantages, Correction, Objective, Outcome, Sequence, Tally};
 use crate::progress::{self, Progress};
@@ -97,10 +96,7 @@ struct Loop<'a> {
     plan: &'a Plan,
     objective: &'a Objective,
     task: &'a dyn Task,
-    chat: &'a Chat,
-    pictures: &'a PictureCache,
-    processor: &'a Processor,
-    convention: Convention,
+    frontend: &'a Frontend,
 }
 
 /// Trains as planned and returns the metrics of the last step. `watch` sees the metrics of each step as it ends.
@@ -139,7 +135,7 @@ fn train_on(
     watch: &mut dyn FnMut(u64, &Metrics),
 ) -> Result<Metrics> {
     let Ready { rows, held_out, task, objective } = ready;
-    let Frontend { chat, pictures, processor, convention } = engine.frontend();
+    let frontend = engine.frontend();
     // Claimed only now that everything a person can get wrong has been read: a failed start leaves no folder behind.
     let written_plan = config::to_toml(plan)?;
     let (folder, checkpoint) = RunFolder::open(&plan.train.out, start, &written_plan)?;
@@ -154,8 +150,7 @@ fn train_on(
         progress::say(&format!("resuming after step {done}"));
     }
     folder.begin(&written_plan, checkpoint.map(|c| c.step))?;
-    let context =
-        Loop { plan, objective, task: &**task, chat: &chat, pictures: &pictures, processor: &processor, convention };
+    let context = Loop { plan, objective, task: &**task, frontend: &frontend };
     let mut log = folder.metrics_log()?;
     if plan.train.tensorboard {
         log = log.with_events()?;
@@ -201,17 +196,6 @@ fn train_on(
 }
 
 impl Loop<'_> {
-    fn stage(&self) -> Stage<'_> {
-        Stage {
-            task: self.task,
-            chat: self.chat,
-            pictures: self.pictures,
-            processor: self.processor,
-            convention: self.convention,
-            options: &self.plan.rollout,
-        }
-    }
-
     /// Whether an episode gets no policy loss.
     fn masked(&self, episode: &Episode) -> bool {
         self.plan.train.mask_truncated && matches!(episode.stop, Stop::Truncated | Stop::OverLong)
@@ -238,10 +222,11 @@ impl Loop<'_> {
             false => None,
         };
         let sampled: Vec<Vec<f32>> = episodes.iter().map(sampled_logprobs).collect();
-        let old = match engine.samples_exactly() {
-            true => sampled.clone(),
-            false => watch.time("old_log_prob", || scored(engine, &episodes, &groups, Who::Policy))?,
+        let rescored = match engine.samples_exactly() {
+            true => None,
+            false => Some(watch.time("old_log_prob", || scored(engine, &episodes, &groups, Who::Policy))?),
         };
+        let old = rescored.as_ref().unwrap_or(&sampled);
         // An exact sampler has nothing to correct, and no mismatch to report.
         let report_sampler = !engine.samples_exactly() || self.objective.correction != Correction::Off;
         let outcomes: Vec<Outcome> = episodes
@@ -339,6 +324,7 @@ impl Loop<'_> {
     ) -> Result<(Vec<Episode>, bool)> {
         let train = &self.plan.train;
         let mut teaches = true;
+        let stage = Stage { task: self.task, frontend: self.frontend, options: &self.plan.rollout };
         let min_spread = self.objective.min_spread * train.share_of_spread(step);
         let gate = Objective { min_spread, ..self.objective.clone() };
         let mut kept: Vec<Episode> = Vec::new();
@@ -351,7 +337,7 @@ impl Loop<'_> {
                     (state.groups, &rows[state.order.next_row()])
                 })
                 .collect();
-            let episodes = rollout::play(&self.stage(), engine, &chosen, train.group, train.seed, step)?;
+            let episodes = rollout::play(&stage, engine, &chosen, train.group, train.seed, step)?;
             played += missing;
             let outcomes: Vec<Outcome> = episodes
                 .iter()
@@ -382,15 +368,8 @@ impl Loop<'_> {
     fn evaluate(&self, engine: &mut dyn Trainer, rows: &[Sample], metrics: &mut Metrics) -> Result<Vec<Episode>> {
         let options = eval::EvalOptions { seed: self.plan.train.seed, ..eval::EvalOptions::default() };
         let rollout = self.plan.held_out_rollout();
-        let bench = eval::Bench {
-            chat: self.chat,
-            pictures: self.pictures,
-            processor: self.processor,
-            convention: self.convention,
-            rollout: &rollout,
-            options: &options,
-            interrupt: &Interrupt::none(),
-        };
+        let (frontend, interrupt) = (self.frontend, Interrupt::none());
+        let bench = eval::Bench { frontend, rollout: &rollout, options: &options, interrupt: &interrupt };
         let episodes = eval::play_all(&bench, "held-out rows", self.task, engine, rows)?;
         let summary = eval::summarise(&episodes);
         engine.forget_views();

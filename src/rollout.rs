@@ -12,13 +12,12 @@ use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use crate::chat::{Action, Chat, Convention, Message, Reading as Reader};
+use crate::chat::{Action, Message, Reading as Reader};
 use crate::config::BadConfig;
 use crate::data::Sample;
-use crate::engine::{Finish, Prompt, Sampler, Sampling};
+use crate::engine::{Finish, Frontend, Prompt, Sampler, Sampling};
 use crate::episode::{Episode, Stop, Stream, Turn};
 use crate::geometry::{Grid, Size, View};
-use crate::image::{PictureCache, Processor};
 use crate::reward::Parts;
 use crate::tasks::{Context, Reading, Reply, Shown, Task};
 
@@ -89,11 +88,7 @@ impl Options {
 /// What every conversation needs: the words, the pictures, the rules.
 pub struct Stage<'a> {
     pub task: &'a dyn Task,
-    pub chat: &'a Chat,
-    pub pictures: &'a PictureCache,
-    pub processor: &'a Processor,
-    /// What the policy's coordinates mean.
-    pub convention: Convention,
+    pub frontend: &'a Frontend,
     pub options: &'a Options,
 }
 
@@ -187,7 +182,7 @@ fn open<'a>(stage: &Stage, sample: &'a Sample, group: u64) -> Result<Playing<'a>
     let mut sizes = Vec::with_capacity(sample.images.len());
     let mut paths: Vec<Arc<Path>> = Vec::with_capacity(sample.images.len());
     for path in &sample.images {
-        let picture = stage.pictures.get(path).with_context(|| sample.named())?;
+        let picture = stage.frontend.pictures.get(path).with_context(|| sample.named())?;
         sizes.push(picture.size());
         paths.push(Arc::from(path.as_path()));
     }
@@ -209,7 +204,7 @@ fn open<'a>(stage: &Stage, sample: &'a Sample, group: u64) -> Result<Playing<'a>
     messages.push(Message::user(opening.user.parts.clone()));
     let grids = grids(stage, &opening.user.views)?;
     let tokens = tokens(stage, &grids);
-    let encoded = stage.chat.encode(&messages, true, &tokens).with_context(|| sample.named())?;
+    let encoded = stage.frontend.chat.encode(&messages, true, &tokens).with_context(|| sample.named())?;
     append(stage, &mut playing, &encoded.ids, opening.user, grids)?;
     ensure!(
         playing.stream.len() + stage.options.max_new_tokens <= stage.options.max_tokens,
@@ -224,18 +219,18 @@ fn open<'a>(stage: &Stage, sample: &'a Sample, group: u64) -> Result<Playing<'a>
 }
 
 fn tokens(stage: &Stage, grids: &[Grid]) -> Vec<usize> {
-    grids.iter().map(|g| g.tokens(stage.processor.merge)).collect()
+    grids.iter().map(|g| g.tokens(stage.frontend.processor.merge)).collect()
 }
 
 fn grids(stage: &Stage, views: &[View]) -> Result<Vec<Grid>> {
-    Ok(views.iter().map(|view| stage.processor.grid(view.size)).collect())
+    Ok(views.iter().map(|view| stage.frontend.processor.grid(view.size)).collect())
 }
 
 /// Appends a message of the task to the stream and to the readable turns.
 fn append(stage: &Stage, playing: &mut Playing, ids: &[u32], shown: Shown, grids: Vec<Grid>) -> Result<()> {
     let images =
         shown.views.iter().zip(&grids).map(|(view, grid)| (playing.paths[view.image].clone(), *view, *grid)).collect();
-    playing.stream.push_context(ids, images, stage.chat.special.image_pad, stage.processor.merge)?;
+    playing.stream.push_context(ids, images, stage.frontend.chat.special.image_pad, stage.frontend.processor.merge)?;
     let text = shown.parts.iter().map(|p| p.readable()).collect::<String>();
     playing.turns.push(Turn::new("user", text, ids.len()));
     Ok(())
@@ -252,14 +247,14 @@ fn advance(
 ) -> Result<()> {
     playing.stream.push_sampled(&ids, &logprobs);
     // Box tokens are text to a reader of corners; for everybody else special tokens are not words.
-    let text = stage.chat.decode(&ids, stage.convention.is_json())?;
-    let action = Action::read(&text, &Reader::of(stage.convention));
+    let text = stage.frontend.chat.decode(&ids, stage.frontend.convention.is_json())?;
+    let action = Action::read(&text, &Reader::of(stage.frontend.convention));
     let views: Vec<View> = playing.stream.images.iter().map(|p| p.view).collect();
     let context = Context {
         sample: playing.sample,
         sizes: &playing.sizes,
         views: &views,
-        convention: stage.convention,
+        convention: stage.frontend.convention,
         turn,
         seed,
         said: &text,
@@ -271,7 +266,7 @@ fn advance(
         outcome,
         bbox,
         boxes,
-        pieces: stage.chat.pieces(&ids)?,
+        pieces: stage.frontend.chat.pieces(&ids)?,
         ..Turn::new("assistant", text, ids.len())
     });
     match reply {
@@ -286,7 +281,8 @@ fn advance(
             let grids = grids(stage, &shown.views)?;
             let message = Message::user(shown.parts.clone());
             let before = playing.stream.images.len();
-            let ids = stage.chat.continuation(before, &message, &tokens(stage, &grids), ids.last().copied())?.ids;
+            let ids =
+                stage.frontend.chat.continuation(before, &message, &tokens(stage, &grids), ids.last().copied())?.ids;
             let needed = playing.stream.len() + ids.len() + stage.options.max_new_tokens;
             if needed > stage.options.max_tokens {
                 playing.stop = Some(Stop::OverLong);

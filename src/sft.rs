@@ -548,8 +548,8 @@ fn update(
     let mut sure = 0;
     let mut by_task: std::collections::BTreeMap<String, (f64, usize)> = Default::default();
     let mut fit = Fit::default();
-    let merge = engine.processor.merge;
-    let side = f64::from(engine.processor.budget.factor);
+    let merge = engine.frontend.processor.merge;
+    let side = f64::from(engine.frontend.processor.budget.factor);
     let asked: Vec<dense::Asked> = match &head {
         Some((_, head)) if hint_weight > 0.0 => examples
             .iter()

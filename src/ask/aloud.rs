@@ -10,11 +10,9 @@ use std::time::Instant;
 use anyhow::Result;
 
 use super::saving::Saving;
-use crate::chat::Chat;
 use crate::engine::embedded::Embedded;
-use crate::engine::{Completion, Prompt, Sampler, Sampling};
+use crate::engine::{Completion, Frontend, Prompt, Sampler, Sampling};
 use crate::episode::{Placed, Stream};
-use crate::image::PictureCache;
 use crate::progress::{self, Progress};
 
 /// Stdout, and whether a person sees it.
@@ -67,12 +65,9 @@ fn harmless(text: &str) -> String {
 /// The engine, overheard.
 pub struct Aloud<'a> {
     pub engine: &'a mut Embedded,
-    pub chat: &'a Chat,
-    pub pictures: &'a PictureCache,
+    pub frontend: &'a Frontend,
     pub saving: Option<&'a mut Saving>,
     pub screen: Screen,
-    /// Special tokens are words of this model's boxes.
-    pub special: bool,
     /// Pictures that were asked about; the views behind them are closer looks.
     pub asked: usize,
     /// Views that were told of.
@@ -82,7 +77,7 @@ pub struct Aloud<'a> {
 impl Aloud<'_> {
     fn tell_views(&mut self, stream: &Stream) -> Result<()> {
         for placed in stream.images.iter().skip(self.told) {
-            let picture = self.pictures.get(&placed.path)?;
+            let picture = self.frontend.pictures.get(&placed.path)?;
             let size = picture.size();
             println!("{}", self.screen.aside(&seen(placed, self.told < self.asked, &size.to_string())));
             if let Some(saving) = &mut self.saving {
@@ -101,7 +96,8 @@ impl Aloud<'_> {
         io::stdout().flush()?;
         let started = Instant::now();
         let mut reading = Some(Progress::start("reading the prompt", "prompt", 0, 1));
-        let mut words = self.chat.words(!self.special);
+        // Where boxes are not JSON, special tokens are their words.
+        let mut words = self.frontend.chat.words(self.frontend.convention.is_json());
         let (mut read, mut last) = (0.0, '\n');
         let mut say = |text: &str| -> Result<()> {
             if let Some(end) = text.chars().last() {

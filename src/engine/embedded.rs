@@ -20,11 +20,9 @@ use self::lane::{Lane, READ_AT_ONCE, Unread, Voice};
 use self::tower::{OnFeatures, Tower};
 use super::{Completion, Frontend, Group, Prompt, Sampler, Sampling, Scores, Trainer, Training, Weights, Who};
 use crate::batch::{self, Batch};
-use crate::chat::{Chat, Convention};
 use crate::config::BadConfig;
 use crate::episode::{Placed, Stream};
 use crate::geometry::Grid;
-use crate::image::{PictureCache, Processor};
 use crate::model::block::Keep;
 use crate::model::generate::Cache;
 use crate::model::memory::memory;
@@ -131,10 +129,7 @@ struct Learning {
 
 pub struct Embedded {
     pub model: Vlm,
-    pub chat: Arc<Chat>,
-    pub pictures: Arc<PictureCache>,
-    pub processor: Arc<Processor>,
-    pub convention: Convention,
+    pub frontend: Frontend,
     options: Options,
     trainable: Trainable,
     temperature: f32,
@@ -165,10 +160,9 @@ impl Embedded {
 
     /// The same around weights that are already in memory; tokenizer and processor still come from the folder.
     pub fn with_model(model: Vlm, options: &Options, training: Option<&Training>) -> Result<Embedded> {
-        let Frontend { chat, pictures, processor, convention } =
-            Frontend::load(&options.path, options.picture_cache_mib)?;
+        let frontend = Frontend::load(&options.path, options.picture_cache_mib)?;
         let trainable = options.trainable()?;
-        let banned = chat.banned(model.config.text.vocab);
+        let banned = frontend.chat.banned(model.config.text.vocab);
         let training_state = training.map(|t| -> Result<Learning> {
             t.optim.validate()?;
             let Arena { layout, data } = model.weights.arena()?;
@@ -190,13 +184,11 @@ impl Embedded {
             false => Keep::Nothing,
         };
         let memory = memory(&model.config, trainable);
-        let tower = Tower::new(pictures.clone(), processor.clone(), memory, options.vision_tape_mib << 20, keep);
+        let Frontend { pictures, processor, .. } = frontend.clone();
+        let tower = Tower::new(pictures, processor, memory, options.vision_tape_mib << 20, keep);
         Ok(Embedded {
             model,
-            chat,
-            pictures,
-            processor,
-            convention,
+            frontend,
             options: options.clone(),
             trainable,
             temperature: training.map_or(1.0, |t| t.temperature),
@@ -303,7 +295,7 @@ impl Embedded {
             work[places[i]].1.push(Unread { prompt, features });
             work[places[i]].2.push(i);
         }
-        let voice = Voice { model: &self.model, chat: &self.chat, banned: &self.banned, sampling };
+        let voice = Voice { model: &self.model, chat: &self.frontend.chat, banned: &self.banned, sampling };
         let read_at_once = READ_AT_ONCE / work.len();
         let said: Vec<(Vec<usize>, Vec<Vec<Completion>>)> = match heard {
             Some(heard) => work
@@ -373,7 +365,7 @@ impl Embedded {
             let mut rest = tape.features();
             for i in run {
                 let grids: Vec<Grid> = examples[i].patches.iter().map(|p| p.grid).collect();
-                let tokens: usize = grids.iter().map(|g| g.tokens(self.processor.merge)).sum();
+                let tokens: usize = grids.iter().map(|g| g.tokens(self.frontend.processor.merge)).sum();
                 let (mine, others) = rest.split_at(tokens * self.model.config.text.hidden);
                 rest = others;
                 match look(i, mine, &grids, table, dtable) {
@@ -459,12 +451,7 @@ impl Sampler for Embedded {
 
 impl Trainer for Embedded {
     fn frontend(&self) -> Frontend {
-        Frontend {
-            chat: self.chat.clone(),
-            pictures: self.pictures.clone(),
-            processor: self.processor.clone(),
-            convention: self.convention,
-        }
+        self.frontend.clone()
     }
 
     fn samples_exactly(&self) -> bool {
@@ -531,7 +518,7 @@ impl Trainer for Embedded {
             let dfeatures = self.model.backward(&batch.packed, tape, &slopes, self.trainable, gradients)?;
             let mut rest = &dfeatures[..];
             for image in batch.images.iter().filter(|_| !dfeatures.is_empty()) {
-                let values = image.grid.tokens(self.processor.merge) * self.model.config.text.hidden;
+                let values = image.grid.tokens(self.frontend.processor.merge) * self.model.config.text.hidden;
                 let (mine, others) = rest.split_at(values);
                 on_features.add(image, mine);
                 rest = others;

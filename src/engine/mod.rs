@@ -98,7 +98,7 @@ pub fn open(
             Box::new(engine)
         }
         Options::Tinker(options) => {
-            let mut engine = tinker::Tinker::open(options, model, training, true)?;
+            let mut engine = tinker::Tinker::open(options, model, training)?;
             if !resumes {
                 engine.prepare()?;
             }

@@ -89,8 +89,6 @@ pub struct Tinker {
     reference: Option<Model>,
     published: Option<Published>,
     pngs: Pngs,
-    /// Whether prompts will hold pictures, so that the server must be able to see.
-    pictures: bool,
     /// Whether the server answers a repeated request with the future of the first.
     knows_repeats: bool,
     /// Whether it was seen to add up losses as `options.reduction` says.
@@ -107,16 +105,11 @@ pub struct Tinker {
 
 impl Tinker {
     /// Finds the server and opens a session. With `model`'s folder: tokenizer, chat template, processor and configs; no weights are
-    /// read there. `pictures`: whether prompts will hold any; a server that would drop them is then refused when it gets its model.
+    /// read there. A server that would drop pictures is refused when it gets its model.
     ///
     /// # Errors
     /// Options that cannot work, a server that is not there, refuses the key or does not have the model.
-    pub fn open(
-        options: &Options,
-        model: &super::embedded::Options,
-        training: Option<&Training>,
-        pictures: bool,
-    ) -> Result<Tinker> {
+    pub fn open(options: &Options, model: &super::embedded::Options, training: Option<&Training>) -> Result<Tinker> {
         options.validate()?;
         let frontend = Frontend::load(&model.path, model.picture_cache_mib)?;
         let seconds = Duration::from_secs_f64;
@@ -141,7 +134,6 @@ impl Tinker {
             model: None,
             reference: None,
             published: None,
-            pictures,
             knows_repeats: false,
             reduction_seen: false,
             in_doubt: false,

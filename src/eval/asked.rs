@@ -146,7 +146,7 @@ impl Asked {
         // Each member of a group named a region of its own, so each is asked by itself, with a random stream of its own.
         let mut all = Vec::new();
         for (member, named) in regions.iter().enumerate() {
-            let task = protocol.task(base, free_turns, bench.processor.budget.factor, named.clone())?;
+            let task = protocol.task(base, free_turns, bench.frontend.processor.budget.factor, named.clone())?;
             let seed = bench.options.seed.wrapping_add(member as u64);
             let options = EvalOptions { samples: 1, seed, ..bench.options.clone() };
             let bench = Bench { options: &options, ..*bench };

@@ -3,14 +3,14 @@
 //! It hides where answers were written down: `items.jsonl` of an evaluation, or the records of its episodes. What must stay true: both were asked
 //! the very same questions with the same answers, or nothing is compared; a difference has its interval and its p-value beside it.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
 use super::figures::cell;
-use super::items::{ITEMS, Item, difference, mostly};
+use super::items::{ITEMS, Item, Items, difference, mostly};
 use crate::episode;
 use crate::report::{Cell, Row, Table, Unit};
 use crate::reward::Parts;
@@ -163,23 +163,9 @@ fn read_lines(path: &Path) -> Result<Vec<Item>> {
 
 /// Puts the answers to each question together.
 fn join(items: impl IntoIterator<Item = Item>) -> Vec<Item> {
-    let mut places: HashMap<(String, String, String), usize> = HashMap::new();
-    let mut joined: Vec<Item> = Vec::new();
-    for item in items {
-        let key = (item.id.clone(), item.question.clone(), item.answer.clone());
-        match places.get(&key) {
-            Some(&place) => {
-                for (row, right) in item.right {
-                    joined[place].right.entry(row).or_default().extend(right);
-                }
-            }
-            None => {
-                places.insert(key, joined.len());
-                joined.push(item);
-            }
-        }
-    }
-    joined
+    let mut joined = Items::default();
+    items.into_iter().for_each(|item| joined.join(item));
+    joined.items
 }
 
 /// A question with the verdicts on both systems' answers to it.

@@ -4,10 +4,12 @@
 //! What must stay true: an item is known by its id, its words and its answer together; of each row it has as many answers as were asked for;
 //! comparisons are on the questions that both rows were asked, and no others.
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 
 use serde::{Deserialize, Serialize};
 
+use super::figures::cell;
 use crate::data::Sample;
 use crate::episode::Episode;
 use crate::report::{Cell, Row, Table, Unit};
@@ -90,22 +92,35 @@ impl Items {
         for (k, episode) in episodes.iter().enumerate() {
             let at = usize::try_from(episode.group).unwrap_or(usize::MAX);
             let Some(sample) = samples.get(at) else { continue };
-            let key = (sample.id.clone(), sample.question.clone(), sample.answer.clone());
-            let place = *self.places.entry(key).or_insert_with(|| {
-                self.items.push(Item {
-                    id: sample.id.clone(),
-                    question: sample.question.clone(),
-                    answer: sample.answer.clone(),
-                    category: sample.task.clone(),
-                    target_area: areas.get(at).copied().flatten(),
-                    ..Item::default()
-                });
-                self.items.len() - 1
+            let verdict = |right: bool| BTreeMap::from([(name.to_owned(), vec![right])]);
+            self.join(Item {
+                id: sample.id.clone(),
+                question: sample.question.clone(),
+                answer: sample.answer.clone(),
+                category: sample.task.clone(),
+                target_area: areas.get(at).copied().flatten(),
+                right: verdict(episode.right()),
+                official: official.get(k).copied().flatten().map(verdict).unwrap_or_default(),
+                ..Item::default()
             });
-            let item = &mut self.items[place];
-            item.right.entry(name.to_owned()).or_default().push(episode.right());
-            if let Some(official) = official.get(k).copied().flatten() {
-                item.official.entry(name.to_owned()).or_default().push(official);
+        }
+    }
+
+    /// Takes in a question with its answers; answers to one that is there are put beside those.
+    pub(super) fn join(&mut self, item: Item) {
+        let key = (item.id.clone(), item.question.clone(), item.answer.clone());
+        match self.places.entry(key) {
+            Entry::Vacant(place) => {
+                place.insert(self.items.len());
+                self.items.push(item);
+            }
+            Entry::Occupied(place) => {
+                let known = &mut self.items[*place.get()];
+                for (all, more) in [(&mut known.right, item.right), (&mut known.official, item.official)] {
+                    for (row, verdicts) in more {
+                        all.entry(row).or_default().extend(verdicts);
+                    }
+                }
             }
         }
     }
@@ -130,17 +145,9 @@ impl Items {
             let count = |class| self.items.iter().filter(|item| item.crop_necessity.get(*name) == Some(&class)).count();
             let counted = |n: usize| Cell { value: Some(n as f64), ..Cell::default() };
             let (only_with, both) = (count(Necessity::OnlyWith), count(Necessity::Both));
-            let share = wilson(both, both + only_with);
-            let percent = |share: f64| 100.0 * share;
-            let share = stats::Estimate {
-                value: percent(share.value),
-                low: percent(share.low),
-                high: percent(share.high),
-                n: share.n,
-            };
             let mut cells: Vec<Cell> =
                 [only_with, count(Necessity::OnlyWithout), both, count(Necessity::Neither)].map(counted).to_vec();
-            cells.push(if share.n > 0 { Cell::from(share) } else { Cell::default() });
+            cells.push(cell((both + only_with > 0).then(|| wilson(both, both + only_with)).as_ref()));
             Row { name: (*name).to_owned(), cells, about: String::new() }
         };
         let plain = Some(Unit::Plain);

@@ -354,14 +354,8 @@ mod tests {
     use super::*;
     use safetensors::tensor::TensorView;
 
-    fn tiny() -> Vlm {
-        let mut config = presets::nano(50);
-        (config.text.layers, config.vision.depth) = (1, 1);
-        presets::initialise(config, 1)
-    }
-
     fn saved_with(change: impl Fn(&mut Vec<(String, Vec<usize>, Vec<f32>)>)) -> String {
-        let (model, dir) = (tiny(), tempfile::tempdir().unwrap());
+        let (model, dir) = (presets::one_layer(), tempfile::tempdir().unwrap());
         model.save(dir.path(), Dtype::F32, None).unwrap();
         let entries = &model.weights.layout().entries;
         let mut tensors = entries
@@ -386,7 +380,7 @@ mod tests {
 
     #[test]
     fn bf16_is_mapped_whole_or_in_shards() {
-        let (model, dir) = (tiny(), tempfile::tempdir().unwrap());
+        let (model, dir) = (presets::one_layer(), tempfile::tempdir().unwrap());
         for shard in [u64::MAX, 200_000] {
             save_sharded(&model, dir.path(), Dtype::Bf16, None, shard).unwrap();
             let (read, mapped) = (Vlm::load(dir.path()).unwrap(), Vlm::open(dir.path(), Hold::Auto).unwrap());
@@ -419,7 +413,7 @@ mod tests {
 
     #[test]
     fn a_mapped_number_that_is_not_finite_is_refused() {
-        let (mut model, dir) = (tiny(), tempfile::tempdir().unwrap());
+        let (mut model, dir) = (presets::one_layer(), tempfile::tempdir().unwrap());
         let up = model.weights.layout().text.layers[0].up.w.start;
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             model.weights.arena_mut().unwrap().data[up + 5] = bad;
@@ -431,7 +425,7 @@ mod tests {
 
     #[test]
     fn missing_shards_are_named_together() {
-        let (model, dir) = (tiny(), tempfile::tempdir().unwrap());
+        let (model, dir) = (presets::one_layer(), tempfile::tempdir().unwrap());
         save_sharded(&model, dir.path(), Dtype::Bf16, None, 200_000).unwrap();
         let shards = weight_files(dir.path()).unwrap();
         for gone in &shards[1..3] {
@@ -496,7 +490,7 @@ mod tests {
 
     #[test]
     fn a_cut_file_and_an_empty_folder() {
-        let (model, dir) = (tiny(), tempfile::tempdir().unwrap());
+        let (model, dir) = (presets::one_layer(), tempfile::tempdir().unwrap());
         model.save(dir.path(), Dtype::F32, None).unwrap();
         let path = dir.path().join(SINGLE);
         let bytes = fs::read(&path).unwrap();

@@ -190,6 +190,14 @@ pub fn qwen25_vl_7b() -> Config {
     }
 }
 
+/// The smallest model that tests of files need.
+#[cfg(test)]
+pub fn one_layer() -> Vlm {
+    let mut config = nano(50);
+    (config.text.layers, config.vision.depth) = (1, 1);
+    initialise(config, 1)
+}
+
 /// Random parameters: norms 1, biases 0, embeddings of standard deviation 0.02, matrices of `1/√inputs`. The maps that
 /// write into the residual stream are smaller by `1/√(2L)`, so that the stream does not grow with depth
 /// (GPT-2, section 2.3 of the report). Larger embeddings, where the head is tied, would make a random model repeat each token.

@@ -228,15 +228,9 @@ mod tests {
     use super::super::presets;
     use super::*;
 
-    fn tiny() -> Vlm {
-        let mut config = presets::nano(50);
-        (config.text.layers, config.vision.depth) = (1, 1);
-        presets::initialise(config, 1)
-    }
-
     #[test]
     fn f32_comes_back_bit_for_bit_and_bf16_rounded() {
-        let (model, dir) = (tiny(), tempfile::tempdir().unwrap());
+        let (model, dir) = (presets::one_layer(), tempfile::tempdir().unwrap());
         model.save(dir.path(), Dtype::F32, None).unwrap();
         let back = Vlm::load(dir.path()).unwrap();
         assert_eq!(back.config, model.config);
@@ -259,7 +253,7 @@ mod tests {
 
     #[test]
     fn shards_are_read_and_replaced() {
-        let (model, dir, source) = (tiny(), tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let (model, dir, source) = (presets::one_layer(), tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         fs::write(source.path().join("tokenizer.json"), "{}").unwrap();
         save_sharded(&model, dir.path(), Dtype::F32, Some(source.path()), 400_000).unwrap();
         assert!(!dir.path().join(SINGLE).exists() && dir.path().join(INDEX).exists());

@@ -7,7 +7,7 @@ use super::metrics::count;
 use super::{Loop, Plan, Ready, State};
 use crate::config::{self, BadConfig};
 use crate::data::Order;
-use crate::engine::{self, Frontend};
+use crate::engine;
 use crate::episode::Episode;
 use crate::eval;
 use crate::need;
@@ -31,16 +31,8 @@ pub fn main(invocation: &Invocation) -> Result<()> {
     }
     let interrupt = Interrupt::install()?;
     let mut engine = engine::open(&plan.engine, &plan.model, None, false)?;
-    let Frontend { chat, pictures, processor, convention } = engine.frontend();
-    let context = Loop {
-        plan: &plan,
-        objective: &objective,
-        task: &*task,
-        chat: &chat,
-        pictures: &pictures,
-        processor: &processor,
-        convention,
-    };
+    let frontend = engine.frontend();
+    let context = Loop { plan: &plan, objective: &objective, task: &*task, frontend: &frontend };
     let folder = RunFolder::create(&plan.train.out)?;
     folder.begin(&config::to_toml(&plan)?, None)?;
     let mut state = State { order: Order::new(rows.len(), plan.train.seed)?, groups: 0 };

@@ -3,7 +3,6 @@
 
 use std::path::Path;
 
-use foveate::chat::Convention;
 use foveate::data::{self, Sample};
 use foveate::engine::embedded::{Embedded, Options};
 use foveate::engine::{Group, Scores, Trainer, Training, Weights, Who};
@@ -27,22 +26,15 @@ fn engine(model: &Vlm, change: impl FnOnce(&mut Options)) -> Embedded {
 
 /// Two groups of three two-turn conversations, each with a picture a turn.
 fn play(engine: &mut Embedded, samples: &[Sample]) -> Vec<Episode> {
-    let (chat, pictures, processor) = (engine.chat.clone(), engine.pictures.clone(), engine.processor.clone());
-    let task = Crop::new(tiny::task(), processor.budget.factor).unwrap();
+    let frontend = engine.frontend.clone();
+    let task = Crop::new(tiny::task(), frontend.processor.budget.factor).unwrap();
     let options = rollout::Options {
         temperature: TEMPERATURE,
         max_new_tokens: 24,
         stop: tiny::soon(),
         ..rollout::Options::default()
     };
-    let stage = Stage {
-        task: &task,
-        chat: &chat,
-        pictures: &pictures,
-        processor: &processor,
-        convention: Convention::Qwen25,
-        options: &options,
-    };
+    let stage = Stage { task: &task, frontend: &frontend, options: &options };
     let numbered: Vec<(u64, &Sample)> = samples.iter().enumerate().map(|(i, s)| (i as u64, s)).collect();
     rollout::play(&stage, engine, &numbered, 3, 7, 1).unwrap()
 }
@@ -215,8 +207,11 @@ fn features_do_not_depend_on_company() {
     let patches: Vec<_> = placed
         .iter()
         .map(|p| {
-            image::patches(&image::show(&engine.pictures.get(&p.path).unwrap(), &p.view).unwrap(), &engine.processor)
-                .unwrap()
+            image::patches(
+                &image::show(&engine.frontend.pictures.get(&p.path).unwrap(), &p.view).unwrap(),
+                &engine.frontend.processor,
+            )
+            .unwrap()
         })
         .collect();
     let all: Vec<f32> = patches.iter().flat_map(|p| p.data.iter().copied()).collect();

@@ -10,7 +10,6 @@ use std::process::{Child, Command, Output, Stdio};
 use serde_json::Value;
 
 use crate::tiny;
-use foveate::chat::Convention;
 use foveate::data::Sample;
 use foveate::engine::embedded::{Embedded, Options};
 use foveate::model::weights::save_sharded;
@@ -89,17 +88,10 @@ fn weights_in_their_files_say_what_they_say_in_memory() {
             let options = Options { path: folder.clone(), weights, ..Options::default() };
             let mut engine = Embedded::open(&options, None).unwrap();
             assert_eq!(matches!(engine.model.weights, Weights::Mapped(_)), weights == Hold::Auto);
-            let task = foveate::tasks::crop::Crop::new(tiny::task(), engine.processor.budget.factor).unwrap();
-            let (chat, pictures, processor) = (engine.chat.clone(), engine.pictures.clone(), engine.processor.clone());
+            let task = foveate::tasks::crop::Crop::new(tiny::task(), engine.frontend.processor.budget.factor).unwrap();
+            let frontend = engine.frontend.clone();
             let play = rollout::Options { max_new_tokens: 24, temperature: 0.7, ..rollout::Options::default() };
-            let stage = Stage {
-                task: &task,
-                chat: &chat,
-                pictures: &pictures,
-                processor: &processor,
-                convention: Convention::Qwen25,
-                options: &play,
-            };
+            let stage = Stage { task: &task, frontend: &frontend, options: &play };
             let sample = Sample::question(&[dir.path().join("one.png")], "What number is it?", vec![]);
             // More than one member, so that products of several rows are among them.
             played.push(rollout::play(&stage, &mut engine, &[(0, &sample)], 3, 5, 0).unwrap());

@@ -15,18 +15,7 @@ fn rewards_alone_teach_the_right_answer() {
     let rows = tiny::rows(dir, 4);
 
     // First the form: any of four numbers, equally often.
-    let question = r"\nQuestion: What number is it, 1? Put the final answer in \\boxed{}.";
-    let lines: Vec<String> = (0..8)
-        .map(|i| {
-            format!(
-                r#"{{"messages": [{{"role": "user", "content": [{{"type": "image", "image": "{}.png"}}, {{"type": "text", "text": "{question}"}}]}}, {{"role": "assistant", "content": "\\boxed{{{}}}"}}]}}"#,
-                ["one", "two"][i % 2],
-                [3, 7, 5, 9][i / 2]
-            )
-        })
-        .collect();
-    let dialogues = dir.join("dialogues.jsonl");
-    std::fs::write(&dialogues, lines.join("\n")).unwrap();
+    let dialogues = tiny::four_numbers(dir);
     let plan: sft::Plan = config::parse(
         &format!(
             r#"

@@ -9,6 +9,7 @@ mod parity;
 mod protocols;
 mod resume;
 mod rollout;
+mod served;
 mod teacher;
 mod tinker;
 mod tiny;

@@ -7,12 +7,11 @@ use std::collections::{HashMap, VecDeque};
 use std::path::PathBuf;
 
 use anyhow::Result;
-use foveate::chat::{Chat, Convention, Message, Part};
+use foveate::chat::{Message, Part};
 use foveate::data::{Sample, Target};
-use foveate::engine::{Completion, Finish, Prompt, Sampler, Sampling};
+use foveate::engine::{Completion, Finish, Frontend, Prompt, Sampler, Sampling};
 use foveate::episode::{BoxOutcome, Episode, Stop};
 use foveate::geometry::{BBox, Size, View};
-use foveate::image::{PictureCache, Processor};
 use foveate::rollout::{self, Stage};
 use foveate::tasks::Task;
 use foveate::tasks::crop::{Crop, Judge, OnInvalid, Options, Show};
@@ -47,9 +46,7 @@ impl Sampler for Script {
 }
 
 struct World {
-    chat: Chat,
-    pictures: PictureCache,
-    processor: Processor,
+    frontend: Frontend,
     sample: Sample,
     _dir: tempfile::TempDir,
 }
@@ -82,13 +79,7 @@ impl World {
         let mut sample = Sample::question(&[path], "What number is on the plate?", Vec::new());
         sample.answer = "7".into();
         sample.targets = vec![Target { image: 1, bbox: BBox::new(600.0, 500.0, 640.0, 520.0), label: None }];
-        World {
-            chat: tiny::chat(),
-            pictures: PictureCache::new(1 << 30),
-            processor: Processor::load(&tiny::nano()).unwrap(),
-            sample,
-            _dir: dir,
-        }
+        World { frontend: Frontend::load(&tiny::nano(), 1 << 10).unwrap(), sample, _dir: dir }
     }
 
     fn play_with(&self, task: &Options, play: &rollout::Options, lines: &[(&str, Finish)]) -> (Episode, Script) {
@@ -96,20 +87,13 @@ impl World {
     }
 
     fn play_task(&self, task: &dyn Task, play: &rollout::Options, lines: &[(&str, Finish)]) -> (Episode, Script) {
-        let stage = Stage {
-            task,
-            chat: &self.chat,
-            pictures: &self.pictures,
-            processor: &self.processor,
-            convention: Convention::Qwen25,
-            options: play,
-        };
+        let stage = Stage { task, frontend: &self.frontend, options: play };
         let lines = lines
             .iter()
             .map(|(text, finish)| {
-                let mut ids = self.chat.assistant_ids(text).unwrap();
+                let mut ids = self.frontend.chat.assistant_ids(text).unwrap();
                 if *finish == Finish::EndOfTurn {
-                    ids.push(self.chat.special.end_of_turn);
+                    ids.push(self.frontend.chat.special.end_of_turn);
                 }
                 (ids, *finish)
             })
@@ -142,7 +126,7 @@ impl World {
         }
         for placed in &s.images {
             let rows = placed.first..placed.first + placed.grid.tokens(2);
-            assert!(s.ids[rows.clone()].iter().all(|id| *id == self.chat.special.image_pad));
+            assert!(s.ids[rows.clone()].iter().all(|id| *id == self.frontend.chat.special.image_pad));
             assert!(!s.sampled[rows].iter().any(|s| *s), "no image token is trained");
             let r: [f64; 4] = placed.view.region.into();
             assert!(r.iter().all(|x| x.fract() == 0.0) && ORIGINAL.bounds().contains(&placed.view.region));
@@ -151,7 +135,7 @@ impl World {
 
     /// The ids of a whole conversation, encoded at once, without the newline behind its last turn.
     fn whole(&self, messages: &[Message], image_tokens: &[usize]) -> Vec<u32> {
-        let mut ids = self.chat.encode(messages, false, image_tokens).unwrap().ids;
+        let mut ids = self.frontend.chat.encode(messages, false, image_tokens).unwrap().ids;
         ids.pop();
         ids
     }
@@ -199,8 +183,8 @@ fn a_good_box_then_the_answer() {
     // The trained rows are the two spoken turns, the end of each included, and carry their own log-probs.
     let s = &e.stream;
     let spoken = |text: &str| {
-        let mut ids = world.chat.assistant_ids(text).unwrap();
-        ids.push(world.chat.special.end_of_turn);
+        let mut ids = world.frontend.chat.assistant_ids(text).unwrap();
+        ids.push(world.frontend.chat.special.end_of_turn);
         ids
     };
     let trained: Vec<u32> = s.ids.iter().zip(&s.sampled).filter(|(_, t)| **t).map(|(id, _)| *id).collect();
@@ -330,8 +314,8 @@ fn a_cut_turn_ends_the_episode_and_is_not_closed_for_it() {
     let look = looking([28, 28, 84, 84]);
     let (e, _) = world.play_with(&options(), &rollout::Options::default(), &[(&look, Finish::Length)]);
     assert_eq!((e.stop, regions(&e).len()), (Stop::Truncated, 1));
-    assert_eq!(e.stream.len(), e.stream.prompt_len() + world.chat.assistant_ids(&look).unwrap().len());
-    assert!(e.stream.ids.last() != Some(&world.chat.special.end_of_turn));
+    assert_eq!(e.stream.len(), e.stream.prompt_len() + world.frontend.chat.assistant_ids(&look).unwrap().len());
+    assert!(e.stream.ids.last() != Some(&world.frontend.chat.special.end_of_turn));
     // An answer that was complete before the cut still counts; that it was cut is told.
     let lines = [(&look[..], Finish::EndOfTurn), (ANSWER, Finish::Length)];
     let (e, _) = world.play_with(&options(), &rollout::Options::default(), &lines);
@@ -346,8 +330,8 @@ fn an_end_of_turn_that_was_not_sampled_is_context() {
     let (e, _) = world.play_with(&options(), &rollout::Options::default(), &lines);
     let sampled_end = world.play(&options(), &[&look, ANSWER]);
     assert_eq!(e.stream.ids, sampled_end.stream.ids, "the conversation reads the same");
-    let end = e.stream.prompt_len() + world.chat.assistant_ids(&look).unwrap().len();
-    assert_eq!(e.stream.ids[end], world.chat.special.end_of_turn);
+    let end = e.stream.prompt_len() + world.frontend.chat.assistant_ids(&look).unwrap().len();
+    assert_eq!(e.stream.ids[end], world.frontend.chat.special.end_of_turn);
     assert!(!e.stream.sampled[end] && sampled_end.stream.sampled[end]);
     assert_eq!(e.stream.sampled_count() + 1, sampled_end.stream.sampled_count());
 }
@@ -357,7 +341,7 @@ fn a_conversation_too_long_stops_before_the_picture() {
     let world = World::new();
     let look = looking([28, 28, 84, 84]);
     let whole = world.play(&options(), &[&look, ANSWER]);
-    let answer = world.chat.assistant_ids(ANSWER).unwrap().len() + 1;
+    let answer = world.frontend.chat.assistant_ids(ANSWER).unwrap().len() + 1;
     let before_answer = whole.stream.len() - answer;
     let play = |max_tokens| {
         let play = rollout::Options { max_new_tokens: 30, max_tokens, ..rollout::Options::default() };
@@ -368,7 +352,7 @@ fn a_conversation_too_long_stops_before_the_picture() {
     assert_eq!(play(before_answer + 30).stop, Stop::Answered);
     let e = play(before_answer + 29);
     assert_eq!((e.stop, regions(&e).len(), e.reward), (Stop::OverLong, 1, 0.0));
-    assert_eq!(e.stream.ids.last(), Some(&world.chat.special.end_of_turn));
+    assert_eq!(e.stream.ids.last(), Some(&world.frontend.chat.special.end_of_turn));
     assert_eq!(outcomes(&e), [Some(BoxOutcome::Valid)]);
 }
 
@@ -469,7 +453,7 @@ fn choices_wait_for_the_second_turn_and_a_boxed_prompt_earns_nothing() {
     let lines = [(&look[..], Finish::EndOfTurn), ("I cannot tell.", Finish::EndOfTurn)];
     let (e, script) = world.play_with(&task, &rollout::Options::default(), &lines);
     assert_eq!(e.reward, 0.0, "the prompt's own \\boxed{{A}} is not an answer");
-    let heard: Vec<String> = script.heard.iter().map(|ids| world.chat.decode(ids, false).unwrap()).collect();
+    let heard: Vec<String> = script.heard.iter().map(|ids| world.frontend.chat.decode(ids, false).unwrap()).collect();
     assert!(heard[0].contains("\\boxed{A}") && !heard[0].contains("(A)") && !heard[0].contains("seven"));
     assert!(heard[1].contains("(A) seven\n(B) eight"));
     for (said, reward) in
@@ -479,7 +463,7 @@ fn choices_wait_for_the_second_turn_and_a_boxed_prompt_earns_nothing() {
     }
     let early = Options { choices_in_turn_1: true, ..task };
     let (_, script) = world.play_with(&early, &rollout::Options::default(), &lines);
-    assert!(world.chat.decode(&script.heard[0], false).unwrap().contains("(A) seven\n(B) eight\n\nOutput"));
+    assert!(world.frontend.chat.decode(&script.heard[0], false).unwrap().contains("(A) seven\n(B) eight\n\nOutput"));
 }
 
 #[test]
@@ -489,14 +473,7 @@ fn two_pictures_are_an_error_and_never_half_seen() {
     let sample = Sample::question(&two, "?", Vec::new());
     let task = Crop::new(options(), 28).unwrap();
     let play = rollout::Options::default();
-    let stage = Stage {
-        task: &task,
-        chat: &world.chat,
-        pictures: &world.pictures,
-        processor: &world.processor,
-        convention: Convention::Qwen25,
-        options: &play,
-    };
+    let stage = Stage { task: &task, frontend: &world.frontend, options: &play };
     let mut script = Script { lines: VecDeque::new(), heard: Vec::new() };
     let error = rollout::play(&stage, &mut script, &[(0, &sample)], 1, 1, 1).unwrap_err();
     let text = format!("{error:#}");

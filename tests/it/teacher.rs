@@ -5,7 +5,7 @@
 //! it was asked before. The rows share their pictures; each names itself in its question.
 
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufReader, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::tiny;
+use crate::{served, tiny};
 use foveate::run::Interrupt;
 use foveate::synth::teacher;
 use foveate::synth::trajectories::{self, Episodes, Rejected, Report, Teacher, build};
@@ -109,30 +109,13 @@ impl Drop for Server {
     }
 }
 
-/// The key and the body of a request; None from a client that is gone, which has asked nothing.
-fn receive(reader: &mut BufReader<TcpStream>) -> Option<(Option<String>, Value)> {
-    let (mut length, mut key, mut line) = (0, None, String::new());
-    reader.read_line(&mut line).ok().filter(|&read| read > 0)?;
-    assert_eq!(line, "POST /v1/chat/completions HTTP/1.1\r\n");
-    loop {
-        line.clear();
-        reader.read_line(&mut line).ok()?;
-        let Some((name, value)) = line.trim().split_once(": ") else { break };
-        match name.to_ascii_lowercase().as_str() {
-            "content-length" => length = value.parse().unwrap(),
-            "authorization" => key = Some(value.to_owned()),
-            _ => {}
-        }
-    }
-    let mut body = vec![0; length];
-    reader.read_exact(&mut body).ok()?;
-    Some((key, serde_json::from_slice(&body).unwrap()))
-}
-
 /// Reads one request, does what the script says and hangs up.
 fn serve(stream: TcpStream, seen: &Mutex<Vec<Asked>>, script: &Script, delay: Duration) {
     let mut reader = BufReader::new(stream);
-    let Some((key, body)) = receive(&mut reader) else { return };
+    let Some(mut request) = served::request(&mut reader) else { return };
+    assert_eq!((request.method.as_str(), request.path.as_str()), ("POST", "/v1/chat/completions"));
+    let key = request.headers.remove("authorization");
+    let body: Value = serde_json::from_slice(&request.body).unwrap();
     let text = body["messages"][1]["content"].as_array().unwrap().last().unwrap()["text"].as_str().unwrap();
     let row: usize = text.split("row-").nth(1).unwrap().split('?').next().unwrap().parse().unwrap();
     let reply = {

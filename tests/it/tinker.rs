@@ -41,21 +41,10 @@ fn untaught() -> (tempfile::TempDir, PathBuf) {
 fn world() -> (tempfile::TempDir, PathBuf) {
     let (folder, dir) = untaught();
     let model = dir.join("model");
-    let question = r"\nQuestion: What number is it, 1? Put the final answer in \\boxed{}.";
-    let lines: Vec<String> = (0..8)
-        .map(|i| {
-            format!(
-                r#"{{"messages": [{{"role": "user", "content": [{{"type": "image", "image": "{}.png"}}, {{"type": "text", "text": "{question}"}}]}}, {{"role": "assistant", "content": "\\boxed{{{}}}"}}]}}"#,
-                ["one", "two"][i % 2],
-                [3, 7, 5, 9][i / 2]
-            )
-        })
-        .collect();
-    std::fs::write(dir.join("dialogues.jsonl"), lines.join("\n")).unwrap();
     let text = format!(
         "[model]\npath = {model:?}\n[data]\ntrain = {:?}\nmax_pixels = 12544\nmin_pixels = 3136\n[optim]\nlr = 1e-2\n[train]\n\
          out = {:?}\nsteps = 20\nbatch = 8\n",
-        dir.join("dialogues.jsonl"),
+        tiny::four_numbers(&dir),
         dir.join("sft")
     );
     sft::train(&config::parse(&text, &[]).unwrap(), Start::New, &Interrupt::none()).unwrap();

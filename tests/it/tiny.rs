@@ -106,3 +106,20 @@ pub fn rows(dir: &Path, rows: usize) -> PathBuf {
     std::fs::write(&path, lines.join("\n")).unwrap();
     path
 }
+
+/// A file of dialogues on the pictures of [`rows`] that answer 3, 7, 5 or 9, each as often as the others.
+pub fn four_numbers(dir: &Path) -> PathBuf {
+    let question = r"\nQuestion: What number is it, 1? Put the final answer in \\boxed{}.";
+    let lines: Vec<String> = (0..8)
+        .map(|i| {
+            format!(
+                r#"{{"messages": [{{"role": "user", "content": [{{"type": "image", "image": "{}.png"}}, {{"type": "text", "text": "{question}"}}]}}, {{"role": "assistant", "content": "\\boxed{{{}}}"}}]}}"#,
+                ["one", "two"][i % 2],
+                [3, 7, 5, 9][i / 2]
+            )
+        })
+        .collect();
+    let path = dir.join("dialogues.jsonl");
+    std::fs::write(&path, lines.join("\n")).unwrap();
+    path
+}

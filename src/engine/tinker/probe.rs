@@ -18,11 +18,12 @@ use crate::config::BadConfig;
 use crate::geometry::{Size, smart_resize};
 use crate::image::{RgbImage, encode_png};
 
-/// A prompt with one picture, or with none.
+/// A prompt with one picture.
 struct Question {
     ids: Vec<u32>,
-    /// Where its tokens stand, and its size.
-    picture: Option<(std::ops::Range<usize>, Size)>,
+    /// Where the picture's tokens stand.
+    range: std::ops::Range<usize>,
+    size: Size,
 }
 
 /// Asks, and notes what was learnt in `tinker`.
@@ -32,32 +33,26 @@ struct Question {
 pub(super) fn run(tinker: &mut Tinker) -> Result<()> {
     let question = Question::new(tinker)?;
     forward(tinker, &question).context("trying the server's forward pass")?;
-    if tinker.pictures {
-        tinker.publish()?;
-        sample(tinker, &question).context("trying the server's sampler")?;
-    }
-    Ok(())
+    tinker.publish()?;
+    sample(tinker, &question).context("trying the server's sampler")
 }
 
 impl Question {
     fn new(tinker: &Tinker) -> Result<Question> {
         let frontend = &tinker.frontend;
         let text = Part::text("What colour is it?");
-        if !tinker.pictures {
-            let encoded = frontend.chat.encode(&[Message::user(vec![text])], true, &[])?;
-            return Ok(Question { ids: encoded.ids, picture: None });
-        }
         let budget = frontend.processor.budget;
         let size = smart_resize(Size::new(budget.factor, budget.factor), budget)?;
         let tokens = frontend.processor.tokens(size);
         let mut encoded = frontend.chat.encode(&[Message::user(vec![Part::image(), text])], true, &[tokens])?;
-        Ok(Question { picture: encoded.images.pop().map(|range| (range, size)), ids: encoded.ids })
+        let range = encoded.images.pop().context("a prompt with a picture has no place for it")?;
+        Ok(Question { ids: encoded.ids, range, size })
     }
 
     /// The first `tokens` tokens, with a picture of one colour.
     fn chunks(&self, tokens: usize, grey: u8) -> Result<ModelInput> {
         let text = |range: std::ops::Range<usize>| Chunk::EncodedText { tokens: self.ids[range].to_vec() };
-        let Some((range, size)) = &self.picture else { return Ok(ModelInput { chunks: vec![text(0..tokens)] }) };
+        let Question { range, size, .. } = self;
         let picture = RgbImage::from_pixel(size.width, size.height, [grey; 3].into());
         let image = Chunk::Image { data: Arc::new(encode_png(&picture)?), format: "png", expected_tokens: range.len() };
         Ok(ModelInput { chunks: vec![text(0..range.start), image, text(range.end..tokens)] })
@@ -68,9 +63,7 @@ impl Question {
 fn forward(tinker: &mut Tinker, question: &Question) -> Result<()> {
     let inputs = question.ids.len() - 1;
     let mut targets = question.ids[1..].to_vec();
-    if let Some((range, _)) = &question.picture {
-        targets[range.start - 1..range.end - 1].fill(0);
-    }
+    targets[question.range.start - 1..question.range.end - 1].fill(0);
     let loss_fn_inputs =
         BTreeMap::from([("target_tokens", Tensor::ids(targets)), ("weights", Tensor::numbers(vec![0.0; inputs]))]);
     let model_input = question.chunks(inputs, 128)?;
@@ -83,10 +76,7 @@ fn forward(tinker: &mut Tinker, question: &Question) -> Result<()> {
     tinker.knows_repeats = tinker.client.submit("forward", &body, Repeat::Always).is_ok_and(|second| second == first);
     let reply = tinker.client.retrieve(&first).map_err(|failure| explain(tinker, failure))?;
     let found = Passed::from_json(&reply)?.logprobs.first().map_or(0, Vec::len);
-    ensure!(
-        found == inputs,
-        blind("its forward pass", &format!("{inputs} log-probs were expected and {found} came"), question)
-    );
+    ensure!(found == inputs, blind("its forward pass", &format!("{inputs} log-probs were expected and {found} came")));
     Ok(())
 }
 
@@ -112,7 +102,7 @@ fn sample(tinker: &Tinker, question: &Question) -> Result<()> {
         let expected = question.ids.len();
         ensure!(
             told.len() == expected,
-            blind("its sampler", &format!("a prompt of {expected} tokens has {} there", told.len()), question)
+            blind("its sampler", &format!("a prompt of {expected} tokens has {} there", told.len()))
         );
     }
     let white = ask(255)?;
@@ -124,17 +114,14 @@ fn sample(tinker: &Tinker, question: &Question) -> Result<()> {
         bail!("the server told no log-probs, and nothing can be trained without them");
     };
     let seen = "a black and a white picture are answered alike, with the same certainty to the last bit";
-    ensure!(of_black != of_white, blind("its sampler", seen, question));
+    ensure!(of_black != of_white, blind("its sampler", seen));
     Ok(())
 }
 
 /// Why a server is refused.
-fn blind(part: &str, seen: &str, question: &Question) -> BadConfig {
-    BadConfig(match question.picture {
-        Some(_) => format!(
-            "the server drops pictures in {part}: {seen}. It would train a policy that sees nothing; take a server that supports pictures in \
-             sampling and in training (SkyRL: an FSDP backend with colocated inference)"
-        ),
-        None => format!("the server answers wrongly in {part}: {seen}"),
-    })
+fn blind(part: &str, seen: &str) -> BadConfig {
+    BadConfig(format!(
+        "the server drops pictures in {part}: {seen}. It would train a policy that sees nothing; take a server that supports pictures in \
+         sampling and in training (SkyRL: an FSDP backend with colocated inference)"
+    ))
 }

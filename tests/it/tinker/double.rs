@@ -7,7 +7,7 @@
 //! `skyrl/tinker/api.py`, `engine.py`, `backends/renderer.py`; SDK: `tinker/types/`.)
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufReader, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -23,6 +23,8 @@ use foveate::episode::Stream;
 use foveate::geometry::{View, smart_resize};
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
+
+use crate::served::{self, Request};
 
 /// What happens to a call.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -213,34 +215,15 @@ impl Drop for Double {
     }
 }
 
-/// Method, path below `/api/v1/` (or the whole path, where it is another), key and body.
-fn receive(reader: &mut BufReader<TcpStream>) -> Option<(String, String, Option<String>, Vec<u8>)> {
-    let (mut length, mut key, mut line) = (0, None, String::new());
-    reader.read_line(&mut line).ok().filter(|&read| read > 0)?;
-    let mut words = line.split(' ').map(str::to_owned);
-    let (method, path) = (words.next()?, words.next()?);
-    let path = path.strip_prefix("/api/v1/").unwrap_or(&path).to_owned();
-    loop {
-        line.clear();
-        reader.read_line(&mut line).ok()?;
-        let Some((name, value)) = line.trim().split_once(": ") else { break };
-        match name.to_ascii_lowercase().as_str() {
-            "content-length" => length = value.parse().unwrap(),
-            "x-api-key" => key = Some(value.to_owned()),
-            "content-type" => assert!(value == "application/json" || length == 0, "{value}"),
-            _ => {}
-        }
-    }
-    let mut body = vec![0; length];
-    reader.read_exact(&mut body).ok()?;
-    Some((method, path, key, body))
-}
-
 impl Shared {
     /// Reads one request, does what the script says and hangs up.
     fn serve(&self, stream: TcpStream) {
         let mut reader = BufReader::new(stream);
-        let Some((method, path, key, body)) = receive(&mut reader) else { return };
+        let Some(Request { method, path, headers, body }) = served::request(&mut reader) else { return };
+        let path = path.strip_prefix("/api/v1/").unwrap_or(&path).to_owned();
+        let key = headers.get("x-api-key").map(String::as_str);
+        let content = headers.get("content-type").map(String::as_str);
+        assert!(content == Some("application/json") || body.is_empty(), "{content:?}");
         let act = {
             let mut state = self.state.lock().unwrap();
             let before = state.calls.iter().filter(|(name, _)| *name == path).count();
@@ -265,7 +248,7 @@ impl Shared {
                 if act == Act::Late {
                     thread::sleep(Duration::from_secs(4));
                 }
-                let (status, said) = self.answer(&method, &path, key.as_deref(), &body, act == Act::Forget);
+                let (status, said) = self.answer(&method, &path, key, &body, act == Act::Forget);
                 let whole = reply(status, &said.to_string());
                 match act {
                     Act::LoseAnswer => String::new(),
@@ -639,8 +622,8 @@ impl Shared {
     /// Chunks as a conversation, and the rows of its pictures.
     fn stream(&self, model: &Model, input: &Value, drops: bool) -> Result<(Stream, Vec<std::ops::Range<usize>>), No> {
         let input = fields(input, &["chunks"], &[])?;
-        let processor = &model.engine.processor;
-        let pad = model.engine.chat.special.image_pad;
+        let processor = &model.engine.frontend.processor;
+        let pad = model.engine.frontend.chat.special.image_pad;
         let (mut stream, mut pictures) = (Stream::default(), Vec::new());
         let chunks = input["chunks"].as_array().ok_or((422, "chunks is no list".to_owned()))?;
         for chunk in chunks {
@@ -668,7 +651,7 @@ impl Shared {
                     let name: String = Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect();
                     let path = self.dir.path().join(name).with_extension("png");
                     std::fs::write(&path, &bytes).unwrap();
-                    let size = model.engine.pictures.get(&path).map_err(|e| (400, format!("{e:#}")))?.size();
+                    let size = model.engine.frontend.pictures.get(&path).map_err(|e| (400, format!("{e:#}")))?.size();
                     // As the server's own processor would, whatever the client thinks.
                     let shown = smart_resize(size, processor.budget).map_err(|e| (400, e.to_string()))?;
                     let view = View { image: 0, region: size.bounds(), size: shown };
@@ -696,7 +679,7 @@ impl Shared {
 /// Log-probs of all tokens but the first; of those that cannot be sampled, 0.
 fn all_logprobs(model: &mut Model, stream: &Stream) -> Vec<f32> {
     let mut stream = stream.clone();
-    let banned = model.engine.chat.banned(model.engine.model.config.text.vocab);
+    let banned = model.engine.frontend.chat.banned(model.engine.model.config.text.vocab);
     stream.sampled = stream.ids.iter().enumerate().map(|(i, id)| i > 0 && !banned.contains(id)).collect();
     let scores = model.engine.logprobs(&[vec![&stream]], Who::Policy).unwrap().remove(0).remove(0).logprobs;
     let mut scores = scores.into_iter();
