@@ -265,6 +265,12 @@ impl Loop<'_> {
             if totals.tokens == 0 {
                 continue;
             }
+            // What gives no gradient needs no pass: a group whose answers are all as good as each other.
+            let learns = |&i: &usize| !masked[i] && advantages.moves(i);
+            let part: Vec<&Vec<usize>> = part
+                .iter()
+                .filter(|group| self.objective.moves_without_advantage() || group.iter().any(learns))
+                .collect();
             let streams: Vec<Group> = part.iter().map(|g| g.iter().map(|&i| &episodes[i].stream).collect()).collect();
             let mut of_update = Tally::default();
             engine.accumulate(&streams, &mut |g, m, scores: &Scores| {

@@ -59,6 +59,14 @@ impl Advantages {
         }
     }
 
+    /// Whether trajectory `i` has an advantage other than 0.
+    pub fn moves(&self, i: usize) -> bool {
+        match &self.token {
+            Some(tokens) => tokens.get(i).is_some_and(|t| t.iter().any(|&a| a != 0.0)),
+            None => self.trajectory.get(i).is_some_and(|&a| a != 0.0),
+        }
+    }
+
     /// Multiplies each trajectory's advantage by its weight.
     pub fn weigh(&mut self, weights: &[f64]) {
         self.trajectory.iter_mut().zip(weights).for_each(|(a, w)| *a *= w);

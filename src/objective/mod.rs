@@ -325,6 +325,11 @@ impl Objective {
         self.kl_coef != 0.0
     }
 
+    /// Whether a trajectory without an advantage still moves the policy.
+    pub fn moves_without_advantage(&self) -> bool {
+        self.entropy_coef != 0.0 || (self.kl_coef != 0.0 && self.kl_in == KlPlace::Loss)
+    }
+
     /// Whether an advantage compares an episode with others of its prompt.
     pub fn needs_siblings(&self) -> bool {
         match self.advantage {

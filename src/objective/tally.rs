@@ -112,7 +112,8 @@ impl Tally {
         self
     }
 
-    /// Metrics of the whole step. What was not measured (no reference, no sampler, no entropy) is left out.
+    /// Metrics of the whole step, over the groups that gave a gradient. What was not measured (no reference, no sampler, no entropy) is
+    /// left out.
     ///
     /// Fractions are of counted tokens: `pg_clipfrac_high` and `_low` where the upper or lower bound stopped the gradient,
     /// `_dual` where the dual clip did. `approx_kl` is k3 of new against old; `mismatch_kl/mean` k3 of sampler against
