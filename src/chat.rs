@@ -23,6 +23,8 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::Value as Json;
 use tokenizers::Tokenizer;
 
+use crate::model::lora;
+
 pub use action::{Action, BoxClaim, Flaw, Reading, has_answer};
 pub use convention::Convention;
 pub use message::{Content, Message, Part};
@@ -73,6 +75,7 @@ impl Chat {
     /// # Errors
     /// A missing or unreadable file; ids in config.json that are not the tokenizer's; a template that ends turns with no token of its own.
     pub fn load(dir: &Path) -> Result<Chat> {
+        let dir = &lora::home(dir)?;
         let path = dir.join("tokenizer.json");
         let tokenizer =
             Tokenizer::from_file(&path).map_err(|e| anyhow!("reading the tokenizer: {e}; {}", path.display()))?;

@@ -21,7 +21,7 @@ use crate::model::config::TokenIds;
 use crate::model::memory::memory;
 use crate::model::presets::{self, Random};
 use crate::model::trace::{Greedy, trace};
-use crate::model::{Config, Dtype, Hold, Layout, Trainable, Vlm};
+use crate::model::{Config, Dtype, Hold, Layout, Trainable, Vlm, lora};
 use crate::progress::Progress;
 use crate::run::Environment;
 use crate::synth::contrast;
@@ -298,13 +298,18 @@ impl Model {
             }
             Model::Info { dir, json } => {
                 let config = Config::load(&dir)?;
-                let memory = memory(&config, Trainable::ALL);
+                let layout = Layout::new(&config);
+                let memory = memory(&config, &layout, Trainable::ALL);
+                let adapter = lora::is_adapter(&dir).then(|| lora::about(&dir, &layout)).transpose()?;
                 if json {
-                    println!("{}", json!({"config": config.to_json("float32"), "memory": memory}));
+                    println!("{}", json!({"config": config.to_json("float32"), "memory": memory, "adapter": adapter}));
                     return Ok(());
                 }
                 println!("{}", dir.display());
                 println!("parameters      {:.2} M", memory.parameters as f64 / 1e6);
+                if let Some(adapter) = adapter {
+                    println!("{:<16}{adapter}", "adapter");
+                }
                 println!(
                     "text            {} layers, {} wide, {} heads / {} kv, vocabulary {}",
                     config.text.layers, config.text.hidden, config.text.heads, config.text.kv_heads, config.text.vocab
@@ -325,7 +330,7 @@ impl Model {
                 let hold = if would_map(&dir, &layout, Hold::Auto)? { Hold::Mapped } else { Hold::Memory };
                 ensure_fits(&layout, hold)?;
                 let model = Vlm::open(&dir, hold)?;
-                model.save(&out, dtype, Some(&dir))?;
+                model.save(&out, dtype, Some(&lora::home(&dir)?))?;
                 written(&layout, &out, dtype, json);
                 Ok(())
             }

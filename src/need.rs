@@ -7,6 +7,7 @@
 
 use std::collections::HashSet;
 use std::path::Path;
+use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use rayon::prelude::*;
@@ -119,9 +120,12 @@ pub fn of_rl(plan: &rl::Plan, task: &dyn Task, rows: &[Sample], learns: bool) ->
     let learning = Learns { reference: plan.objective()?.needs_reference(), steps: plan.train.steps };
     let model = Model::open(&plan.model, learns)?;
     let rehearsal = model.rehearse(task, &plan.rollout, rows, plan.train.prompts, group, plan.task.max_pixels())?;
-    let train = plan.model.trainable()?;
+    let (layout, train) = match learns {
+        true => plan.model.learns(model.layout.clone())?,
+        false => (model.layout.clone(), Trainable::ALL),
+    };
     let count = |groups: &[Group], learns| {
-        memory::of_step(&model.config, &plan.model, train, learns, groups, plan.rollout.max_new_tokens)
+        memory::of_step(&model.config, &layout, &plan.model, train, learns, groups, plan.rollout.max_new_tokens)
     };
     let groups = rehearsal.groups(plan.train.prompts, group);
     let mut held = count(&groups, learns.then_some(learning));
@@ -141,7 +145,7 @@ pub fn of_eval(plan: &eval::Plan, asked: &[eval::Asked]) -> Result<Need> {
         let rehearsal = model.rehearse(&**task, &plan.rollout, rows, plan.eval.batch, plan.eval.samples, largest)?;
         let groups = rehearsal.groups(plan.eval.batch.min(rows.len().max(1)), plan.eval.samples);
         let new = plan.rollout.max_new_tokens;
-        let held = memory::of_step(&model.config, &plan.model, Trainable::ALL, None, &groups, new);
+        let held = memory::of_step(&model.config, &model.layout, &plan.model, Trainable::ALL, None, &groups, new);
         let need = model.need(held, rehearsal.pictures(plan.model.picture_cache_mib, rows, rows.len()));
         if most.as_ref().is_none_or(|m| need.total() > m.total()) {
             most = Some(need);
@@ -153,7 +157,8 @@ pub fn of_eval(plan: &eval::Plan, asked: &[eval::Asked]) -> Result<Need> {
 /// Of `foveate sft`, from the dialogues of its first step.
 pub fn of_sft(plan: &sft::Plan, examples: &[sft::Example]) -> Result<Need> {
     let model = Model::open(&plan.model, true)?;
-    let held = memory::of_dialogues(&model.config, &plan.model, plan.model.trainable()?, examples);
+    let (layout, train) = plan.model.learns(model.layout.clone())?;
+    let held = memory::of_dialogues(&model.config, &layout, &plan.model, train, examples);
     Ok(model.need(held, 0))
 }
 
@@ -169,7 +174,8 @@ pub fn of_ask(
     let rows = std::slice::from_ref(sample);
     let rehearsal = model.rehearse(task, rollout, rows, 1, 1, max_pixels)?;
     let groups = rehearsal.groups(1, 1);
-    let held = memory::of_step(&model.config, options, Trainable::ALL, None, &groups, rollout.max_new_tokens);
+    let held =
+        memory::of_step(&model.config, &model.layout, options, Trainable::ALL, None, &groups, rollout.max_new_tokens);
     Ok(model.need(held, rehearsal.pictures(options.picture_cache_mib, rows, 1)))
 }
 
@@ -178,6 +184,7 @@ struct Model {
     /// Bytes of the weights where they stay in their files.
     mapped: Option<u64>,
     config: Config,
+    layout: Arc<Layout>,
     /// Keeps no picture.
     frontend: Frontend,
     tokenizer: u64,
@@ -192,7 +199,7 @@ impl Model {
         let mapped = !learns && would_map(path, &layout, options.weights).unwrap_or(false);
         let mapped = mapped.then(|| mapped_bytes(&layout));
         let tokenizer = std::fs::metadata(path.join("tokenizer.json")).map_or(0, |m| m.len());
-        Ok(Model { mapped, config, frontend: Frontend::load(path, 0)?, tokenizer })
+        Ok(Model { mapped, config, layout, frontend: Frontend::load(path, 0)?, tokenizer })
     }
 
     fn need(&self, mut held: Held, pictures: u64) -> Need {

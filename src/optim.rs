@@ -125,7 +125,7 @@ pub struct Trained {
 impl Trained {
     /// The tensors of a model that are trained, in their order; matrices decay.
     pub fn of(layout: &Layout, train: Trainable) -> Vec<Trained> {
-        let entries = layout.entries.iter().filter(|e| train.has(e.group));
+        let entries = layout.entries.iter().filter(|e| train.trains(e));
         entries.map(|e| Trained { range: e.range.clone(), decay: e.shape.len() > 1 }).collect()
     }
 }

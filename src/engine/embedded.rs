@@ -26,7 +26,7 @@ use crate::geometry::Grid;
 use crate::model::block::Keep;
 use crate::model::generate::Cache;
 use crate::model::memory::memory;
-use crate::model::{Arena, Dtype, Early, Gradients, Head, Hold, Slopes, Target, Trainable, Vlm};
+use crate::model::{Arena, Dtype, Early, Gradients, Head, Hold, Layout, Slopes, Target, Trainable, Vlm, lora};
 use crate::optim::{AdamW, Optim, Trained};
 use crate::sft::Example;
 
@@ -49,6 +49,9 @@ pub struct Options {
     pub vision_tape_mib: u64,
     /// Refuse to start where the run would take more memory than there is, as `foveate doctor` reckons.
     pub check_memory: bool,
+    /// Train adapters instead of the model's own weights.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lora: Option<lora::Options>,
 }
 
 impl Default for Options {
@@ -62,6 +65,7 @@ impl Default for Options {
             picture_cache_mib: 512,
             vision_tape_mib: 1024,
             check_memory: true,
+            lora: None,
         }
     }
 }
@@ -72,7 +76,12 @@ impl Options {
         if self.recompute { Keep::Inputs } else { Keep::Everything }
     }
 
+    /// The parts that are not frozen.
+    ///
+    /// # Errors
+    /// A name that no part has, and adapters that cannot be.
     pub fn trainable(&self) -> Result<Trainable> {
+        self.lora.iter().try_for_each(lora::Options::validate)?;
         let mut trainable = Trainable::ALL;
         for part in &self.freeze {
             match part.as_str() {
@@ -86,6 +95,18 @@ impl Options {
             }
         }
         Ok(trainable)
+    }
+
+    /// The layout of the model as it is trained, with adapters where it gets some, and what of it learns.
+    ///
+    /// # Errors
+    /// As [`lora::modules`].
+    pub fn learns(&self, layout: Arc<Layout>) -> Result<(Arc<Layout>, Trainable)> {
+        let train = self.trainable()?;
+        let Some(options) = &self.lora else { return Ok((layout, train)) };
+        let adapted = layout.adapted(&lora::modules(&self.path, options, &layout, train)?);
+        let train = Trainable::of_adapters(&adapted);
+        Ok((adapted, train))
     }
 }
 
@@ -154,14 +175,21 @@ impl Embedded {
                     .into()
             )),
         };
-        let model = Vlm::open(&options.path, hold)?;
+        let model = match (training, &options.lora) {
+            (Some(training), Some(lora)) => lora::open(&options.path, lora, options.trainable()?, training.seed)?,
+            _ => Vlm::open(&options.path, hold)?,
+        };
         Embedded::with_model(model, options, training)
     }
 
     /// The same around weights that are already in memory; tokenizer and processor still come from the folder.
     pub fn with_model(model: Vlm, options: &Options, training: Option<&Training>) -> Result<Embedded> {
         let frontend = Frontend::load(&options.path, options.picture_cache_mib)?;
-        let trainable = options.trainable()?;
+        let layout = model.weights.layout();
+        let trainable = match layout.has_adapters() {
+            true => Trainable::of_adapters(layout),
+            false => options.trainable()?,
+        };
         let banned = frontend.chat.banned(model.config.text.vocab);
         let training_state = training.map(|t| -> Result<Learning> {
             t.optim.validate()?;
@@ -183,7 +211,7 @@ impl Embedded {
             true => options.keep(),
             false => Keep::Nothing,
         };
-        let memory = memory(&model.config, trainable);
+        let memory = memory(&model.config, model.weights.layout(), trainable);
         let Frontend { pictures, processor, .. } = frontend.clone();
         let tower = Tower::new(pictures, processor, memory, options.vision_tape_mib << 20, keep);
         Ok(Embedded {
@@ -207,7 +235,8 @@ impl Embedded {
     pub fn held(&self, groups: &[Group], max_new_tokens: usize) -> memory::Held {
         let reference = |t: &Learning| memory::Learns { reference: t.reference.is_some(), steps: 1 };
         let learns = self.training.as_ref().map(reference);
-        memory::of_step(&self.model.config, &self.options, self.trainable, learns, groups, max_new_tokens)
+        let (config, layout) = (&self.model.config, self.model.weights.layout());
+        memory::of_step(config, layout, &self.options, self.trainable, learns, groups, max_new_tokens)
     }
 
     /// The learning rate of the coming update.
@@ -533,7 +562,7 @@ impl Trainer for Embedded {
 
     fn step(&mut self, learning_rate: f64) -> Result<f64> {
         let training = self.training.as_mut().context("the engine was opened for sampling only")?;
-        let Learning { optimizer, gradients, optim, .. } = training;
+        let Learning { optimizer, gradients, optim, trained, .. } = training;
         let stepped =
             optimizer.step(&mut self.model.weights.arena_mut()?.data, &gradients.data, optim, learning_rate)?;
         ensure!(
@@ -541,7 +570,8 @@ impl Trainer for Embedded {
             "the gradient is not finite ({}); the weights were left as they are. Lower optim.lr, or resume from the last checkpoint",
             stepped.grad_norm
         );
-        gradients.data.fill(0.0);
+        // The others are never read.
+        trained.iter().for_each(|trained| gradients.data[trained.range.clone()].fill(0.0));
         self.end_step();
         self.forget_views();
         Ok(stepped.grad_norm)
@@ -560,7 +590,10 @@ impl Trainer for Embedded {
 
     fn save(&mut self, dir: &Path) -> Result<()> {
         // Always exact: a run that goes on from here must go on bit for bit. `model export` writes bf16.
-        self.model.save(dir, Dtype::F32, Some(&self.options.path))?;
+        match self.model.weights.layout().has_adapters() {
+            true => lora::save(&self.model, dir, &self.options.path)?,
+            false => self.model.save(dir, Dtype::F32, Some(&self.options.path))?,
+        }
         if let Some(training) = &self.training {
             training.optimizer.save(&dir.join(OPTIMIZER))?;
         }
@@ -569,7 +602,10 @@ impl Trainer for Embedded {
 
     fn load(&mut self, dir: &Path) -> Result<()> {
         let layout = self.model.weights.layout().clone();
-        self.model.weights = crate::model::load_weights(dir, &layout)?.into();
+        match layout.has_adapters() {
+            true => lora::read_into(&mut self.model, dir)?,
+            false => self.model.weights = crate::model::load_weights(dir, &layout)?.into(),
+        }
         if let Some(training) = &mut self.training {
             training.optimizer = AdamW::load(training.trained.clone(), &dir.join(OPTIMIZER))?;
         }

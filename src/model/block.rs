@@ -14,7 +14,7 @@ use foveate_kernels::rope::{self, Table};
 use foveate_kernels::{linear, memory, mlp, norm};
 use rayon::prelude::*;
 
-use super::layout::{Affine, Block};
+use super::layout::{Affine, Block, Lora, Trainable};
 use super::values::Values;
 
 /// Sizes of a block: width D, query and key/value heads, K per head, MLP width, epsilon of the norms.
@@ -123,7 +123,8 @@ impl Laid {
     }
 
     fn each<'a>(maps: impl Iterator<Item = &'a Affine>, lay: impl Fn(&Affine) -> linear::Packed + Sync) -> Laid {
-        let maps: Vec<&Affine> = maps.collect();
+        let adapters = |map: &'a Affine| map.lora.iter().flat_map(|lora| [&lora.a, &lora.b]);
+        let maps: Vec<&Affine> = maps.flat_map(|map| std::iter::once(map).chain(adapters(map))).collect();
         Laid(maps.into_par_iter().map(|map| (map.w.start, lay(map))).collect())
     }
 
@@ -159,12 +160,18 @@ impl Affine {
             Some(packed) => packed.forward(y, x, bias, onto, t),
             None => linear::forward(y, x, params.values.matrix(&self.w), bias, onto, t, self.inputs, self.outputs),
         }
+        if let Some(lora) = &self.lora {
+            lora.b.run(y, params, &lora.narrow(params, x), true);
+        }
     }
 
     /// Writes (or adds, when `accumulate`) the gradient by the input.
     pub fn backward_input(&self, dx: &mut [f32], dy: &[f32], weights: &[f32], accumulate: bool) {
         let t = dy.len() / self.outputs;
         linear::backward_input(dx, dy, &weights[self.w.clone()], t, self.inputs, self.outputs, accumulate);
+        if let Some(lora) = &self.lora {
+            lora.a.backward_input(dx, &lora.narrow_back(weights, dy), weights, true);
+        }
     }
 
     /// The same over matrices that are laid out for it.
@@ -174,15 +181,71 @@ impl Affine {
             Some(packed) => packed.forward_here(dx, dy, None, accumulate, t),
             None => unreachable!("a block's maps are all laid out"),
         }
-    }
-
-    /// Adds the gradient by weight and bias to the arena `grads`.
-    pub fn backward_weight(&self, grads: &mut [f32], dy: &[f32], x: &[f32]) {
-        backward_weights(grads, &[(self, dy)], x);
+        if let Some(lora) = &self.lora {
+            let mut du = vec![0.0; t * lora.b.inputs];
+            lora.b.run_back(&mut du, dy, turned, false);
+            du.iter_mut().for_each(|du| *du *= lora.scale);
+            lora.a.run_back(dx, &du, turned, true);
+        }
     }
 }
 
-/// [`Affine::backward_weight`] of maps, each with its dy, that have the same input.
+impl Lora {
+    /// `scale · x · aᵀ`
+    ///
+    /// # Shapes
+    /// x `[T, M]` -> `[T, R]`
+    fn narrow(&self, params: Params, x: &[f32]) -> Vec<f32> {
+        let mut u = vec![0.0; x.len() / self.a.inputs * self.a.outputs];
+        self.a.run(&mut u, params, x, false);
+        u.iter_mut().for_each(|u| *u *= self.scale);
+        u
+    }
+
+    /// The gradient by `x · aᵀ`.
+    ///
+    /// # Shapes
+    /// dy `[T, N]` -> `[T, R]`
+    fn narrow_back(&self, weights: &[f32], dy: &[f32]) -> Vec<f32> {
+        let mut du = vec![0.0; dy.len() / self.b.outputs * self.b.inputs];
+        self.b.backward_input(&mut du, dy, weights, false);
+        du.iter_mut().for_each(|du| *du *= self.scale);
+        du
+    }
+}
+
+/// Where gradients are added: of the maps and norms themselves, or of the adapters alone.
+pub struct Grads<'a> {
+    arena: &'a mut [f32],
+    adapters: bool,
+}
+
+impl<'a> Grads<'a> {
+    /// The arena, if a part of the model is trained at all.
+    pub fn of(arena: &'a mut [f32], trained: bool, train: Trainable) -> Option<Grads<'a>> {
+        trained.then_some(Grads { arena, adapters: train.adapters })
+    }
+
+    /// The arena for what no adapter stands beside: norms, the patch embedding.
+    pub fn own(&mut self) -> Option<&mut [f32]> {
+        (!self.adapters).then_some(&mut *self.arena)
+    }
+
+    /// Adds the gradients of maps, each with its dy, that have the same input.
+    pub fn add(&mut self, maps: &[(&Affine, &[f32])], x: &[f32], weights: &[f32]) {
+        if !self.adapters {
+            return backward_weights(self.arena, maps, x);
+        }
+        for (map, dy) in maps {
+            let Some(lora) = &map.lora else { continue };
+            let u = lora.narrow(Params::new(weights.into(), None), x);
+            backward_weights(self.arena, &[(&lora.b, dy)], &u);
+            backward_weights(self.arena, &[(&lora.a, &lora.narrow_back(weights, dy))], x);
+        }
+    }
+}
+
+/// Adds the gradients by the weights and biases of maps, each with its dy, that have the same input.
 fn backward_weights(grads: &mut [f32], maps: &[(&Affine, &[f32])], x: &[f32]) {
     let inputs = maps[0].0.inputs;
     // The gradients lie apart in the arena, in whatever order.
@@ -428,7 +491,7 @@ pub fn backward(
     dy: Vec<f32>,
     kept: Kept,
     rows: Rows,
-    mut grads: Option<&mut [f32]>,
+    mut grads: Option<Grads>,
 ) -> Vec<f32> {
     let Tape { x, q, k, v, o, lse, mid, mut gate, mut up } = match kept {
         Kept::All(tape) => *tape,
@@ -463,11 +526,13 @@ pub fn backward(
         });
     let (h, n2, mut dmid, mut d_o) = (h.done(), n2.done(), dmid.done(), d_o.done());
     let picked = rows.wanted.map(|wanted| pick(&o, wanted, dims.heads * dims.k));
-    if let Some(g) = grads.as_deref_mut() {
-        block.down.backward_weight(g, &dy, &h);
-        backward_weights(g, &[(&block.gate, &gate), (&block.up, &up)], &n2);
-        block.o.backward_weight(g, &dmid, picked.as_ref().unwrap_or(&o));
-        add_up(&mut g[block.norm2.clone()], &dnorm);
+    if let Some(g) = &mut grads {
+        g.add(&[(&block.down, &dy)], &h, weights);
+        g.add(&[(&block.gate, &gate), (&block.up, &up)], &n2, weights);
+        g.add(&[(&block.o, &dmid)], picked.as_ref().unwrap_or(&o), weights);
+        if let Some(own) = g.own() {
+            add_up(&mut own[block.norm2.clone()], &dnorm);
+        }
     }
     drop((h, gate, up, n2, dy, mid));
     if let Some(wanted) = rows.wanted {
@@ -501,10 +566,12 @@ pub fn backward(
             norm::forward(n1, &mut rstd, x, weight, d, dims.eps);
             norm::backward(dx, dnorm, &dn, x, weight, &rstd, d, true);
         });
-    if let Some(g) = grads {
+    if let Some(mut g) = grads {
         let n1 = n1.done();
-        backward_weights(g, &[(&block.q, &dq), (&block.k, &dk), (&block.v, &dv)], &n1);
-        add_up(&mut g[block.norm1.clone()], &dnorm);
+        g.add(&[(&block.q, &dq), (&block.k, &dk), (&block.v, &dv)], &n1, weights);
+        if let Some(own) = g.own() {
+            add_up(&mut own[block.norm1.clone()], &dnorm);
+        }
     }
     dx
 }

@@ -22,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::layout::{Arena, Layout};
+use super::lora;
 use super::values::{Mapped, Place, Weights, is_matrix};
 use super::weights::{INDEX, SINGLE};
 use crate::progress::Progress;
@@ -312,6 +313,8 @@ pub fn would_map(dir: &Path, layout: &Layout, hold: Hold) -> Result<bool> {
     Ok(match hold {
         Hold::Memory => false,
         Hold::Mapped => true,
+        // It is merged in memory.
+        Hold::Auto if lora::is_adapter(dir) => false,
         Hold::Auto => Checkpoint::open(dir, layout)?.not_mappable(layout).is_none(),
     })
 }
@@ -322,7 +325,7 @@ pub fn load_weights(dir: &Path, layout: &Arc<Layout>) -> Result<Arena> {
 }
 
 /// Numbers of any supported type as f32; whether all of them are finite.
-fn fill(out: &mut [f32], dtype: Stored, bytes: &[u8]) -> Result<bool> {
+pub(super) fn fill(out: &mut [f32], dtype: Stored, bytes: &[u8]) -> Result<bool> {
     Ok(match dtype {
         Stored::F32 => convert(out, bytes, f32::from_le_bytes),
         Stored::BF16 => convert(out, bytes, |b| bf16::from_le_bytes(b).to_f32()),

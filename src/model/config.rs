@@ -11,6 +11,8 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
+use super::lora;
+
 /// Sizes of the vision tower.
 #[derive(Clone, Debug, PartialEq)]
 pub struct VisionConfig {
@@ -211,6 +213,7 @@ fn list(values: &[Value]) -> String {
 impl Config {
     /// Reads `config.json` of a model folder.
     pub fn load(dir: &Path) -> Result<Config> {
+        let dir = &lora::home(dir)?;
         let path = dir.join("config.json");
         if !path.is_file() {
             bail!(no_checkpoint(dir));

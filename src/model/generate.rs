@@ -257,7 +257,7 @@ impl Vlm {
     fn lay_out(&self) -> Option<Laid> {
         let index = &self.weights.layout().text;
         let (d, v) = (self.config.text.hidden, self.config.text.vocab);
-        let head = Affine { w: index.head.clone(), b: None, inputs: d, outputs: v };
+        let head = Affine { w: index.head.clone(), b: None, inputs: d, outputs: v, lora: None };
         let maps = || index.layers.iter().flat_map(Block::maps).chain([&head]);
         (self.text_values() <= LAID_OUT).then(|| Laid::new(maps(), self.weights.values()))
     }

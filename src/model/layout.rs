@@ -3,8 +3,8 @@
 //! A model is a single `Vec<f32>`; a [`Layout`] says which stretch of it is which Hugging Face tensor. Gradients and
 //! optimiser moments are further arrays of the same layout, so an optimiser is one loop and a checkpoint is one walk.
 //! The typed indices ([`Block`], [`VisionIndex`], [`TextIndex`]) hide names from the computation: nothing in the hot
-//! path looks a tensor up by string. What must stay true: entries follow each other without a gap and cover the whole
-//! array, and a bias lies after its weight.
+//! path looks a tensor up by string. The matrices of an adapter (`lora`) lie behind the model's own. What must stay true: entries
+//! follow each other without a gap and cover the whole array, and a bias lies after its weight.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -32,10 +32,12 @@ pub struct Trainable {
     pub merger: bool,
     pub embeddings: bool,
     pub text: bool,
+    /// In these groups only the adapters learn, and the model's own weights stay as they are.
+    pub adapters: bool,
 }
 
 impl Trainable {
-    pub const ALL: Trainable = Trainable { vision: true, merger: true, embeddings: true, text: true };
+    pub const ALL: Trainable = Trainable { vision: true, merger: true, embeddings: true, text: true, adapters: false };
 
     pub fn has(&self, group: Group) -> bool {
         match group {
@@ -44,6 +46,11 @@ impl Trainable {
             Group::Embeddings => self.embeddings,
             Group::Text => self.text,
         }
+    }
+
+    /// Whether a tensor is trained.
+    pub fn trains(&self, entry: &Entry) -> bool {
+        self.has(entry.group) && entry.adapter == self.adapters
     }
 
     /// Whether any gradient has to flow back into the image features.
@@ -60,6 +67,8 @@ pub struct Entry {
     pub shape: Vec<usize>,
     pub range: Range<usize>,
     pub group: Group,
+    /// One of the matrices of an adapter, beside the model's own tensors.
+    pub adapter: bool,
 }
 
 /// A linear map `y = x · wᵀ + b`, as ranges into the arena; `w` is `[outputs, inputs]`.
@@ -69,6 +78,16 @@ pub struct Affine {
     pub b: Option<Range<usize>>,
     pub inputs: usize,
     pub outputs: usize,
+    pub lora: Option<Box<Lora>>,
+}
+
+/// What an adapter adds to a map of M inputs and N outputs: `y += scale · x · aᵀ · bᵀ`, with a `[R, M]` and b `[N, R]`
+/// (LoRA, arXiv 2106.09685, section 4.1).
+#[derive(Clone, Debug)]
+pub struct Lora {
+    pub a: Affine,
+    pub b: Affine,
+    pub scale: f32,
 }
 
 /// One transformer block; vision and text blocks are the same computation with other sizes.
@@ -103,6 +122,19 @@ pub struct TextIndex {
     pub head: Range<usize>,
 }
 
+/// A map that gets an adapter.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Module {
+    /// The published name, such as `model.layers.0.self_attn.q_proj`.
+    pub name: String,
+    pub rank: usize,
+    pub scale: f32,
+}
+
+/// The parts of an adapter's names.
+pub const LORA_A: &str = "lora_A";
+pub const LORA_B: &str = "lora_B";
+
 /// Names, shapes and places of all parameters of one configuration.
 #[derive(Clone, Debug)]
 pub struct Layout {
@@ -121,14 +153,14 @@ impl Builder {
     fn tensor(&mut self, name: String, shape: &[usize], group: Group) -> Range<usize> {
         let range = self.len..self.len + shape.iter().product::<usize>();
         self.len = range.end;
-        self.entries.push(Entry { name, shape: shape.to_vec(), range: range.clone(), group });
+        self.entries.push(Entry { name, shape: shape.to_vec(), range: range.clone(), group, adapter: false });
         range
     }
 
     fn affine(&mut self, name: &str, outputs: usize, inputs: usize, bias: bool, group: Group) -> Affine {
         let w = self.tensor(format!("{name}.weight"), &[outputs, inputs], group);
         let b = bias.then(|| self.tensor(format!("{name}.bias"), &[outputs], group));
-        Affine { w, b, inputs, outputs }
+        Affine { w, b, inputs, outputs, lora: None }
     }
 }
 
@@ -140,6 +172,7 @@ fn rows(fused: &Affine, from: usize, outputs: usize) -> Affine {
         b: fused.b.as_ref().map(|b| b.start + from..b.start + from + outputs),
         inputs: fused.inputs,
         outputs,
+        lora: None,
     }
 }
 
@@ -183,6 +216,7 @@ impl Layout {
             b: None,
             inputs: vision.framed_values(),
             outputs: c,
+            lora: None,
         };
         let blocks = (0..vision.depth)
             .map(|i| {
@@ -214,6 +248,59 @@ impl Layout {
             entries: b.entries,
             len: b.len,
         })
+    }
+
+    /// The same with adapters behind the model's own tensors, in the order of `modules`.
+    ///
+    /// # Panics
+    /// At a module that is no linear map of the model; `lora` has looked.
+    pub fn adapted(&self, modules: &[Module]) -> Arc<Layout> {
+        let mut layout = self.clone();
+        for Module { name, rank, scale } in modules {
+            let entry = self.find(&format!("{name}.weight")).cloned();
+            let Some(Entry { shape, range, group, .. }) = entry else { panic!("the model has no map {name}") };
+            let [outputs, inputs] = shape[..] else { panic!("{name} is no linear map") };
+            let mut matrix = |part: &str, outputs: usize, inputs: usize| {
+                let range = layout.len..layout.len + outputs * inputs;
+                layout.len = range.end;
+                let (name, shape) = (format!("{name}.{part}.weight"), vec![outputs, inputs]);
+                layout.entries.push(Entry { name, shape, range: range.clone(), group, adapter: true });
+                Affine { w: range, b: None, inputs, outputs, lora: None }
+            };
+            let (a, b) = (matrix(LORA_A, *rank, inputs), matrix(LORA_B, outputs, *rank));
+            // A fused map is used in parts, each with its rows of b.
+            for map in layout.maps_mut().filter(|map| range.contains(&map.w.start)) {
+                let from = (map.w.start - range.start) / inputs;
+                map.lora = Some(Box::new(Lora { a: a.clone(), b: rows(&b, from, map.outputs), scale: *scale }));
+            }
+        }
+        Arc::new(layout)
+    }
+
+    fn maps_mut(&mut self) -> impl Iterator<Item = &mut Affine> {
+        let Layout { vision: VisionIndex { blocks, merger_in, merger_out, .. }, text, .. } = self;
+        let blocks = text.layers.iter_mut().chain(blocks).flat_map(|block| {
+            let Block { q, k, v, o, gate, up, down, .. } = block;
+            [q, k, v, o, gate, up, down]
+        });
+        blocks.chain([merger_in, merger_out])
+    }
+
+    /// What an adapter adds to a map.
+    pub fn lora(&self, module: &str) -> Option<&Lora> {
+        let place = self.find(&format!("{module}.weight"))?.range.start;
+        self.maps().find(|map| map.w.start == place)?.lora.as_deref()
+    }
+
+    /// The linear maps of the blocks and of the merger.
+    fn maps(&self) -> impl Iterator<Item = &Affine> {
+        let VisionIndex { blocks, merger_in, merger_out, .. } = &self.vision;
+        self.text.layers.iter().chain(blocks).flat_map(Block::maps).chain([merger_in, merger_out])
+    }
+
+    /// Whether there are adapters.
+    pub fn has_adapters(&self) -> bool {
+        self.entries.last().is_some_and(|entry| entry.adapter)
     }
 
     /// The entry of this published name.

@@ -13,7 +13,7 @@ pub struct Memory {
     pub trained: usize,
     /// Weights alone: sampling.
     pub weights_bytes: u64,
-    /// Gradients of the whole arena, and the two moments of AdamW of what is trained.
+    /// Gradients of the whole arena, or of the adapters alone, and the two moments of AdamW of what is trained.
     pub training_bytes: u64,
     /// The language model's weights without its embeddings.
     pub text_bytes: u64,
@@ -61,11 +61,11 @@ impl Widths {
     }
 }
 
-/// Memory of a configuration.
-pub fn memory(config: &Config, train: Trainable) -> Memory {
-    let layout = Layout::new(config);
-    let groups = [Group::Vision, Group::Merger, Group::Embeddings, Group::Text];
-    let trained: usize = groups.into_iter().filter(|g| train.has(*g)).map(|g| layout.count(g)).sum();
+/// Memory of a configuration in a layout of it, with adapters or without.
+pub fn memory(config: &Config, layout: &Layout, train: Trainable) -> Memory {
+    let trained: usize = layout.entries.iter().filter(|e| train.trains(e)).map(|e| e.range.len()).sum();
+    // The gradients of a frozen base are never touched, so the system gives them no pages.
+    let gradients = if train.adapters { trained } else { layout.len };
     let (t, v) = (&config.text, &config.vision);
     let text = Widths { hidden: t.hidden, kv: t.kv_heads * t.head_dim(), heads: t.heads, mlp: t.mlp };
     let vision = Widths { hidden: v.hidden, kv: v.hidden, heads: v.heads, mlp: v.mlp };
@@ -78,7 +78,7 @@ pub fn memory(config: &Config, train: Trainable) -> Memory {
         parameters: layout.len,
         trained,
         weights_bytes: 4 * layout.len as u64,
-        training_bytes: 4 * layout.len as u64 + 8 * trained as u64,
+        training_bytes: 4 * gradients as u64 + 8 * trained as u64,
         text_bytes: 4 * layout.count(Group::Text) as u64,
         head_bytes: 4 * (t.vocab * t.hidden) as u64,
         block_bytes: 4 * text_block.max(vision_block) as u64,

@@ -12,6 +12,7 @@ pub mod config;
 pub mod dense;
 pub mod generate;
 pub mod layout;
+pub mod lora;
 pub mod memory;
 pub mod positions;
 pub mod presets;
@@ -270,14 +271,32 @@ impl Vlm {
     }
 
     /// The same, with the weights where `hold` says.
+    ///
+    /// Of an adapter's folder, the model with the adapter merged into it, in memory.
     pub fn open(dir: &Path, hold: Hold) -> Result<Vlm> {
+        if lora::is_adapter(dir) {
+            ensure!(
+                hold != Hold::Mapped,
+                "an adapter is merged into its model's weights in memory; leave out \"mapped\", or merge it once with \
+                 `foveate model export {} --out NEW --dtype bf16`",
+                dir.display()
+            );
+            return lora::read(dir)?.merged();
+        }
         let config = Config::load(dir)?;
         let weights = checkpoint::open_weights(dir, &Layout::new(&config), hold)?;
         Ok(Vlm { config, weights })
     }
 
     /// Writes a model folder in Hugging Face layout; tokenizer, template and processor files are copied from `source`.
+    ///
+    /// # Errors
+    /// A model with adapters, which `lora::save` writes; and what cannot be written.
     pub fn save(&self, dir: &Path, dtype: Dtype, source: Option<&Path>) -> Result<()> {
+        ensure!(
+            !self.weights.layout().has_adapters(),
+            "the adapters of the model were not merged before it is written"
+        );
         save_model(self, dir, dtype, source)
     }
 

@@ -127,6 +127,62 @@ fn gradient_of_everything_agrees_with_differences() {
     }
 }
 
+/// Adapters on every map: as above by differences, the model's own weights get nothing, and merging them gives the same log-probs.
+#[test]
+fn gradient_of_adapters_agrees_with_differences() {
+    let mut model = tiny();
+    let options = lora::Options { rank: 3, alpha: 4.5, targets: vec!["*".into()] };
+    let modules = options.modules(model.weights.layout(), Trainable::ALL).unwrap();
+    let plain = model.clone();
+    model.adapt(&modules, 8).unwrap();
+    let packed = conversation(&model.config);
+    let logprobs = |m: &Vlm| m.evaluate(&packed, Head::PLAIN, Keep::Nothing, Trainable::ALL).unwrap().logprobs;
+    assert_eq!(logprobs(&model), logprobs(&plain), "a fresh adapter changes no bit");
+    let layout = model.weights.layout().clone();
+    for (i, entry) in layout.entries.iter().enumerate().filter(|(_, entry)| entry.adapter) {
+        let values = noise(entry.range.len(), 300 + i as u64);
+        let data = &mut model.weights.arena_mut().unwrap().data[entry.range.clone()];
+        data.iter_mut().zip(values).for_each(|(w, x)| *w += 0.2 * x);
+    }
+    let train = Trainable::of_adapters(&layout);
+    assert!(train.tower() && train.text && !train.embeddings);
+    let weights = noise(packed.targets.len(), 5);
+    let gradient = |keep| {
+        let e = model.evaluate(&packed, Head::PLAIN, keep, train).unwrap();
+        let mut grads = Gradients::zeros(&layout);
+        model.backward(&packed, e.tape.unwrap(), &Slopes::of(&weights), train, &mut grads).unwrap();
+        grads.data
+    };
+    let grads = gradient(Keep::Everything);
+    assert_eq!(grads, gradient(Keep::Inputs));
+    let value = |m: &Vlm| logprobs(m).iter().zip(&weights).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
+    let step = 1e-2f32;
+    for (i, entry) in layout.entries.iter().enumerate() {
+        let gradient = &grads[entry.range.clone()];
+        if !entry.adapter {
+            assert!(gradient.iter().all(|g| *g == 0.0), "{}", entry.name);
+            continue;
+        }
+        let mut direction = noise(entry.range.len(), 100 + i as u64);
+        let length = direction.iter().map(|x| x * x).sum::<f32>().sqrt();
+        direction.iter_mut().for_each(|x| *x /= length);
+        let moved = |by: f32| {
+            let mut m = model.clone();
+            let data = &mut m.weights.arena_mut().unwrap().data[entry.range.clone()];
+            data.iter_mut().zip(&direction).for_each(|(w, d)| *w += by * d);
+            value(&m)
+        };
+        let differences = (moved(step) - moved(-step)) / (2.0 * f64::from(step));
+        let ours: f64 = gradient.iter().zip(&direction).map(|(g, d)| f64::from(*g) * f64::from(*d)).sum();
+        let off = (ours - differences).abs();
+        assert!(off < 4e-3 + 0.02 * differences.abs(), "{}: {ours} against {differences}", entry.name);
+    }
+    let merged = model.clone().merged().unwrap();
+    // Products in another order of additions.
+    assert!(logprobs(&model).iter().zip(logprobs(&merged)).all(|(a, b)| (a - b).abs() < 1e-4));
+    assert!(logprobs(&model).iter().zip(logprobs(&plain)).any(|(a, b)| (a - b).abs() > 1e-2));
+}
+
 /// What is asked before the second block has the gradient of a model that ends there; its final norm alone stays as it is.
 #[test]
 fn words_asked_early_have_the_gradient_of_a_shorter_model() {
@@ -196,6 +252,7 @@ fn frozen_groups_get_nothing_and_change_nothing() {
             merger: group == Group::Merger,
             embeddings: group == Group::Embeddings,
             text: group == Group::Text,
+            adapters: false,
         };
         let some = gradient(train);
         for entry in &model.weights.layout().entries {

@@ -13,7 +13,7 @@ use foveate_kernels::rope::{self, Table};
 use foveate_kernels::{embed, logprob};
 
 use super::Target;
-use super::block::{self, Dims, Keep, Kept, Rows};
+use super::block::{self, Dims, Grads, Keep, Kept, Rows};
 use super::config::TextConfig;
 use super::layout::{TextIndex, Trainable};
 use super::values::Values;
@@ -178,7 +178,7 @@ pub fn backward(
     let TextTape { table, mut layers, last } = tape;
     let (_, rstd) = block::normed(&last, &weights[index.norm.clone()], dims.eps);
     let mut dx = vec![0.0; last.len()];
-    let norm = train.text.then_some(&mut *grads);
+    let norm = (train.text && !train.adapters).then_some(&mut *grads);
     block::normed_backward(&mut dx, norm, &index.norm, dhidden, &last, weights, &rstd, false);
     drop(last);
     for (i, layer) in index.layers.iter().enumerate().rev() {
@@ -186,7 +186,7 @@ pub fn backward(
         let here = early.iter().filter(|early| early.block == i && !early.asked.is_empty());
         let asked: Vec<(&Early, Vec<f32>)> =
             here.map(|early| (early, early.backward(kept.input(), weights, index, dims.eps, train, grads))).collect();
-        let trained = train.text.then_some(&mut *grads);
+        let trained = Grads::of(grads, train.text, train);
         let rows = Rows { table: &table, spans, wanted: wanted.filter(|_| i + 1 == index.layers.len()) };
         dx = block::backward(layer, &dims, weights, dx, kept, rows, trained);
         for (early, asked) in asked {

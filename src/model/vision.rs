@@ -12,7 +12,7 @@ use foveate_kernels::attention::Span;
 use foveate_kernels::rope::{self, Table};
 use foveate_kernels::{linear, mlp};
 
-use super::block::{self, Dims, Keep, Kept, Rows};
+use super::block::{self, Dims, Grads, Keep, Kept, Rows};
 use super::config::VisionConfig;
 use super::layout::{Trainable, VisionIndex};
 use super::values::Values;
@@ -183,22 +183,23 @@ pub fn backward(
     let dy = sorted(dfeatures, &windows.order, config.out_hidden);
     let (normed, rstd) = block::normed(&last, &weights[index.merger_norm.clone()], dims.eps);
     let mut active = vec![0.0; merged.len()];
-    if train.merger {
+    let mut merger = Grads::of(grads, train.merger, train);
+    if let Some(merger) = &mut merger {
         mlp::gelu_forward(&mut active, &merged);
-        index.merger_out.backward_weight(grads, &dy, &active);
+        merger.add(&[(&index.merger_out, &dy)], &active, weights);
     }
     let dactive = &mut active;
     index.merger_out.backward_input(dactive, &dy, weights, false);
     let mut dmerged = vec![0.0; merged.len()];
     mlp::gelu_backward(&mut dmerged, dactive, &merged);
-    if train.merger {
-        index.merger_in.backward_weight(grads, &dmerged, &normed);
+    if let Some(merger) = &mut merger {
+        merger.add(&[(&index.merger_in, &dmerged)], &normed, weights);
     }
     let mut dnormed = normed;
     index.merger_in.backward_input(&mut dnormed, &dmerged, weights, false);
     let mut dx = vec![0.0; last.len()];
-    let merger = train.merger.then_some(&mut *grads);
-    block::normed_backward(&mut dx, merger, &index.merger_norm, &dnormed, &last, weights, &rstd, false);
+    let own = merger.as_mut().and_then(Grads::own);
+    block::normed_backward(&mut dx, own, &index.merger_norm, &dnormed, &last, weights, &rstd, false);
     drop((dnormed, dmerged, active, last));
     if !train.vision {
         return;
@@ -207,7 +208,10 @@ pub fn backward(
         let Some(kept) = blocks.pop() else { return };
         let spans = if config.full_blocks.contains(&i) { &windows.frames } else { &windows.windows };
         let rows = Rows { table: &table, spans, wanted: None };
-        dx = block::backward(b, &dims, weights, dx, kept, rows, Some(grads));
+        dx = block::backward(b, &dims, weights, dx, kept, rows, Grads::of(grads, true, train));
+    }
+    if train.adapters {
+        return;
     }
     let dembedded = unsorted(&dx, &windows.order, unit * dims.hidden);
     let (values, rows) = (config.patch_values(), patches.len() / config.patch_values());

@@ -5,6 +5,7 @@ mod ask;
 mod cli;
 mod formats;
 mod learns;
+mod lora;
 mod parity;
 mod protocols;
 mod resume;

@@ -10,7 +10,7 @@ use foveate::chat::{Chat, Message, Part};
 use foveate::geometry::{Grid, View};
 use foveate::image::{Processor, decode, patches, show};
 use foveate::model::trace::{Greedy, trace};
-use foveate::model::{Arena, Gradients, Head, Keep, Packed, Slopes, Target, Trainable, Vlm};
+use foveate::model::{Arena, Gradients, Head, Keep, Packed, Slopes, Target, Trainable, Vlm, lora};
 use foveate_kernels::adamw;
 use safetensors::SafeTensors;
 use safetensors::tensor::Dtype;
@@ -271,6 +271,50 @@ macro_rules! cases {
     )*};
 }
 cases!(gqa_tied, mha_untied, two_images, three_turns);
+
+/// An adapter that PEFT made, on the language model, the tower and the merger, with ranks and alphas of single modules.
+#[test]
+fn adapters_are_those_of_peft() {
+    let dir = golden().join("lora");
+    let expected = Expected::load(&dir.join("expected.safetensors"));
+    let mut case = Case::load("gqa_tied");
+    case.model = lora::read(&dir).unwrap();
+    let (packed, weights) = case.packed();
+    let layout = case.model.weights.layout().clone();
+    let train = Trainable::of_adapters(&layout);
+    let ids = case.ids();
+    for model in [&case.model, &Vlm::load(&dir).unwrap()] {
+        let t = trace(model, &ids, &case.grids, case.pixels.clone(), None).unwrap();
+        close("adapter: logprobs", &t.logprobs, &expected.reals["logprobs"], 1e-4);
+    }
+
+    let mut losses = Vec::new();
+    let (mut m, mut v) = (vec![0.0; layout.len], vec![0.0; layout.len]);
+    let adapter = layout.entries.iter().find(|e| e.adapter).unwrap().range.start..layout.len;
+    for step in 1..=10 {
+        let scored = case.model.evaluate(&packed, Head::PLAIN, Keep::Everything, train).unwrap();
+        losses.push(scored.logprobs.iter().zip(&weights).map(|(l, w)| l * w).sum::<f32>());
+        let mut grads = Arena::zeros(&layout);
+        case.model.backward(&packed, scored.tape.unwrap(), &Slopes::of(&weights), train, &mut grads).unwrap();
+        if step == 1 {
+            close("adapter: loss", &losses, &expected.reals["loss"], 1e-5);
+            let ours = layout.entries.iter().filter(|e| e.adapter);
+            for entry in ours.clone() {
+                let theirs = &expected.reals[&format!("grad.{}", entry.name)];
+                let found = fingerprint(&grads.data[entry.range.clone()]);
+                let far = found.iter().zip(theirs).fold(0.0f32, |m, (a, b)| m.max((a - b).abs())) / theirs[0];
+                assert!(theirs[0] > 0.0 && far <= 1e-4, "gradient of {}: {far:e} of its norm", entry.name);
+            }
+            assert_eq!(ours.count(), expected.reals.keys().filter(|k| k.starts_with("grad.")).count());
+        }
+        let hyper = adamw::Hyper { lr: 1e-2, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01, step };
+        let [m, v] = [&mut m, &mut v].map(|moments| &mut moments[adapter.clone()]);
+        let data = &mut case.model.weights.arena_mut().unwrap().data[adapter.clone()];
+        adamw::update(data, &grads.data[adapter.clone()], m, v, hyper, 1.0);
+    }
+    // As above: rounding decides where a gradient is nearly 0.
+    close("adapter: ten losses", &losses, &expected.reals["losses"], 1e-3);
+}
 
 /// Turns appended one by one, as the rollout does it, give the ids of transformers' one encoding.
 #[test]

@@ -89,7 +89,8 @@ fn metrics(run: &Path) -> Vec<Value> {
 
 fn same_end(a: &Path, b: &Path) {
     let bytes = |run: &Path, file: &str| std::fs::read(run.join("checkpoints/4").join(file)).unwrap();
-    for file in ["model.safetensors", "state.json"] {
+    let adapter = a.join("checkpoints/4/adapter_model.safetensors").exists();
+    for file in [if adapter { "adapter_model.safetensors" } else { "model.safetensors" }, "state.json"] {
         assert!(bytes(a, file) == bytes(b, file), "{file} differs");
     }
     // The order of a safetensors header's metadata is not fixed; what it says is.
@@ -111,6 +112,44 @@ fn world() -> (tempfile::TempDir, PathBuf) {
     tiny::checkpoint(&path, 9);
     tiny::rows(&path, 3);
     (dir, path)
+}
+
+/// Adapters on the language model, the tower and the merger: a checkpoint is the adapter alone, beside a model that stays as it was.
+#[test]
+fn adapters_go_on_as_if_they_had_not_stopped() {
+    let (_dir, dir) = world();
+    let lora = ["model.lora.rank=4", "model.lora.targets=[\"*\"]"];
+    let base = std::fs::read(dir.join("model/model.safetensors")).unwrap();
+    let whole = rl_plan(&dir, "whole", &lora);
+    rl::train(&whole, Start::New, &Interrupt::none(), &mut |_, _| ()).unwrap();
+    for row in metrics(&whole.train.out) {
+        assert_eq!(row["ratio/first_update_gap"], 0.0, "{row}");
+        assert!(row["actor/grad_norm"].as_f64().unwrap() > 0.0, "nothing was learnt, so nothing is shown: {row}");
+    }
+    let kl = |step: usize| metrics(&whole.train.out)[step]["actor/ref_kl"].as_f64().unwrap();
+    assert!(kl(0) == 0.0 && kl(1) != 0.0, "the reference is the model without its adapter");
+    let plan = rl_plan(&dir, "parts", &[&lora[..], &["train.checkpoint_every=0"]].concat());
+    let interrupt = Interrupt::none();
+    let stopped = rl::train(&plan, Start::New, &interrupt, &mut |step, _| {
+        if step == 2 {
+            interrupt.ask();
+        }
+    });
+    assert!(stopped.unwrap_err().is::<Interrupted>());
+    rl::train(&plan, Start::Resume, &Interrupt::none(), &mut |_, _| ()).unwrap();
+    same_end(&plan.train.out, &whole.train.out);
+    assert!(!plan.train.out.join("checkpoints/4/model.safetensors").exists());
+    assert_eq!(std::fs::read(dir.join("model/model.safetensors")).unwrap(), base);
+
+    // Another run goes on with the adapter, from its folder.
+    let on = rl_plan(&dir, "on", &lora);
+    let on = rl::Plan {
+        model: foveate::engine::embedded::Options { path: whole.train.out.join("checkpoints/4"), ..on.model },
+        ..on
+    };
+    rl::train(&on, Start::New, &Interrupt::none(), &mut |_, _| ()).unwrap();
+    let first = &metrics(&on.train.out)[0];
+    assert!(first["ratio/first_update_gap"] == 0.0 && first["actor/ref_kl"] == 0.0, "{first}");
 }
 
 #[test]

@@ -16,7 +16,7 @@ use crate::episode::{Placed, Stream};
 use crate::model::block::Keep;
 use crate::model::generate::LAID_OUT;
 use crate::model::memory::{Memory, memory};
-use crate::model::{Config, Trainable};
+use crate::model::{Config, Layout, Trainable};
 use crate::sft::Example;
 
 /// Bytes, part by part.
@@ -58,13 +58,14 @@ const PLACES_BYTES: u64 = 64 << 20;
 /// Of a step that plays these groups and, with `learns`, learns from them.
 pub fn of_step(
     config: &Config,
+    layout: &Layout,
     options: &Options,
     train: Trainable,
     learns: Option<Learns>,
     groups: &[Group],
     max_new_tokens: usize,
 ) -> Held {
-    let m = memory(config, train);
+    let m = memory(config, layout, train);
     let merge = config.vision.merge as u32;
     let mut held = Held { weights: m.weights_bytes, ..Held::default() };
     let keep = if learns.is_some() && train.tower() { options.keep() } else { Keep::Nothing };
@@ -94,8 +95,14 @@ pub fn of_step(
 }
 
 /// Of a step on written dialogues.
-pub fn of_dialogues(config: &Config, options: &Options, train: Trainable, examples: &[Example]) -> Held {
-    let m = memory(config, train);
+pub fn of_dialogues(
+    config: &Config,
+    layout: &Layout,
+    options: &Options,
+    train: Trainable,
+    examples: &[Example],
+) -> Held {
+    let m = memory(config, layout, train);
     let groups: Vec<Group> = examples.iter().map(|e| e.stream.alone()).collect();
     let patches = |e: &Example| e.patches.iter().map(|p| p.grid.patches() as u64).sum::<u64>();
     let all: u64 = examples.iter().map(patches).sum();
