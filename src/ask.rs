@@ -14,7 +14,9 @@ use self::aloud::{Aloud, Screen};
 use self::saving::Saving;
 use crate::config::BadConfig;
 use crate::data::Sample;
+use crate::engine::Frontend;
 use crate::engine::embedded::{Embedded, Options as EngineOptions};
+use crate::engine::openai::{self, Served};
 use crate::episode::{BoxOutcome, Stop, Turn};
 use crate::geometry::{BBox, Budget};
 use crate::image::Processor;
@@ -37,6 +39,15 @@ pub struct Options {
     #[arg(long, required = true)]
     image: Vec<PathBuf>,
     question: String,
+    /// Ask a chat server (OpenAI's protocol, up to /v1) instead; --model is then a folder with tokenizer and picture settings
+    #[arg(long, value_name = "URL", requires = "served_as")]
+    url: Option<String>,
+    /// The model's name at the server
+    #[arg(long, value_name = "NAME", requires = "url")]
+    served_as: Option<String>,
+    /// The environment variable that holds the server's key
+    #[arg(long, value_name = "VARIABLE", default_value = "OPENAI_API_KEY")]
+    api_key_env: String,
     /// Where the weights are held while the model speaks
     #[arg(long, value_enum, default_value = "auto")]
     weights: Hold,
@@ -89,31 +100,45 @@ pub fn main(options: &Options) -> Result<()> {
         ..rollout::Options::default()
     };
     let sample = Sample::question(&options.image, &options.question, options.choice.clone());
-    need::of_ask(&engine, &*task, &play, task_options.max_pixels(), &sample)?.ensure_room(ADVICE)?;
     let screen = Screen::new();
-    let aloud = screen.terminal && !options.json;
-    end_cleanly(aloud)?;
-    let mut embedded = Embedded::open(&engine, None)?;
-    if !options.json {
-        progress::say(&embedded.about());
-    }
-    let frontend = embedded.frontend.clone();
-    let held = embedded.model.weights.hold();
-    let stage = Stage { task: &*task, frontend: &frontend, options: &play };
     let asked = [(0, &sample)];
-    let episodes = if aloud {
-        println!("{}\n{}", screen.head("── user"), screen.words(&options.question));
-        let mut sampler = Aloud {
-            engine: &mut embedded,
-            frontend: &frontend,
-            saving: saving.as_mut(),
-            screen,
-            asked: options.image.len(),
-            told: 0,
-        };
-        rollout::play(&stage, &mut sampler, &asked, 1, options.seed, 0)?
-    } else {
-        rollout::play(&stage, &mut embedded, &asked, 1, options.seed, 0)?
+    let mut speaker = match options.server() {
+        Some(server) => {
+            end_cleanly(false)?;
+            let frontend = Frontend::load(&engine.path, engine.picture_cache_mib)?;
+            Speaker::Served(Box::new(Served::open(&server, frontend.clone())?), frontend)
+        }
+        None => {
+            need::of_ask(&engine, &*task, &play, task_options.max_pixels(), &sample)?.ensure_room(ADVICE)?;
+            end_cleanly(screen.terminal && !options.json)?;
+            let embedded = Embedded::open(&engine, None)?;
+            if !options.json {
+                progress::say(&embedded.about());
+            }
+            Speaker::Here(Box::new(embedded))
+        }
+    };
+    let aloud = screen.terminal && !options.json && matches!(speaker, Speaker::Here(_));
+    let (frontend, held) = match &speaker {
+        Speaker::Here(embedded) => (embedded.frontend.clone(), Some(embedded.model.weights.hold())),
+        Speaker::Served(_, frontend) => (frontend.clone(), None),
+    };
+    let stage = Stage { task: &*task, frontend: &frontend, options: &play };
+    let episodes = match &mut speaker {
+        Speaker::Served(served, _) => rollout::play(&stage, &mut **served, &asked, 1, options.seed, 0)?,
+        Speaker::Here(embedded) if !aloud => rollout::play(&stage, &mut **embedded, &asked, 1, options.seed, 0)?,
+        Speaker::Here(embedded) => {
+            println!("{}\n{}", screen.head("── user"), screen.words(&options.question));
+            let mut sampler = Aloud {
+                engine: embedded,
+                frontend: &frontend,
+                saving: saving.as_mut(),
+                screen,
+                asked: options.image.len(),
+                told: 0,
+            };
+            rollout::play(&stage, &mut sampler, &asked, 1, options.seed, 0)?
+        }
     };
     let episode = episodes.into_iter().next().context("the question was not played")?;
     let record = episode.record();
@@ -167,6 +192,12 @@ pub fn main(options: &Options) -> Result<()> {
     Ok(())
 }
 
+/// Who answers.
+enum Speaker {
+    Here(Box<Embedded>),
+    Served(Box<Served>, Frontend),
+}
+
 /// What makes a question smaller.
 const ADVICE: &str = "Lower --max-pixels or --max-new-tokens, choose a smaller model, or keep its weights in their files: \
                       `foveate model export DIR --out NEW --dtype bf16` writes a copy for that";
@@ -194,6 +225,12 @@ impl Options {
             )
         );
         Ok(())
+    }
+
+    fn server(&self) -> Option<openai::Options> {
+        let urls = vec![self.url.clone()?];
+        let model = self.served_as.clone().unwrap_or_default();
+        Some(openai::Options { urls, model, api_key_env: self.api_key_env.clone(), ..openai::Options::default() })
     }
 
     fn task(&self, budget: Budget) -> TaskOptions {

@@ -11,6 +11,7 @@
 
 mod action;
 mod convention;
+mod dialogue;
 mod message;
 mod special;
 mod template;
@@ -75,7 +76,7 @@ impl Chat {
     /// # Errors
     /// A missing or unreadable file; ids in config.json that are not the tokenizer's; a template that ends turns with no token of its own.
     pub fn load(dir: &Path) -> Result<Chat> {
-        let dir = &lora::home(dir)?;
+        let dir = &lora::home(dir, &["tokenizer.json"])?;
         let path = dir.join("tokenizer.json");
         let tokenizer =
             Tokenizer::from_file(&path).map_err(|e| anyhow!("reading the tokenizer: {e}; {}", path.display()))?;

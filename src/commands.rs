@@ -330,7 +330,7 @@ impl Model {
                 let hold = if would_map(&dir, &layout, Hold::Auto)? { Hold::Mapped } else { Hold::Memory };
                 ensure_fits(&layout, hold)?;
                 let model = Vlm::open(&dir, hold)?;
-                model.save(&out, dtype, Some(&lora::home(&dir)?))?;
+                model.save(&out, dtype, Some(&lora::base_or(&dir)?))?;
                 written(&layout, &out, dtype, json);
                 Ok(())
             }

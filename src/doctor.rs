@@ -86,13 +86,13 @@ fn needs(path: &Path, overrides: &[String]) -> Result<Option<Need>> {
 }
 
 fn held_elsewhere(engine: &engine::Options) -> bool {
-    if let engine::Options::Tinker(options) = engine {
-        progress::say(&format!(
-            "the weights are held by a server, {}; this machine keeps decoded pictures alone",
-            options.url
-        ));
-    }
-    !engine.is_embedded()
+    let server = match engine {
+        engine::Options::Embedded {} => return false,
+        engine::Options::Tinker(options) => options.url.clone(),
+        engine::Options::Openai(options) => options.urls.join(", "),
+    };
+    progress::say(&format!("the weights are held by a server, {server}; this machine keeps decoded pictures alone"));
+    true
 }
 
 /// The rows as a task asks them, or none where they are not there yet: the question is what a run would need.

@@ -40,7 +40,8 @@ pub struct Stream {
     pub ids: Vec<u32>,
     /// Whether the policy sampled this token. Exactly these are trained.
     pub sampled: Vec<bool>,
-    /// Log-prob of a sampled token under the distribution it was drawn from (temperature and bans included), else 0.
+    /// Log-prob of a sampled token under the distribution it was drawn from (temperature and bans included), else 0. NaN where the engine
+    /// told only words.
     pub logprobs: Vec<f32>,
     pub images: Vec<Placed>,
 }
@@ -266,9 +267,11 @@ pub struct Record {
     pub advantage: Option<f64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub split: Option<String>,
-    /// Ids, mask and log-probs, so that a record can be trained on or looked into again.
+    /// Ids, mask and log-probs, so that a record can be trained on or looked into again. Without log-probs it cannot be trained on: the ids
+    /// are those of the words that a server told.
     pub ids: Vec<u32>,
     pub sampled: Vec<u8>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub logprobs: Vec<f32>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub update: Option<Update>,
@@ -323,7 +326,10 @@ impl Episode {
             split: self.split.clone(),
             ids: self.stream.ids.clone(),
             sampled: self.stream.sampled.iter().map(|&s| u8::from(s)).collect(),
-            logprobs: self.stream.logprobs.clone(),
+            logprobs: match self.stream.logprobs.iter().any(|l| l.is_nan()) {
+                true => Vec::new(),
+                false => self.stream.logprobs.clone(),
+            },
             update: self.update.clone(),
         }
     }

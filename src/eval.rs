@@ -183,8 +183,7 @@ pub fn main(invocation: &Invocation) -> Result<()> {
         need::of_eval(&plan, &asked)?.ensure_fits(&plan.model)?;
     }
     let interrupt = Interrupt::install()?;
-    let mut engine = engine::open(&plan.engine, &plan.model, None, false)?;
-    let frontend = engine.frontend();
+    let (mut engine, frontend) = engine::open_sampler(&plan.engine, &plan.model)?;
     let bench = Bench { frontend: &frontend, rollout: &plan.rollout, options: &plan.eval, interrupt: &interrupt };
     // Claimed only now that everything a person can get wrong has been read: a failed start leaves no folder behind.
     let folder = RunFolder::create(&plan.eval.out)?;

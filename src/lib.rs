@@ -25,6 +25,7 @@ pub mod image;
 pub mod model;
 pub mod need;
 pub mod objective;
+pub mod openai;
 pub mod optim;
 pub mod progress;
 pub mod report;

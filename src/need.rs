@@ -24,7 +24,7 @@ use crate::geometry::{BBox, Size};
 use crate::image::RgbImage;
 use crate::model::checkpoint::would_map;
 use crate::model::values::mapped_bytes;
-use crate::model::{Config, Layout, Trainable};
+use crate::model::{Config, Layout, Trainable, lora};
 use crate::progress;
 use crate::rollout::{self, Stage};
 use crate::run::Environment;
@@ -198,7 +198,8 @@ impl Model {
         // Files that cannot be read are named when the model is opened; a config without any can be reckoned with too.
         let mapped = !learns && would_map(path, &layout, options.weights).unwrap_or(false);
         let mapped = mapped.then(|| mapped_bytes(&layout));
-        let tokenizer = std::fs::metadata(path.join("tokenizer.json")).map_or(0, |m| m.len());
+        let tokenizer =
+            std::fs::metadata(lora::home(path, &["tokenizer.json"])?.join("tokenizer.json")).map_or(0, |m| m.len());
         Ok(Model { mapped, config, layout, frontend: Frontend::load(path, 0)?, tokenizer })
     }
 

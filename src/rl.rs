@@ -22,7 +22,7 @@ pub use play_only::main as rollout_main;
 
 use crate::config;
 use crate::data::{Order, ReadAs, Sample};
-use crate::engine::{self, Frontend, Group, Scores, Trainer, Weights, Who};
+use crate::engine::{self, Frontend, Group, Sampler, Scores, Trainer, Weights, Who};
 use crate::episode::{Episode, Stop, Update};
 use crate::eval;
 use crate::image::Processor;
@@ -45,6 +45,7 @@ struct State {
 /// `foveate rl CONFIG`.
 pub fn main(invocation: &Invocation) -> Result<()> {
     let plan: Plan = config::load::<Plan>(&invocation.config, &invocation.overrides)?.resolve()?;
+    plan.engine.ensure_trains()?;
     if invocation.dry_run {
         let Ready { rows, held_out, .. } = Ready::of(&plan)?;
         invocation.show(&plan)?;
@@ -79,6 +80,7 @@ struct Ready {
 impl Ready {
     fn of(plan: &Plan) -> Result<Ready> {
         let task = plan.task.task(Processor::load(&plan.model.path)?.budget.factor)?;
+        plan.model.check_lora()?;
         let rows = plan.task.read(&plan.data.train, &plan.data.read_as())?;
         check_rows(&*task, &rows, &plan.data.train)?;
         let mut held_out = Vec::new();
@@ -111,7 +113,7 @@ pub fn train(
     if plan.engine.is_embedded() {
         need::of_rl(plan, &*ready.task, &ready.rows, true)?.ensure_fits(&plan.model)?;
     }
-    let mut engine = engine::open(&plan.engine, &plan.model, Some(&plan.training()?), start != Start::New)?;
+    let mut engine = engine::open(&plan.engine, &plan.model, &plan.training()?, start != Start::New)?;
     train_on(&mut *engine, plan, &ready, start, interrupt, watch)
 }
 
@@ -255,7 +257,8 @@ impl Loop<'_> {
         let mut norms = Vec::new();
         let mut seen: Vec<Option<Update>> = vec![None; episodes.len()];
         let mut tally = Tally::default();
-        let mut first_ratio = f64::NAN;
+        let mut first_ratio = None;
+        let mut skipped = 0;
         let update_watch = std::time::Instant::now();
         let updates = self.plan.train.updates.min(groups.len());
         for update in 0..updates {
@@ -266,11 +269,13 @@ impl Loop<'_> {
                 continue;
             }
             // What gives no gradient needs no pass: a group whose answers are all as good as each other.
-            let learns = |&i: &usize| !masked[i] && advantages.moves(i);
-            let part: Vec<&Vec<usize>> = part
-                .iter()
-                .filter(|group| self.objective.moves_without_advantage() || group.iter().any(learns))
-                .collect();
+            let learns = |group: &&Vec<usize>| {
+                self.objective.moves_without_advantage() || group.iter().any(|&i| !masked[i] && advantages.moves(i))
+            };
+            let moving: Vec<&Vec<usize>> = part.iter().filter(learns).collect();
+            skipped += part.len() - moving.len();
+            // A gradient of 0 is one: the step that follows has its momentum and decay, and servers want to see it.
+            let part = if moving.is_empty() { part[..1].iter().collect() } else { moving };
             let streams: Vec<Group> = part.iter().map(|g| g.iter().map(|&i| &episodes[i].stream).collect()).collect();
             let mut of_update = Tally::default();
             engine.accumulate(&streams, &mut |g, m, scores: &Scores| {
@@ -305,8 +310,11 @@ impl Loop<'_> {
         for (name, value) in tally.of_steps(norms.len()).report() {
             metrics.insert(name.into(), json!(value));
         }
+        metrics.insert("actor/groups_without_gradient".into(), json!(skipped));
         // Before the first update the policy is the one that sampled: anything but 0 here is a bug of the engine.
-        metrics.insert("ratio/first_update_gap".into(), json!(first_ratio));
+        if let Some(gap) = first_ratio {
+            metrics.insert("ratio/first_update_gap".into(), json!(gap));
+        }
         if norms.iter().all(|norm| norm.is_finite()) {
             metrics.insert("actor/grad_norm".into(), json!(eval::average(norms.iter().copied())));
         }
@@ -322,7 +330,7 @@ impl Loop<'_> {
     /// kept all the same, for the step still has to be one, and must get no advantage.
     fn play(
         &self,
-        engine: &mut dyn Trainer,
+        engine: &mut dyn Sampler,
         rows: &[Sample],
         state: &mut State,
         step: u64,

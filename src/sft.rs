@@ -375,6 +375,7 @@ impl Plan {
         }
         self.optim.validate()?;
         self.model.trainable()?;
+        self.model.check_lora()?;
         if let Some(recipe) = &self.data.pretrain {
             recipe.validate().map_err(|e| BadConfig(format!("in [data.pretrain]: {e:#}")))?;
         }

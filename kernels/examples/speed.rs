@@ -130,7 +130,20 @@ fn main() {
         "  backward",
         6 * t * d * v,
         seconds(|| {
-            logprob::backward(black_box(&mut dh), &mut dw, &weights, None, &out, &h, &w, &targets, 1.0, &[3], d, v)
+            logprob::backward(
+                black_box(&mut dh),
+                Some(&mut dw),
+                &weights,
+                None,
+                &out,
+                &h,
+                &w,
+                &targets,
+                1.0,
+                &[3],
+                d,
+                v,
+            )
         }),
     );
 

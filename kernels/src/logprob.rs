@@ -114,7 +114,7 @@ pub fn forward<'a>(
     out
 }
 
-/// Gradient of Σ_n weights\[n\]·logprob\[n\] + entropy_weights\[n\]·entropy\[n\]: dh written, dw accumulated.
+/// Gradient of Σ_n weights\[n\]·logprob\[n\] + entropy_weights\[n\]·entropy\[n\]: dh written, dw accumulated unless the head is frozen (`None`).
 ///
 /// ∂logprob/∂z_j = δ_j − p_j and ∂entropy/∂z_j = −p_j (log p_j + entropy), z the logits divided by the temperature.
 /// Banned ids get no gradient.
@@ -124,7 +124,7 @@ pub fn forward<'a>(
 #[allow(clippy::too_many_arguments)]
 pub fn backward(
     dh: &mut [f32],
-    dw: &mut [f32],
+    mut dw: Option<&mut [f32]>,
     weights: &[f32],
     entropy_weights: Option<&[f32]>,
     out: &Out,
@@ -138,7 +138,8 @@ pub fn backward(
 ) {
     let n = check(h, w.into(), targets, temperature, d, v);
     assert_eq!(dh.len(), h.len(), "logprob: dh has {} numbers, h has {}", dh.len(), h.len());
-    assert_eq!(dw.len(), w.len(), "logprob: dw has {} numbers, w has {}", dw.len(), w.len());
+    let places = dw.as_ref().map_or(w.len(), |dw| dw.len());
+    assert_eq!(places, w.len(), "logprob: dw has {places} numbers, w has {}", w.len());
     assert!(
         weights.len() == n && out.stats.len() == n,
         "logprob: {} weights and {} scored rows for N={n}",
@@ -177,7 +178,9 @@ pub fn backward(
             Some((_, turned)) => turned.forward(dh, z, None, false, t),
             None => linear::backward_input(dh, z, w, t, d, v, false),
         }
-        linear::backward_weight(dw, None, z, h, t, d, v);
+        if let Some(dw) = dw.as_deref_mut() {
+            linear::backward_weight(dw, None, z, h, t, d, v);
+        }
     }
 }
 
@@ -332,9 +335,25 @@ mod tests {
                     weighted(&logprob, &weights) + entropies.map_or(0.0, |e| weighted(&entropy, e))
                 };
                 let (mut dh, mut dw) = (vec![f32::NAN; n * d], vec![0.0; v * d]);
-                backward(&mut dh, &mut dw, &weights, entropies, &out, &h, &w, &targets, temperature, &banned, d, v);
+                backward(
+                    &mut dh,
+                    Some(&mut dw),
+                    &weights,
+                    entropies,
+                    &out,
+                    &h,
+                    &w,
+                    &targets,
+                    temperature,
+                    &banned,
+                    d,
+                    v,
+                );
                 assert_close("dh", &dh, &gradient(&hs, |h| loss(h, &ws)), 3e-6);
                 assert_close("dw", &dw, &gradient(&ws, |w| loss(&hs, w)), 3e-6);
+                let mut alone = vec![f32::NAN; n * d];
+                backward(&mut alone, None, &weights, entropies, &out, &h, &w, &targets, temperature, &banned, d, v);
+                assert_same_bits("dh of a frozen head", &alone, &dh);
             }
         }
     }
@@ -367,7 +386,7 @@ mod tests {
         assert_eq!(out.logprob, [0.0, -2e8]);
         assert_eq!(out.entropy, [0.0, 0.0]);
         let (mut dh, mut dw) = ([0.0; 2], [0.0; 3]);
-        backward(&mut dh, &mut dw, &[1.0, 1.0], Some(&[1.0, 1.0]), &out, &h, &w, &[0, 0], 1.0, &[1], 1, 3);
+        backward(&mut dh, Some(&mut dw), &[1.0, 1.0], Some(&[1.0, 1.0]), &out, &h, &w, &[0, 0], 1.0, &[1], 1, 3);
         assert!(dh.iter().chain(&dw).all(|g| g.is_finite()), "{dh:?} {dw:?}");
     }
 
@@ -379,7 +398,7 @@ mod tests {
         assert_threads_agree("logprob", || {
             let out = forward(&h, &w, &targets, 0.9, &[1], d, v);
             let (mut dh, mut dw) = (vec![0.0; n * d], vec![0.0; v * d]);
-            backward(&mut dh, &mut dw, &weights, Some(&weights), &out, &h, &w, &targets, 0.9, &[1], d, v);
+            backward(&mut dh, Some(&mut dw), &weights, Some(&weights), &out, &h, &w, &targets, 0.9, &[1], d, v);
             [out.logprob, out.entropy, dh, dw].concat()
         });
     }

@@ -26,8 +26,9 @@ use crate::geometry::Grid;
 use crate::model::block::Keep;
 use crate::model::generate::Cache;
 use crate::model::memory::memory;
-use crate::model::{Arena, Dtype, Early, Gradients, Head, Hold, Layout, Slopes, Target, Trainable, Vlm, lora};
+use crate::model::{Arena, Config, Dtype, Early, Gradients, Head, Hold, Layout, Slopes, Target, Trainable, Vlm, lora};
 use crate::optim::{AdamW, Optim, Trained};
+use crate::progress;
 use crate::sft::Example;
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -95,6 +96,15 @@ impl Options {
             }
         }
         Ok(trainable)
+    }
+
+    /// # Errors
+    /// Adapters that this model cannot have.
+    pub fn check_lora(&self) -> Result<()> {
+        if self.lora.is_some() {
+            self.learns(Layout::new(&Config::load(&self.path)?))?;
+        }
+        Ok(())
     }
 
     /// The layout of the model as it is trained, with adapters where it gets some, and what of it learns.
@@ -179,6 +189,11 @@ impl Embedded {
             (Some(training), Some(lora)) => lora::open(&options.path, lora, options.trainable()?, training.seed)?,
             _ => Vlm::open(&options.path, hold)?,
         };
+        if training.is_some() && options.lora.is_none() && lora::is_adapter(&options.path) {
+            progress::say(
+                "the adapter was merged into its model, and all weights are trained; add [model.lora] to go on with the adapter",
+            );
+        }
         Embedded::with_model(model, options, training)
     }
 
@@ -592,7 +607,7 @@ impl Trainer for Embedded {
         // Always exact: a run that goes on from here must go on bit for bit. `model export` writes bf16.
         match self.model.weights.layout().has_adapters() {
             true => lora::save(&self.model, dir, &self.options.path)?,
-            false => self.model.save(dir, Dtype::F32, Some(&self.options.path))?,
+            false => self.model.save(dir, Dtype::F32, Some(&lora::base_or(&self.options.path)?))?,
         }
         if let Some(training) = &self.training {
             training.optimizer.save(&dir.join(OPTIMIZER))?;

@@ -5,6 +5,8 @@
 //! never sees an objective: it is asked for log-probs and is handed back one weight per token.
 
 pub mod embedded;
+pub mod openai;
+mod pngs;
 pub mod tinker;
 
 use std::path::Path;
@@ -28,6 +30,8 @@ pub enum Options {
     Embedded {},
     /// A server that speaks the Tinker API.
     Tinker(tinker::Options),
+    /// A server of chat completions, which samples and does not train.
+    Openai(openai::Options),
 }
 
 impl Default for Options {
@@ -42,12 +46,18 @@ impl Options {
     }
 
     /// # Errors
-    /// What this engine cannot do of what the rest of the config asks: `freeze` of the model, the `temperature` that is trained at,
+    /// What this engine cannot do of what the rest of the config asks: `freeze` and `lora` of the model, the `temperature` that is trained at,
     /// and the entropy bonus.
-    pub fn validate(&self, freeze: &[String], temperature: f32, entropy_coef: f64) -> Result<()> {
-        let Options::Tinker(options) = self else { return Ok(()) };
-        options.validate()?;
-        if !freeze.is_empty() {
+    pub fn validate(&self, model: &embedded::Options, temperature: f32, entropy_coef: f64) -> Result<()> {
+        match self {
+            Options::Embedded {} => return Ok(()),
+            Options::Openai(options) => return options.validate(),
+            Options::Tinker(options) => options.validate()?,
+        }
+        if model.lora.is_some() {
+            bail!(BadConfig("model.lora is for the embedded engine; a server's adapters are engine.lora_rank".into()));
+        }
+        if !model.freeze.is_empty() {
             bail!(BadConfig("model.freeze is for the embedded engine; a server decides itself what it trains".into()));
         }
         if temperature != 1.0 {
@@ -59,6 +69,21 @@ impl Options {
             bail!(BadConfig(format!(
                 "objective.entropy_coef = {entropy_coef}: the protocol carries no weights of entropies; set it to 0"
             )));
+        }
+        Ok(())
+    }
+}
+
+impl Options {
+    /// # Errors
+    /// An engine that samples and does not train.
+    pub fn ensure_trains(&self) -> Result<()> {
+        if let Options::Openai(_) = self {
+            bail!(BadConfig(
+                "engine.kind = \"openai\" samples and does not train: a chat server tells neither tokens nor their log-probs; it is for eval, \
+                 rollout and ask. Train with the embedded engine or kind = \"tinker\""
+                    .into()
+            ));
         }
         Ok(())
     }
@@ -78,31 +103,51 @@ pub struct Training {
     pub seed: u64,
 }
 
-/// Opens the engine that a config names, for sampling, and for training if `training` says how. With `resumes` a checkpoint is
-/// going to be loaded, so an engine that would have to make weights for it waits.
+/// Opens the engine that a config names, for training. With `resumes` a checkpoint is going to be loaded, so an engine that would have to
+/// make weights for it waits.
 ///
 /// # Errors
 /// A model, a server or options that cannot do what is asked.
 pub fn open(
     engine: &Options,
     model: &embedded::Options,
-    training: Option<&Training>,
+    training: &Training,
     resumes: bool,
 ) -> Result<Box<dyn Trainer>> {
+    engine.ensure_trains()?;
     Ok(match engine {
-        Options::Embedded {} => {
-            let engine = embedded::Embedded::open(model, training)?;
-            if training.is_none() {
-                progress::say(&engine.about());
-            }
-            Box::new(engine)
-        }
+        Options::Embedded {} | Options::Openai(_) => Box::new(embedded::Embedded::open(model, Some(training))?),
         Options::Tinker(options) => {
-            let mut engine = tinker::Tinker::open(options, model, training)?;
+            let mut engine = tinker::Tinker::open(options, model, Some(training))?;
             if !resumes {
                 engine.prepare()?;
             }
             Box::new(engine)
+        }
+    })
+}
+
+/// Opens the engine that a config names, for sampling alone.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_sampler(engine: &Options, model: &embedded::Options) -> Result<(Box<dyn Sampler>, Frontend)> {
+    Ok(match engine {
+        Options::Embedded {} => {
+            let engine = embedded::Embedded::open(model, None)?;
+            progress::say(&engine.about());
+            let frontend = engine.frontend.clone();
+            (Box::new(engine), frontend)
+        }
+        Options::Tinker(options) => {
+            let mut engine = tinker::Tinker::open(options, model, None)?;
+            engine.prepare()?;
+            let frontend = engine.frontend();
+            (Box::new(engine), frontend)
+        }
+        Options::Openai(options) => {
+            let frontend = Frontend::load(&model.path, model.picture_cache_mib)?;
+            (Box::new(openai::Served::open(options, frontend.clone())?), frontend)
         }
     })
 }
@@ -168,7 +213,7 @@ pub enum Finish {
 #[derive(Clone, Debug)]
 pub struct Completion {
     pub ids: Vec<u32>,
-    /// Of each id, under the distribution it was drawn from.
+    /// Of each id, under the distribution it was drawn from. NaN where the engine does not tell them; then nothing can be trained.
     pub logprobs: Vec<f32>,
     pub finish: Finish,
 }

@@ -66,7 +66,7 @@ impl Processor {
     /// # Errors
     /// No such file, one that [`Processor::from_json`] refuses, or a `config.json` beside it that wants other patches.
     pub fn load(dir: &Path) -> Result<Processor> {
-        let dir = &lora::home(dir)?;
+        let dir = &lora::home(dir, &FILES)?;
         for file in FILES {
             let path = dir.join(file);
             if !path.is_file() {

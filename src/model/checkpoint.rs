@@ -319,6 +319,11 @@ pub fn would_map(dir: &Path, layout: &Layout, hold: Hold) -> Result<bool> {
     })
 }
 
+/// Reads the parameters of a layout into an arena that has more behind them, which is left at 0.
+pub(super) fn load_beside(dir: &Path, layout: &Arc<Layout>, adapted: &Arc<Layout>) -> Result<Arena> {
+    Checkpoint::open(dir, layout)?.into_memory(adapted)
+}
+
 /// Reads the parameters of a layout from a model folder into memory.
 pub fn load_weights(dir: &Path, layout: &Arc<Layout>) -> Result<Arena> {
     Checkpoint::open(dir, layout)?.into_memory(layout)

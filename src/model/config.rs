@@ -198,9 +198,6 @@ fn no_checkpoint(dir: &Path) -> String {
             "a model is a folder with config.json, tokenizer.json and safetensors files; this is a file: {shown}"
         );
     }
-    if dir.join("adapter_config.json").is_file() {
-        return format!("this folder holds a LoRA adapter without its model; merge it into the model first: {shown}");
-    }
     let inside = |name: &str| std::fs::read_dir(dir.join(name)).is_ok_and(|mut files| files.next().is_some());
     let hint = if inside("checkpoints") { "; a run's models are the folders in its checkpoints/" } else { "" };
     format!("the folder is no model, it has no config.json{hint}: {shown}")
@@ -213,7 +210,7 @@ fn list(values: &[Value]) -> String {
 impl Config {
     /// Reads `config.json` of a model folder.
     pub fn load(dir: &Path) -> Result<Config> {
-        let dir = &lora::home(dir)?;
+        let dir = &lora::home(dir, &["config.json"])?;
         let path = dir.join("config.json");
         if !path.is_file() {
             bail!(no_checkpoint(dir));

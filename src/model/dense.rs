@@ -208,7 +208,7 @@ impl DenseHead {
             }
             let gradient: Vec<f32> = weights.iter().map(|w| -w * scale).collect();
             let mut dsaid = vec![0.0; n * d];
-            logprob::backward(&mut dsaid, dtable, &gradient, None, &out, &said, table, &targets, 1.0, &[], d, v);
+            logprob::backward(&mut dsaid, Some(dtable), &gradient, None, &out, &said, table, &targets, 1.0, &[], d, v);
             let mut dx = vec![0.0; n * d];
             linear::backward_input(&mut dx, &dsaid, map, n, d, d, false);
             linear::backward_weight(

@@ -461,13 +461,7 @@ impl Vlm {
         drop(features);
         let (d, v) = (self.config.text.hidden, self.config.text.vocab);
         let mut drows = vec![0.0; rows.len()];
-        let mut unused;
-        let dw = if train.embeddings {
-            &mut grads.data[layout.text.head.clone()]
-        } else {
-            unused = vec![0.0; v * d];
-            &mut unused[..]
-        };
+        let dw = train.embeddings.then(|| &mut grads.data[layout.text.head.clone()]);
         let tokens = target_tokens(packed);
         logprob::backward(
             &mut drows,

@@ -56,13 +56,7 @@ impl Early<'_> {
         let v = table.len() / d;
         let out = logprob::forward(&hidden, table, &tokens, 1.0, &[], d, v);
         self.said.set(self.said.get() + out.logprob.iter().map(|&l| f64::from(l)).sum::<f64>());
-        let mut unused;
-        let dtable = if train.embeddings {
-            &mut grads[index.head.clone()]
-        } else {
-            unused = vec![0.0; v * d];
-            &mut unused[..]
-        };
+        let dtable = train.embeddings.then(|| &mut grads[index.head.clone()]);
         let mut dhidden = vec![0.0; hidden.len()];
         let slopes = vec![self.slope; tokens.len()];
         logprob::backward(&mut dhidden, dtable, &slopes, None, &out, &hidden, table, &tokens, 1.0, &[], d, v);

@@ -119,19 +119,19 @@ impl Tally {
     /// `_dual` where the dual clip did. `approx_kl` is k3 of new against old; `mismatch_kl/mean` k3 of sampler against
     /// old; `mismatch_logprob/max` the largest |old - sampler|.
     pub fn report(&self) -> Vec<(&'static str, f64)> {
-        let n = self.tokens.max(1.0);
-        let mut out = vec![
-            ("actor/pg_loss", self.pg_loss),
-            ("actor/pg_clipfrac", (self.clipped_high + self.clipped_low) / n),
-            ("actor/pg_clipfrac_high", self.clipped_high / n),
-            ("actor/pg_clipfrac_low", self.clipped_low / n),
-            ("actor/pg_clipfrac_dual", self.clipped_dual / n),
-            ("actor/approx_kl", self.approx_kl / n),
-        ];
-        if self.tokens > 0.0 {
-            out.push(("ratio/mean", self.ratio_sum / n));
-            out.push(("ratio/min", self.ratio_min));
-            out.push(("ratio/max", self.ratio_max));
+        let n = self.tokens;
+        let mut out = vec![("actor/pg_loss", self.pg_loss)];
+        if n > 0.0 {
+            out.extend([
+                ("actor/pg_clipfrac", (self.clipped_high + self.clipped_low) / n),
+                ("actor/pg_clipfrac_high", self.clipped_high / n),
+                ("actor/pg_clipfrac_low", self.clipped_low / n),
+                ("actor/pg_clipfrac_dual", self.clipped_dual / n),
+                ("actor/approx_kl", self.approx_kl / n),
+                ("ratio/mean", self.ratio_sum / n),
+                ("ratio/min", self.ratio_min),
+                ("ratio/max", self.ratio_max),
+            ]);
         }
         if self.kl_tokens > 0.0 {
             out.push(("actor/kl_loss", self.kl_loss));

@@ -10,10 +10,10 @@ use crate::objective::Tally;
 use crate::run::Metrics;
 
 /// The largest distance from 1 of any token's ratio.
-pub(super) fn largest_ratio_gap(tally: &Tally) -> f64 {
+pub(super) fn largest_ratio_gap(tally: &Tally) -> Option<f64> {
     let report: BTreeMap<&str, f64> = tally.report().into_iter().collect();
-    let far = |key| report.get(key).map_or(0.0, |r| (r - 1.0).abs());
-    far("ratio/min").max(far("ratio/max"))
+    let far = |key| report.get(key).map(|r| (r - 1.0).abs());
+    Some(far("ratio/min")?.max(far("ratio/max")?))
 }
 
 /// What the episodes of a step were like, under the names users of verl and TRL know, and the grounding ones.

@@ -172,7 +172,7 @@ impl Plan {
         self.rollout.validate()?;
         self.optim.validate()?;
         self.model.trainable()?;
-        self.engine.validate(&self.model.freeze, self.rollout.temperature, objective.entropy_coef)?;
+        self.engine.validate(&self.model, self.rollout.temperature, objective.entropy_coef)?;
         if t.prompts == 0 || t.group == 0 || t.updates == 0 || t.steps == 0 {
             return bad("train.steps, train.prompts, train.group and train.updates must be at least 1".into());
         }

@@ -30,8 +30,7 @@ pub fn main(invocation: &Invocation) -> Result<()> {
         need::of_rl(&plan, &*task, &rows, false)?.ensure_fits(&plan.model)?;
     }
     let interrupt = Interrupt::install()?;
-    let mut engine = engine::open(&plan.engine, &plan.model, None, false)?;
-    let frontend = engine.frontend();
+    let (mut engine, frontend) = engine::open_sampler(&plan.engine, &plan.model)?;
     let context = Loop { plan: &plan, objective: &objective, task: &*task, frontend: &frontend };
     let folder = RunFolder::create(&plan.train.out)?;
     folder.begin(&config::to_toml(&plan)?, None)?;

@@ -1,13 +1,11 @@
 //! The teacher at an endpoint: any OpenAI-compatible server that sees pictures writes the traces of `foveate data trajectories`.
 //!
-//! It hides the conversation with the server: what is asked (`request.rs`), one call and the pace of calls (`server.rs`), the record
-//! (`journal.rs`), and here who asks what, how often. What must stay true: an answer is recorded before it is used and never asked for
+//! It hides the conversation with the server: what is asked (`request.rs`), one call, the pace of calls and their record
+//! (`openai.rs`), and here who asks what, how often. What must stay true: an answer is recorded before it is used and never asked for
 //! again; which traces come out hangs on the answers alone, not on the order in which they came; a row that the server cannot
 //! answer costs that row, a server that refuses stops the run with everything paid for kept.
 
-mod journal;
 mod request;
-mod server;
 
 use std::collections::HashSet;
 use std::num::NonZeroUsize;
@@ -28,11 +26,10 @@ use super::stream;
 use super::trajectories::{Facts, Rejected};
 use crate::data::Sample;
 use crate::http::{self, backoff, sleep};
+use crate::openai::{Answer, Call, End, Fault, Journal, Outcome, Pace, Server};
 use crate::progress::Progress;
 use crate::run::{self, Interrupt, Interrupted};
-use journal::{Answer, Call, End, Journal};
 use request::Request;
-use server::{Fault, Outcome, Pace, Server};
 
 const PURPOSE: u64 = 6;
 /// Rows that fail one after another because the server is away, before the run stops.
@@ -129,7 +126,7 @@ impl<'a> Endpoint<'a> {
         Ok(Endpoint {
             options,
             interrupt,
-            server: Server::new(&options.url, key, options.timeout)?,
+            server: Server::new(&options.url, key, options.timeout, ["--url", "--api-key-env"])?,
             pace: Pace::new(options.requests_per_minute)?,
             journal: Journal::open(&options.calls)?,
             spent: Mutex::default(),

@@ -243,7 +243,7 @@ fn what_is_no_model_is_told_apart() {
     refused(ask(dir, "run", one), 1, &["no config.json", "checkpoints/", "run"]);
     std::fs::create_dir(dir.join("lora")).unwrap();
     std::fs::write(dir.join("lora/adapter_config.json"), "{}").unwrap();
-    refused(ask(dir, "lora", one), 1, &["LoRA adapter", "lora"]);
+    refused(ask(dir, "lora", one), 1, &["`base_model_name_or_path` is missing", "lora/adapter_config.json"]);
     tiny::checkpoint(dir, 9);
     let config = dir.join("model/config.json");
     let whole = std::fs::read_to_string(&config).unwrap();

@@ -6,6 +6,7 @@ mod cli;
 mod formats;
 mod learns;
 mod lora;
+mod openai;
 mod parity;
 mod protocols;
 mod resume;

@@ -87,7 +87,7 @@ pub fn of_step(
         held.training_state = m.training_bytes;
         held.reference = if learns.reference { 4 * m.trained as u64 } else { 0 };
         let runs = batch::micro_batches(groups, options.micro_batch_tokens);
-        let packed = runs.into_iter().map(|run| m.of_groups(options.keep(), train, &groups[run]));
+        let packed = runs.into_iter().map(|run| m.of_groups(options.keep(), &groups[run]));
         let on_features = if train.tower() { looked.features } else { 0 };
         held.learning = on_features + packed.max().unwrap_or(0).max(looked.back);
     }
@@ -108,7 +108,7 @@ pub fn of_dialogues(
     let all: u64 = examples.iter().map(patches).sum();
     let runs = batch::micro_batches(&groups, options.micro_batch_tokens);
     let packed = runs.into_iter().map(|run| {
-        let packed = m.of_groups(options.keep(), train, &groups[run.clone()]);
+        let packed = m.of_groups(options.keep(), &groups[run.clone()]);
         let patches: u64 = examples[run].iter().map(patches).sum();
         let keep = if train.tower() { options.keep() } else { Keep::Nothing };
         let tower = patches * (m.pixel_bytes_per_patch + m.of_patch(keep).max(m.scratch_bytes_per_patch));
@@ -186,7 +186,7 @@ impl Memory {
     }
 
     /// Groups packed, on their way forward and back, with their head.
-    fn of_groups(&self, keep: Keep, train: Trainable, groups: &[Group]) -> u64 {
+    fn of_groups(&self, keep: Keep, groups: &[Group]) -> u64 {
         let rows: usize = groups.iter().map(|g| batch::rows(g)).sum();
         let targets: usize = groups.iter().flatten().map(|s| s.sampled_count()).sum();
         let per_row = match keep {
@@ -198,7 +198,6 @@ impl Memory {
         let block = rows as u64 * self.scratch_bytes_per_row + self.block_bytes;
         let head = (targets as u64 * self.logits_bytes()).min(LOGITS_BYTES)
             + 2 * targets as u64 * self.feature_bytes
-            + if train.embeddings { 0 } else { self.head_bytes }
             + if self.head_bytes <= 32 << 20 { 2 * self.head_bytes } else { 0 };
         rows as u64 * (per_row + 2 * self.feature_bytes) + block.max(places).max(head)
     }

@@ -4,15 +4,14 @@
 //! answers and lost futures. What must stay true: what may be done only once ([`Repeat::IfNotTaken`]) is sent a second time only
 //! when the first certainly did not arrive; asking for the result of a future is always safe, for it changes nothing.
 
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 use serde_json::{Value, json};
 
 use super::transport::{Fault, Transport};
 use crate::config::BadConfig;
-use crate::http::{LONGEST_BACKOFF, backoff};
+use crate::http::{LONGEST_BACKOFF, backoff, chance};
 
 /// Times that a server may fail with 5xx over one future while it is otherwise in good health.
 const FAULTS_OF_A_FUTURE: usize = 8;
@@ -231,58 +230,4 @@ pub fn text_of(reply: &Value, field: &str) -> Result<String> {
     reply.get(field).and_then(Value::as_str).map(str::to_owned).with_context(|| {
         format!("the server's answer has no `{field}`: {}", crate::http::shown(reply.to_string().as_bytes()))
     })
-}
-
-/// Between 0 and 1, so that clients which failed together do not come back together. Nothing that is computed depends on it.
-fn chance() -> f64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    f64::from(now.subsec_nanos() % 1_000_003) / 1_000_003.0
-}
-
-/// Does some work for each job, so many at once, on threads that mostly wait. In the order of the jobs; of several errors the first to come.
-pub fn together<T: Sync, R: Send>(jobs: &[T], at_once: usize, work: impl Fn(&T) -> Result<R> + Sync) -> Result<Vec<R>> {
-    let next = AtomicUsize::new(0);
-    let failed = AtomicBool::new(false);
-    let run = || {
-        let mut done = Vec::new();
-        while !failed.load(Ordering::SeqCst) {
-            let i = next.fetch_add(1, Ordering::SeqCst);
-            let Some(job) = jobs.get(i) else { break };
-            let result = work(job);
-            failed.fetch_or(result.is_err(), Ordering::SeqCst);
-            done.push((i, result));
-        }
-        done
-    };
-    let mut all: Vec<(usize, Result<R>)> = std::thread::scope(|scope| {
-        let mut threads = Vec::new();
-        for _ in 1..at_once.min(jobs.len()) {
-            // A machine that gives no more threads does the work with those it gave.
-            let Ok(thread) = std::thread::Builder::new().name("waits".into()).spawn_scoped(scope, run) else { break };
-            threads.push(thread);
-        }
-        let mut all = run();
-        for thread in threads {
-            match thread.join() {
-                Ok(done) => all.extend(done),
-                Err(panic) => std::panic::resume_unwind(panic),
-            }
-        }
-        all
-    });
-    all.sort_by_key(|(i, _)| *i);
-    // An error stops the others, so a gap is only ever behind an error.
-    let mut results = Vec::with_capacity(jobs.len());
-    let mut error = None;
-    for (_, result) in all {
-        match result {
-            Ok(result) => results.push(result),
-            Err(e) => error = Some(error.unwrap_or(e)),
-        }
-    }
-    match error {
-        Some(error) => Err(error),
-        None if results.len() == jobs.len() => Ok(results),
-        None => Err(anyhow!("{} of {} jobs were done", results.len(), jobs.len())),
-    }
 }

@@ -8,13 +8,14 @@ use std::ops::Range;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::client::{Failure, Repeat, together};
+use super::client::{Failure, Repeat};
 use super::sequence::{digest, gather, spread};
 use super::wire::{Datum, Forward, ForwardBackward, ForwardBackwardInput, Passed, Tensor, metric};
 use super::{ATTEMPTS, Loss, Reduction, Tinker, as_json};
 use crate::config::BadConfig;
 use crate::engine::Who;
 use crate::episode::Stream;
+use crate::http::together;
 
 /// Sequences of a request at most, as in the SDK.
 const DATA_AT_ONCE: usize = 1024;

@@ -8,10 +8,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
-use super::client::{Failure, Repeat, read, text_of, together};
+use super::client::{Failure, Repeat, read, text_of};
 use super::wire::{self, SamplingParams, StopReason};
 use super::{ATTEMPTS, Tinker, as_json};
 use crate::engine::{Completion, Finish, Prompt, Sampler, Sampling, completes};
+use crate::http::together;
 
 /// The weights as they stand, ready to be sampled from.
 pub(super) struct Published {

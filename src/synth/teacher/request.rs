@@ -10,8 +10,6 @@ use std::path::{Path, PathBuf};
 use ::image::metadata::Orientation;
 use ::image::{ImageDecoder, ImageFormat, ImageReader};
 use anyhow::{Context, Result};
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD as BASE64;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
@@ -19,6 +17,7 @@ use super::Options;
 use crate::data::Sample;
 use crate::geometry::{BBox, Size};
 use crate::image::{self, PassOrder, decode_bytes, encode_jpeg, resize};
+use crate::openai;
 use crate::synth::trajectories::{Change, Facts, Relation};
 use crate::table::picture_bytes;
 
@@ -186,13 +185,13 @@ fn data_uri(path: &Path, max_pixels: u64) -> Result<String> {
         && bytes.len() <= SMALL_FILE
         && is_upright(&bytes)
     {
-        return Ok(format!("data:image/{kind};base64,{}", BASE64.encode(&bytes)));
+        return Ok(openai::data_uri(kind, &bytes));
     }
     let jpeg = match within(size, max_pixels) {
         same if same == size => encode_jpeg(picture.as_image(), JPEG_QUALITY)?,
         smaller => encode_jpeg(&resize(picture.as_image(), smaller, PassOrder::default())?, JPEG_QUALITY)?,
     };
-    Ok(format!("data:image/jpeg;base64,{}", BASE64.encode(jpeg)))
+    Ok(openai::data_uri("jpeg", &jpeg))
 }
 
 /// Whether the pixels stand in the file as they should be seen: not every server follows EXIF.
@@ -241,6 +240,8 @@ mod tests {
     use super::*;
     use crate::data::Target;
     use ::image::RgbImage;
+    use base64::Engine;
+    use base64::engine::general_purpose::STANDARD as BASE64;
     use std::fs;
 
     fn options(max_pixels: u64) -> Options {

@@ -1,4 +1,4 @@
-//! The record of what a teacher was asked and what came back: one JSON object a line, in the order in which the calls ended.
+//! The record of what servers were asked and what came back: one JSON object a line, in the order in which the calls ended.
 //!
 //! It hides the file. What must stay true: an answer is on the disk before anyone uses it; an answer that is in the file is never
 //! asked for again; a line that a kill cut short costs nothing but itself; one process writes at a time; no key is in it.
@@ -15,9 +15,9 @@ use serde_json::Value;
 
 use crate::progress::say;
 
-/// What a teacher wrote.
+/// What a server's model wrote.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(super) struct Answer {
+pub(crate) struct Answer {
     pub text: String,
     /// Why it ended, in the server's words: `stop`, `length`.
     pub finish_reason: Option<String>,
@@ -27,7 +27,7 @@ pub(super) struct Answer {
 
 /// A call that ended, one line of the file.
 #[derive(Serialize)]
-pub(super) struct Call<'a> {
+pub(crate) struct Call<'a> {
     /// Of `request`: equal requests have equal answers.
     pub digest: &'a str,
     pub row: &'a str,
@@ -47,7 +47,7 @@ pub(super) struct Call<'a> {
 /// `"answer": {...}` or `"error": "..."`.
 #[derive(Serialize)]
 #[serde(rename_all = "snake_case")]
-pub(super) enum End<'a> {
+pub(crate) enum End<'a> {
     Answer(&'a Answer),
     Error(&'a str),
 }
@@ -60,7 +60,7 @@ struct Recorded {
 }
 
 /// The file, open for appending, and the answers it holds.
-pub(super) struct Journal {
+pub(crate) struct Journal {
     path: PathBuf,
     inner: Mutex<Inner>,
 }
@@ -76,14 +76,14 @@ impl Journal {
     /// # Errors
     /// The file cannot be read or written, is held by another process, or has a damaged line that is not its last.
     pub fn open(path: &Path) -> Result<Journal> {
-        let opening = || format!("opening the record of the teacher's calls: {}", path.display());
+        let opening = || format!("opening the record of calls: {}", path.display());
         let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         fs::create_dir_all(folder).with_context(opening)?;
         let mut file = File::options().read(true).append(true).create(true).open(path).with_context(opening)?;
         match file.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => bail!(
-                "another process asks a teacher and writes into this file; wait for it, or give another --calls: {}",
+                "another process asks a server and writes into this record of calls; wait for it, or name another file: {}",
                 path.display()
             ),
             // Some network file systems have no locks. Then nothing is known; the work goes on and says so.
@@ -151,7 +151,7 @@ impl Journal {
         if let (Err(_), Ok(before)) = (&written, before) {
             let _ = inner.file.set_len(before);
         }
-        written.with_context(|| format!("recording a call of the teacher: {}", self.path.display()))?;
+        written.with_context(|| format!("recording a call: {}", self.path.display()))?;
         if let End::Answer(answer) = call.end {
             inner.answers.entry(call.digest.to_owned()).or_insert_with(|| answer.clone());
         }

@@ -8,6 +8,8 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Result;
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use serde_json::Value;
 use ureq::http::StatusCode;
 
@@ -17,7 +19,7 @@ use crate::http::{self, TICK, retry_after, shown};
 
 /// How a call ended.
 #[derive(Debug)]
-pub(super) enum Outcome {
+pub(crate) enum Outcome {
     Answer(Answer),
     /// Another attempt may go better.
     Again {
@@ -31,7 +33,7 @@ pub(super) enum Outcome {
 
 /// Whose fault it is that a call should be made again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Fault {
+pub(crate) enum Fault {
     /// The server is not there or takes nothing now: 429, 502, 503, 504, or no response at all.
     Away,
     /// It responded, but with nothing to use.
@@ -39,7 +41,7 @@ pub(super) enum Fault {
 }
 
 /// The address and how to call it.
-pub(super) struct Server {
+pub(crate) struct Server {
     agent: ureq::Agent,
     /// Of one call, from connecting to the last byte.
     timeout: Duration,
@@ -48,15 +50,20 @@ pub(super) struct Server {
 }
 
 impl Server {
-    /// `base` is an address such as `http://localhost:8000/v1`; the path of the whole call is taken too.
+    /// `base` is an address such as `http://localhost:8000/v1`; the path of the whole call is taken too. `names` are the options of address and key,
+    /// for messages.
     ///
     /// # Errors
     /// The address is none, or the key cannot stand in a header.
-    pub fn new(base: &str, key: Option<String>, timeout: Duration) -> Result<Server> {
+    pub fn new(base: &str, key: Option<String>, timeout: Duration, names: [&str; 2]) -> Result<Server> {
         let base = base.trim().trim_end_matches('/').trim_end_matches("/chat/completions");
-        let host = http::host(base, "--url", "http://localhost:8000/v1", "--api-key-env")?;
+        let host = http::host(base, names[0], "http://localhost:8000/v1", names[1])?;
         http::check_key(key.as_deref())?;
         Ok(Server { agent: http::agent(&host), timeout, url: format!("{base}/chat/completions"), key })
+    }
+
+    pub fn url(&self) -> &str {
+        &self.url
     }
 
     pub fn has_key(&self) -> bool {
@@ -106,6 +113,11 @@ impl Server {
     }
 }
 
+/// A file as an address that holds it.
+pub(crate) fn data_uri(kind: &str, bytes: &[u8]) -> String {
+    format!("data:image/{kind};base64,{}", BASE64.encode(bytes))
+}
+
 /// What a reply means.
 fn judge(status: StatusCode, wait: Option<Duration>, body: &[u8]) -> Outcome {
     if status.is_success() {
@@ -145,7 +157,7 @@ fn answer(reply: &Value) -> Option<Answer> {
 }
 
 /// When calls may go out, for all who call: so many a minute, evenly, and none while the server asks to wait.
-pub(super) struct Pace {
+pub(crate) struct Pace {
     gap: Duration,
     next: Mutex<Instant>,
 }
@@ -155,7 +167,7 @@ impl Pace {
         let gap = Duration::try_from_secs_f64(60.0 / per_minute.unwrap_or(f64::INFINITY))
             .ok()
             .filter(|_| per_minute.is_none_or(|n| n > 0.0))
-            .ok_or_else(|| BadConfig("--requests-per-minute: expected more than 0".into()))?;
+            .ok_or_else(|| BadConfig("requests per minute: expected more than 0".into()))?;
         Ok(Pace { gap, next: Mutex::new(Instant::now()) })
     }
 
@@ -190,6 +202,7 @@ mod tests {
     use serde_json::json;
 
     const NO_TIME: Duration = Duration::ZERO;
+    const NAMES: [&str; 2] = ["--url", "--api-key-env"];
 
     #[test]
     fn replies_are_answers_or_worth_another_attempt_or_not() {
@@ -224,7 +237,7 @@ mod tests {
 
     #[test]
     fn addresses_are_taken_as_people_write_them() {
-        let url = |base: &str| Server::new(base, None, Duration::from_secs(1)).map(|server| server.url);
+        let url = |base: &str| Server::new(base, None, Duration::from_secs(1), NAMES).map(|server| server.url);
         for base in ["http://h:1/v1", " http://h:1/v1/ ", "http://h:1/v1/chat/completions"] {
             assert_eq!(url(base).unwrap(), "http://h:1/v1/chat/completions");
         }
@@ -235,13 +248,13 @@ mod tests {
             assert!(error.is::<BadConfig>() && error.to_string().contains("--url"), "{base}: {error}");
             assert!(!error.to_string().contains("secret"), "{error}");
         }
-        assert!(Server::new("http://h", Some("two words".into()), NO_TIME).is_err());
+        assert!(Server::new("http://h", Some("two words".into()), NO_TIME, NAMES).is_err());
         assert!(Pace::new(Some(0.0)).is_err() && Pace::new(Some(-1.0)).is_err() && Pace::new(Some(f64::NAN)).is_err());
     }
 
     #[test]
     fn a_key_that_a_server_repeats_is_not_passed_on() {
-        let server = Server::new("http://h", Some("sk-secret".into()), NO_TIME).unwrap();
+        let server = Server::new("http://h", Some("sk-secret".into()), NO_TIME, NAMES).unwrap();
         let Outcome::Refused(why) = server.without_key(Outcome::Refused("bad key sk-secret!".into())) else { panic!() };
         assert_eq!(why, "bad key [key]!");
     }

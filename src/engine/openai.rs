@@ -1,0 +1,348 @@
+//! The engine on a chat server: any server of OpenAI's chat completions that takes pictures answers in place of a model of our own.
+//!
+//! For `eval`, `rollout` and `ask`. Words go out and words come back, so a conversation is read back into messages ([`Chat::messages`]) and an
+//! answer becomes tokens of the tokenizer in `model.path`; the loop, the crops, the judges and the record stay as they are. It hides retries,
+//! several servers, and the record of calls. What must stay true: pictures are sent as the very pixels that were to be seen; an answer comes to
+//! the conversation that asked for it, in whatever order answers come; nothing of it can be trained on, for its log-probs are unknown (NaN); an
+//! answer that is in the record of calls is not paid for again.
+//!
+//! [`Chat::messages`]: crate::chat::Chat::messages
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+
+use super::pngs::Pngs;
+use super::{Completion, Finish, Frontend, Prompt, Sampler, Sampling};
+use crate::chat::{Content, Message, Part};
+use crate::config::BadConfig;
+use crate::episode::Stream;
+use crate::http::{self, backoff, chance, together};
+use crate::openai::{Answer, Call, End, Fault, Journal, Outcome, Pace, Server, data_uri};
+use crate::progress;
+use crate::run;
+
+/// A server that asks to wait longer than this is not waited for.
+const LONGEST_WAIT: Duration = Duration::from_secs(3600);
+
+/// `[engine]` with `kind = "openai"`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Options {
+    /// Addresses up to `/v1`; several share the work.
+    pub urls: Vec<String>,
+    /// The model as the servers name it; `model.path` is a folder with its tokenizer, template and picture settings.
+    pub model: String,
+    /// The environment variable that holds the key; unset, none is sent.
+    pub api_key_env: String,
+    /// Requests under way at once.
+    pub max_in_flight: usize,
+    /// Unset: as fast as answers come.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub requests_per_minute: Option<f64>,
+    /// Further attempts at an answer after the first.
+    pub max_retries: usize,
+    /// Of one call, from connecting to the last byte.
+    pub timeout_s: f64,
+    /// The pause before a second attempt; it doubles with each one after.
+    pub pause_s: f64,
+    /// A file that records every call; what is answered there is not asked again.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub calls: Option<PathBuf>,
+}
+
+impl Default for Options {
+    fn default() -> Options {
+        Options {
+            urls: Vec::new(),
+            model: String::new(),
+            api_key_env: "OPENAI_API_KEY".into(),
+            max_in_flight: 16,
+            requests_per_minute: None,
+            max_retries: 5,
+            timeout_s: 300.0,
+            pause_s: 1.0,
+            calls: None,
+        }
+    }
+}
+
+impl Options {
+    /// # Errors
+    /// What is missing or cannot work, named.
+    pub fn validate(&self) -> Result<()> {
+        if self.urls.is_empty() {
+            bail!(BadConfig(
+                "engine.urls is missing; kind = \"openai\" needs it, for instance [\"http://localhost:8000/v1\"]"
+                    .into()
+            ));
+        }
+        if self.model.trim().is_empty() {
+            bail!(BadConfig("engine.model is missing: the name under which the server knows the model".into()));
+        }
+        if self.max_in_flight == 0 {
+            bail!(BadConfig("engine.max_in_flight is 0; nothing could be asked".into()));
+        }
+        if !(self.timeout_s.is_finite() && self.timeout_s > 0.0 && self.timeout_s < 1e9) {
+            bail!(BadConfig(format!("engine.timeout_s = {}: expected a number above 0", self.timeout_s)));
+        }
+        if !(0.0..1e9).contains(&self.pause_s) {
+            bail!(BadConfig(format!("engine.pause_s = {}: expected a number of seconds, at least 0", self.pause_s)));
+        }
+        Pace::new(self.requests_per_minute).context("engine.requests_per_minute").map(|_| ())
+    }
+}
+
+/// Servers that answer.
+pub struct Served {
+    options: Options,
+    frontend: Frontend,
+    pngs: Pngs,
+    servers: Vec<Server>,
+    pace: Pace,
+    journal: Option<Journal>,
+    /// The server that the next request goes to, unless it is away.
+    turn: AtomicUsize,
+    spent: Spent,
+}
+
+/// What asking took.
+#[derive(Default)]
+struct Spent {
+    answers: AtomicU64,
+    /// Answers that were in the record.
+    known: AtomicU64,
+    prompt_tokens: AtomicU64,
+    completion_tokens: AtomicU64,
+}
+
+impl Served {
+    /// Reads the key and the record; nothing is sent yet.
+    ///
+    /// # Errors
+    /// Options that cannot work, a record that cannot be read.
+    pub fn open(options: &Options, frontend: Frontend) -> Result<Served> {
+        options.validate()?;
+        let key = http::key_from(&options.api_key_env);
+        let timeout = Duration::from_secs_f64(options.timeout_s);
+        let server = |url: &String| Server::new(url, key.clone(), timeout, ["engine.urls", "engine.api_key_env"]);
+        Ok(Served {
+            servers: options.urls.iter().map(server).collect::<Result<_>>()?,
+            pace: Pace::new(options.requests_per_minute)?,
+            journal: options.calls.as_deref().map(Journal::open).transpose()?,
+            pngs: Pngs::new(frontend.clone()),
+            frontend,
+            options: options.clone(),
+            turn: AtomicUsize::new(0),
+            spent: Spent::default(),
+        })
+    }
+
+    /// A request with each picture as the digest of what is sent, and the pictures.
+    fn request(&self, stream: &Stream, sampling: &Sampling, seed: u64) -> Result<(Value, Vec<String>)> {
+        let mut pictures = Vec::with_capacity(stream.images.len());
+        let mut digests = Vec::with_capacity(stream.images.len());
+        for placed in &stream.images {
+            let png = self.pngs.of(placed).with_context(|| format!("sending a view of {}", placed.path.display()))?;
+            pictures.push(data_uri("png", &png));
+            digests.push(format!("sha256:{}", hex(&png)));
+        }
+        let messages = self.frontend.chat.messages(&stream.ids)?;
+        let shown: usize = messages.iter().map(Message::images).sum();
+        ensure!(shown == digests.len(), "a conversation of {} pictures was read back with {shown}", digests.len());
+        let mut digests = digests.into_iter();
+        let messages: Vec<Value> = messages.iter().map(|message| as_sent(message, &mut digests)).collect();
+        let mut request = json!({
+            "model": self.options.model, "messages": messages, "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            // Servers take signed numbers of 32 or 64 bits.
+            "seed": seed % (1 << 31),
+        });
+        if let Some(p) = sampling.top_p {
+            request["top_p"] = json!(p);
+        }
+        // Not OpenAI's; vLLM, SGLang and llama.cpp know it.
+        if let Some(k) = sampling.top_k {
+            request["top_k"] = json!(k);
+        }
+        Ok((request, pictures))
+    }
+
+    /// Asks until there is an answer.
+    fn answer(&self, stream: &Stream, sampling: &Sampling, seed: u64) -> Result<Answer> {
+        let (record, pictures) = self.request(stream, sampling, seed)?;
+        let digest = hex(record.to_string().as_bytes());
+        if let Some(known) = self.journal.as_ref().and_then(|journal| journal.answer(&digest)) {
+            self.spent.known.fetch_add(1, Ordering::Relaxed);
+            return Ok(known);
+        }
+        let body = serde_json::to_vec(&with_pictures(record.clone(), pictures)).context("writing a request as JSON")?;
+        let mut place = self.turn.fetch_add(1, Ordering::Relaxed);
+        for attempt in 1.. {
+            self.pace.turn(&|| false);
+            let server = &self.servers[place % self.servers.len()];
+            let began = Instant::now();
+            let (status, outcome) = server.call(&body);
+            if let Some(journal) = &self.journal {
+                let end = match &outcome {
+                    Outcome::Answer(answer) => End::Answer(answer),
+                    Outcome::Again { why, .. } | Outcome::Refused(why) => End::Error(why),
+                };
+                let (at, seconds) = (run::now(), began.elapsed().as_secs_f64());
+                journal.append(&Call {
+                    digest: &digest,
+                    row: "",
+                    attempt,
+                    at,
+                    seconds,
+                    status,
+                    end,
+                    request: &record,
+                })?;
+            }
+            match outcome {
+                Outcome::Answer(answer) => {
+                    self.count(&answer);
+                    return Ok(answer);
+                }
+                Outcome::Again { why, wait, fault } => {
+                    ensure!(
+                        attempt <= self.options.max_retries && wait.is_none_or(|wait| wait <= LONGEST_WAIT),
+                        "no answer from {} after {attempt} attempts: {why}{}",
+                        server.url(),
+                        self.kept()
+                    );
+                    // Where there are others, one of them may be there.
+                    if fault == Fault::Away {
+                        place += 1;
+                    }
+                    let first = Duration::from_secs_f64(self.options.pause_s);
+                    let pause = backoff(first, attempt, chance()).max(wait.unwrap_or_default());
+                    http::sleep(pause, &|| false);
+                }
+                Outcome::Refused(why) => {
+                    bail!("{} refuses with {why}; {}{}", server.url(), self.advice(status, server), self.kept())
+                }
+            }
+        }
+        unreachable!("the loop ends at its last attempt")
+    }
+
+    fn count(&self, answer: &Answer) {
+        let tokens = |key: &str| answer.usage.as_ref().and_then(|usage| usage.get(key)?.as_u64()).unwrap_or(0);
+        self.spent.answers.fetch_add(1, Ordering::Relaxed);
+        self.spent.prompt_tokens.fetch_add(tokens("prompt_tokens"), Ordering::Relaxed);
+        self.spent.completion_tokens.fetch_add(tokens("completion_tokens"), Ordering::Relaxed);
+    }
+
+    fn advice(&self, status: Option<u16>, server: &Server) -> String {
+        let key = &self.options.api_key_env;
+        match status {
+            Some(401 | 403) if !server.has_key() => {
+                format!("no key was sent, because the environment variable {key} is not set")
+            }
+            Some(401 | 403) => format!("look at the key in the environment variable {key}"),
+            Some(404 | 405) => "look at engine.urls (up to /v1) and engine.model".into(),
+            Some(413) => "lower the task's max_pixels".into(),
+            Some(300..=399) => "write the address that it points to into engine.urls".into(),
+            _ => "see whether engine.model takes pictures, and rollout.max_new_tokens".into(),
+        }
+    }
+
+    fn kept(&self) -> String {
+        match &self.options.calls {
+            Some(calls) => {
+                format!(". The same command goes on and pays for no answer twice; they are in {}", calls.display())
+            }
+            None => {
+                ". With engine.calls = FILE answers are recorded, and the same command would go on from there".into()
+            }
+        }
+    }
+
+    /// The words as tokens, ended as the server says they ended.
+    fn completion(&self, answer: &Answer) -> Result<Completion> {
+        let chat = &self.frontend.chat;
+        let mut ids = chat.assistant_ids(&answer.text)?;
+        let finish = match answer.finish_reason.as_deref() {
+            Some("length") => Finish::Length,
+            _ => {
+                ids.push(chat.special.end_of_turn);
+                Finish::EndOfTurn
+            }
+        };
+        Ok(Completion { logprobs: vec![f32::NAN; ids.len()], ids, finish })
+    }
+}
+
+/// A message as servers take it; pictures by what `urls` gives.
+fn as_sent(message: &Message, urls: &mut impl Iterator<Item = String>) -> Value {
+    let content = match &message.content {
+        Content::Text(text) => json!(text),
+        Content::Parts(parts) => parts
+            .iter()
+            .map(|part| match part {
+                Part::Text { text } => json!({"type": "text", "text": text}),
+                Part::Image { .. } => json!({"type": "image_url", "image_url": {"url": urls.next()}}),
+            })
+            .collect(),
+    };
+    json!({"role": message.role, "content": content})
+}
+
+/// The request as it is sent.
+fn with_pictures(mut request: Value, pictures: Vec<String>) -> Value {
+    let messages = request["messages"].as_array_mut().into_iter().flatten();
+    let parts = messages.filter_map(|message| message["content"].as_array_mut()).flatten();
+    for (part, picture) in parts.filter(|part| part["type"] == "image_url").zip(pictures) {
+        part["image_url"]["url"] = picture.into();
+    }
+    request
+}
+
+fn hex(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+impl Sampler for Served {
+    fn sample(&mut self, prompts: &[Prompt], sampling: &Sampling) -> Result<Vec<Vec<Completion>>> {
+        ensure!(!sampling.ignore_end, "a server cannot be told to go on after an end of turn");
+        ensure!(
+            sampling.stop.is_empty(),
+            BadConfig(
+                "rollout.stop: a chat server leaves out the text that it stopped at, which would then be missing in the conversation; \
+                 leave the key out with engine.kind = \"openai\""
+                    .into()
+            )
+        );
+        let jobs: Vec<(&Stream, u64)> =
+            prompts.iter().flat_map(|prompt| prompt.seeds.iter().map(|&seed| (prompt.stream, seed))).collect();
+        let mut completions = together(&jobs, self.options.max_in_flight, |&(stream, seed)| {
+            self.completion(&self.answer(stream, sampling, seed)?)
+        })?
+        .into_iter();
+        Ok(prompts.iter().map(|prompt| completions.by_ref().take(prompt.seeds.len()).collect()).collect())
+    }
+
+    fn end_step(&mut self) {}
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        let Spent { answers, known, prompt_tokens, completion_tokens } = &self.spent;
+        let [answers, known, read, wrote] =
+            [answers, known, prompt_tokens, completion_tokens].map(|count| count.load(Ordering::Relaxed));
+        if answers + known > 0 {
+            let known = if known > 0 { format!(", {known} more were in the record") } else { String::new() };
+            progress::say(&format!(
+                "{} gave {answers} answers: {read} tokens read and {wrote} written, as the server counts them{known}",
+                self.options.model
+            ));
+        }
+    }
+}
