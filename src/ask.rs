@@ -99,6 +99,7 @@ pub fn main(options: &Options) -> Result<()> {
         max_tokens: positions,
         ..rollout::Options::default()
     };
+    play.validate()?;
     let sample = Sample::question(&options.image, &options.question, options.choice.clone());
     let screen = Screen::new();
     let asked = [(0, &sample)];

@@ -29,6 +29,14 @@ struct Row {
 pub(super) fn read(text: &str) -> Result<Drafts> {
     let rows = items::<Row>(text)?;
     let version = Version::of(rows.iter().map(|(_, row)| &row.answer));
+    let thousandths = |row: &Row| row.answer.iter().any(|side| *side > 2.0);
+    // Among thousandths few boxes are so small; among shares none is so large.
+    if version == Version::Revised && 2 * rows.iter().filter(|(_, row)| thousandths(row)).count() < rows.len() {
+        let odd = rows.iter().find(|(_, row)| thousandths(row)).map_or(0, |(number, _)| *number);
+        bail!(
+            "row {odd} has a box in thousandths, and most rows have shares of the picture's sides; the original and the revised set do not go into one file"
+        );
+    }
     let mut drafts = Drafts { read: rows.len(), ..Drafts::default() };
     let mut faulty = 0;
     for (number, row) in &rows {
@@ -238,6 +246,10 @@ mod tests {
     fn the_revised_annotation_is_known_by_its_thousandths() {
         let question = "Compare.";
         let rows = [[250.0, 500.0, 500.0, 1000.0], [0.0, 0.0, 1.0, 1.0]].map(|b| row("diff", 2, question, b));
+        let mixed =
+            [rows.as_slice(), &[[0.1, 0.2, 0.3, 0.4], [0.2, 0.2, 0.6, 0.6]].map(|b| row("diff", 2, question, b))]
+                .concat();
+        assert!(format!("{:#}", read(&mixed).unwrap_err()).contains("row 1 has a box in thousandths"));
         let (report, rows) = read(&rows).unwrap();
         assert_eq!(report.notes, ["revised annotations, 0 impossible boxes among them"]);
         assert_eq!((rows[0].split.as_deref(), rows[0].id.as_str()), (Some("revised"), "mig-revised-0001"));

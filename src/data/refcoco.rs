@@ -6,7 +6,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
@@ -66,6 +66,7 @@ impl Row {
     pub fn asked(&self) -> Result<Vec<Asked>> {
         match (&self.answer, self.bbox, &self.problem, self.solution) {
             (Some(answers), Some([x, y, w, h]), ..) => {
+                ensure!(!answers.is_empty(), "\"answer\" is an empty list, expected what is said of the box");
                 let bbox = BBox::new(x, y, x + w, y + h);
                 let locate = |said: &String| Asked {
                     question: format!("Locate this in the picture: {}", said.trim()),

@@ -147,7 +147,11 @@ pub fn summarise<'a>(episodes: impl IntoIterator<Item = &'a Episode>) -> Summary
         right_image: share(parts("image").into_iter().map(|(question, f1)| (question, f1 > 1.0 - 1e-9)).collect()),
         iou: {
             let (questions, ious): (Vec<u64>, Vec<f64>) = parts("iou").into_iter().unzip();
-            (!ious.is_empty()).then(|| stats::clustered_mean(&ious, &questions))
+            (!ious.is_empty()).then(|| {
+                let mean = stats::clustered_mean(&ious, &questions);
+                // No IoU lies outside.
+                stats::Estimate { low: mean.low.max(0.0), high: mean.high.min(1.0), ..mean }
+            })
         },
     }
 }

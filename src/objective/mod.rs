@@ -290,6 +290,11 @@ impl Objective {
         };
         finite_at_least("adv_eps", self.adv_eps, 0.0)?;
         finite_at_least("min_spread", self.min_spread, 0.0)?;
+        ensure!(
+            self.min_spread == 0.0 || self.drop_equal_groups,
+            "objective.min_spread = {} says which groups are dropped; that needs objective.drop_equal_groups = true",
+            self.min_spread
+        );
         finite_at_least("clip_low", self.clip_low, 0.0)?;
         finite_at_least("clip_high", self.clip_high, 0.0)?;
         finite_at_least("kl_coef", self.kl_coef, 0.0)?;

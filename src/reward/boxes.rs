@@ -31,7 +31,7 @@ pub enum Shape {
     Iou,
     /// 1 for an IoU above 0.5.
     Step,
-    /// Generalised IoU, -1 to 1. arXiv 1902.09630.
+    /// Generalised IoU (arXiv 1902.09630), -1 to 1, moved to 0 to 1: no box on the right picture is worth less than one on a wrong one.
     Giou,
 }
 
@@ -120,10 +120,12 @@ pub fn multi_image(predicted: &[Named], truth: &[Named], settings: &MultiImage) 
     let image = 2.0 * right_images as f64 / (predicted.len() + truth.len()) as f64;
 
     let mut sum = 0.0;
-    for (p, t) in pairs(predicted, truth) {
-        if settings.gate != Gate::ByImage || p.image == t.image {
-            sum += settings.shaped(&p.bbox, &t.bbox);
-        }
+    let worth = |p: &Named, t: &Named| match settings.gate != Gate::ByImage || p.image == t.image {
+        true => settings.shaped(&p.bbox, &t.bbox),
+        false => 0.0,
+    };
+    for (p, t) in pairs(predicted, truth, worth) {
+        sum += worth(p, t);
     }
     if settings.gate == Gate::Product {
         sum *= image;
@@ -135,11 +137,19 @@ pub fn multi_image(predicted: &[Named], truth: &[Named], settings: &MultiImage) 
     Parts::from([("image", image), ("object", object)])
 }
 
-/// Boxes assigned to targets one to one, so that the sum of 1\[image equal\] + IoU is largest.
-pub(super) fn pairs<'a>(predicted: &'a [Named], truth: &'a [Named]) -> Vec<(&'a Named, &'a Named)> {
+/// Boxes assigned to targets one to one, so that the sum of 1\[image equal\] + IoU is largest; of equal sums the one that is worth most, so that
+/// the order in which boxes are named earns nothing.
+pub(super) fn pairs<'a>(
+    predicted: &'a [Named],
+    truth: &'a [Named],
+    worth: impl Fn(&Named, &Named) -> f64,
+) -> Vec<(&'a Named, &'a Named)> {
+    /// Far below any difference of IoU that boxes of whole pixels have, far above the rounding of a sum.
+    const TIE: f64 = 1e-9;
     let candidates = predicted.get(..MOST_BOXES).unwrap_or(predicted);
-    let worth = |p: &Named, t: &Named| f64::from(u8::from(p.image == t.image)) + p.bbox.iou(&t.bbox);
-    let weights: Vec<Vec<f64>> = candidates.iter().map(|p| truth.iter().map(|t| worth(p, t)).collect()).collect();
+    let weight =
+        |p: &Named, t: &Named| f64::from(u8::from(p.image == t.image)) + p.bbox.iou(&t.bbox) + TIE * worth(p, t);
+    let weights: Vec<Vec<f64>> = candidates.iter().map(|p| truth.iter().map(|t| weight(p, t)).collect()).collect();
     candidates.iter().zip(assign(&weights)).filter_map(|(p, chosen)| Some((p, truth.get(chosen?)?))).collect()
 }
 
@@ -157,10 +167,11 @@ pub fn found(predicted: &[Named], truth: &[Named]) -> (f64, f64) {
     if most == 0 {
         return (1.0, 1.0);
     }
-    let ious: Vec<f64> =
-        pairs(predicted, truth).iter().filter(|(p, t)| p.image == t.image).map(|(p, t)| p.bbox.iou(&t.bbox)).collect();
+    let iou = |p: &Named, t: &Named| if p.image == t.image { p.bbox.iou(&t.bbox) } else { 0.0 };
+    let ious: Vec<f64> = pairs(predicted, truth, iou).iter().map(|(p, t)| iou(p, t)).collect();
     let right = ious.iter().filter(|iou| **iou >= 0.5).count();
-    (ious.iter().sum::<f64>() / most as f64, f64::from(u8::from(right == most)))
+    // Of no numbers the sum is -0.
+    ((0.0 + ious.iter().sum::<f64>()) / most as f64, f64::from(u8::from(right == most)))
 }
 
 impl MultiImage {
@@ -179,7 +190,7 @@ impl MultiImage {
             Shape::Banded if iou <= self.low => 0.0,
             Shape::Banded | Shape::Iou => iou,
             Shape::Step => f64::from(u8::from(iou > 0.5)),
-            Shape::Giou => a.giou(b),
+            Shape::Giou => 0.5 + 0.5 * a.giou(b),
         }
     }
 
@@ -217,25 +228,35 @@ fn strict_entries(text: &str) -> bool {
     let Some(Ok(Value::Array(entries))) = answer_tag(last_turn(text)).map(serde_json::from_str) else {
         return false;
     };
-    !entries.is_empty()
-        && entries.iter().all(|entry| {
-            entry.as_object().is_some_and(|o| {
-                o.len() == 3
-                    && o.get("image").is_some_and(Value::is_u64)
-                    && o.get("bbox_2d").is_some_and(|b| corners(b).is_some() && b.is_array())
-                    && o.get("label").is_some_and(Value::is_string)
-            })
+    entries.iter().all(|entry| {
+        entry.as_object().is_some_and(|o| {
+            o.len() == 3
+                && o.get("image").is_some_and(Value::is_u64)
+                && o.get("bbox_2d").is_some_and(|b| corners(b).is_some() && b.is_array())
+                && o.get("label").is_some_and(Value::is_string)
         })
+    })
 }
 
-/// The part of the last turn that declares boxes: the answer tag, a fenced json block, `\boxed{}`, else all of it.
+/// The part of the last turn that declares boxes: what the answer tag holds (to the end, where it is not closed), else what follows the thoughts;
+/// of that a fenced block, else `\boxed{}`, else all of it. Thoughts declare nothing: where they never end, there is no answer.
 fn declared(text: &str) -> &str {
     let turn = last_turn(text);
-    let fenced = || {
-        let body = turn.get(turn.find("```json")? + "```json".len()..)?;
-        body.get(..body.find("```")?)
+    let opened = || turn.rfind("<answer>").and_then(|at| turn.get(at + "<answer>".len()..));
+    let thought = || match (turn.contains("<think>"), turn.rfind("</think>")) {
+        (_, Some(at)) => turn.get(at + "</think>".len()..),
+        (true, None) => Some(""),
+        (false, None) => None,
     };
-    answer_tag(turn).or_else(fenced).or_else(|| boxed(turn)).unwrap_or(turn).trim()
+    let said = answer_tag(turn).or_else(opened).or_else(thought).unwrap_or(turn);
+    fenced(said).or_else(|| boxed(said)).unwrap_or(said).trim()
+}
+
+/// The first block between ``` and ```, without the name of its language.
+fn fenced(text: &str) -> Option<&str> {
+    let body = text.get(text.find("```")? + "```".len()..)?;
+    let body = body.get(..body.find("```")?)?;
+    Some(body.trim_start_matches(|c: char| c.is_ascii_alphabetic()))
 }
 
 /// The first box of a response, in the units it was written in: JSON with `bbox_2d` (or `bbox`, `box`),
@@ -328,8 +349,8 @@ fn corners(value: &Value) -> Option<BBox> {
 }
 
 /// The named boxes of a response: a JSON list (or one object) of `{"image": k, "bbox_2d": […], "label"?}`, where `image_id`,
-/// `image_index`, `bbox` and `box` are understood too; else boxes in plain text after "Image-k". `None` when there is none, or
-/// when an entry of the list is not a box.
+/// `image_index`, `bbox` and `box` are understood too, words around the list and a comma too many; else boxes in plain text after "Image-k".
+/// `None` when there is none, or when an entry of the list is not a box.
 ///
 /// ```
 /// use foveate::reward::parse_named;
@@ -338,14 +359,12 @@ fn corners(value: &Value) -> Option<BBox> {
 /// ```
 pub fn parse_named(text: &str) -> Option<Vec<Named>> {
     let body = declared(text);
-    let named = match serde_json::from_str::<Value>(body) {
+    let named = match json_in(body) {
         // "Nothing" is an answer, where it is said.
-        Ok(Value::Array(entries)) if entries.is_empty() => return Some(Vec::new()),
-        Ok(Value::Array(entries)) if entries.iter().any(Value::is_object) => {
-            entries.iter().map(entry).collect::<Option<Vec<_>>>()?
-        }
-        Ok(Value::Object(o)) => vec![entry(&Value::Object(o))?],
-        _ => {
+        Some(Value::Array(entries)) if entries.is_empty() => return Some(Vec::new()),
+        Some(Value::Array(entries)) => entries.iter().map(entry).collect::<Option<Vec<_>>>()?,
+        Some(object) => vec![entry(&object)?],
+        None => {
             let mut image = 0;
             let mut from = 0;
             let boxes = scan(body).into_iter();
@@ -361,35 +380,76 @@ pub fn parse_named(text: &str) -> Option<Vec<Named>> {
     (!named.is_empty()).then_some(named)
 }
 
+/// The JSON of an answer: all of it, or the first list of objects, or object with a box, among its words.
+fn json_in(body: &str) -> Option<Value> {
+    let lists = |value: &Value| match value {
+        Value::Array(entries) => entries.iter().any(Value::is_object),
+        Value::Object(object) => BOX_KEYS.iter().any(|key| object.contains_key(*key)),
+        _ => false,
+    };
+    let whole = |text: &str| serde_json::from_str(text).ok();
+    let tidy = without_last_commas(body);
+    let value: Option<Value> = whole(body).or_else(|| whole(&tidy));
+    if let Some(value) = value {
+        return (lists(&value) || value == Value::Array(Vec::new())).then_some(value);
+    }
+    // A text of brackets alone would be read from each of them.
+    tidy.match_indices(['[', '{']).take(MOST_BOXES).find_map(|(at, _)| {
+        let mut values = serde_json::Deserializer::from_str(tidy.get(at..)?).into_iter::<Value>();
+        values.next()?.ok().filter(lists)
+    })
+}
+
+/// JSON without the commas before a closing bracket that people and models write.
+fn without_last_commas(text: &str) -> String {
+    let mut tidy = String::with_capacity(text.len());
+    let (mut quoted, mut escaped) = (false, false);
+    for c in text.chars() {
+        if !quoted && matches!(c, ']' | '}') && tidy.trim_end().ends_with(',') {
+            tidy.truncate(tidy.trim_end().len() - 1);
+        }
+        (quoted, escaped) = (quoted ^ (c == '"' && !escaped), quoted && c == '\\' && !escaped);
+        tidy.push(c);
+    }
+    tidy
+}
+
+const BOX_KEYS: [&str; 3] = ["bbox_2d", "bbox", "box"];
+
 fn entry(value: &Value) -> Option<Named> {
     let object = value.as_object()?;
     let first = |keys: [&str; 3]| keys.iter().find_map(|k| object.get(*k));
     let image = match first(["image", "image_id", "image_index"]) {
         None => 0,
-        Some(Value::Number(n)) => usize::try_from(n.as_u64()?).ok()?,
+        Some(Value::Number(n)) => {
+            let number = n.as_f64().filter(|k| k.fract() == 0.0 && (0.0..1e9).contains(k))?;
+            number as usize
+        }
         Some(Value::String(s)) => s.trim().parse().ok().or_else(|| last_image(s))?,
         Some(_) => return None,
     };
     let label = object.get("label").and_then(Value::as_str).map(str::to_string);
-    Some(Named { image, bbox: corners(first(["bbox_2d", "bbox", "box"])?)?, label })
+    Some(Named { image, bbox: corners(first(BOX_KEYS)?)?, label })
 }
 
-/// The number after the last "image" of a text: "Image-2", "image 2", "Image_2".
+/// The number after the last "image" of a text: "Image-2", "image 2", "Image_2", `"image": 2`, `"image_id": 2`.
 fn last_image(text: &str) -> Option<usize> {
     let lower = text.to_ascii_lowercase();
-    let after = lower.get(lower.rfind("image")? + "image".len()..)?.trim_start_matches(['-', ' ', '_', '#']);
+    let after = lower.get(lower.rfind("image")? + "image".len()..)?.trim_start_matches(['-', ' ', '_', '#', '"', ':']);
+    let after = ["id", "index"].iter().find_map(|word| after.strip_prefix(word)).unwrap_or(after);
+    let after = after.trim_start_matches([' ', '"', ':']);
     let digits = after.bytes().take_while(u8::is_ascii_digit).count();
     after.get(..digits)?.parse().ok()
 }
 
-/// Reads the truth of a multi-image row: a list of (or one) `{"image": k, "bbox": […]}`. Errors name what is missing.
+/// Reads the truth of a multi-image row: a list of (or one) `{"image": k, "bbox": […]}`, empty where what is asked for is nowhere. Errors name
+/// what is missing.
 pub(crate) fn truth(value: &Value) -> Result<Vec<Named>> {
     let entries = match value {
         Value::Array(entries) => entries.as_slice(),
         Value::Object(_) => std::slice::from_ref(value),
         other => bail!("\"answer\" is {other}, expected a list of {{\"image\": k, \"bbox\": [x1,y1,x2,y2]}}"),
     };
-    ensure!(!entries.is_empty(), "\"answer\" is an empty list, expected at least one target");
     ensure!(entries.len() <= MOST_BOXES, "\"answer\" has {} targets, expected at most {MOST_BOXES}", entries.len());
     let read = |(i, e): (usize, &Value)| {
         let named = entry(e)
@@ -470,6 +530,35 @@ mod tests {
         assert_eq!(parts(&[named(2, far), named(1, WHOLE)], &truth, &sum), (1.0, 2.0));
     }
 
+    /// Where sums are equal, the assignment that is worth more is taken, whatever stands first.
+    #[test]
+    fn the_order_of_boxes_and_targets_earns_nothing() {
+        let truth = [named(1, [0.0, 0.0, 10.0, 5.0]), named(2, WHOLE)];
+        let said = [named(1, [0.0, 5.0, 10.0, 10.0]), named(1, WHOLE)];
+        let reversed = |all: &[Named]| all.iter().rev().cloned().collect::<Vec<_>>();
+        let settings = MultiImage::default();
+        let worth = parts(&said, &truth, &settings);
+        assert_eq!(worth.1, 0.25);
+        assert_eq!(parts(&reversed(&said), &truth, &settings), worth);
+        assert_eq!(parts(&said, &reversed(&truth), &settings), worth);
+        let truth =
+            [named(2, [5.0, 0.0, 10.0, 10.0]), named(2, [0.0, 0.0, 10.0, 5.0]), named(1, [0.0, 0.0, 10.0, 5.0])];
+        let said = [named(1, [20.0, 20.0, 30.0, 30.0]), named(1, [0.0, 0.0, 5.0, 10.0])];
+        let worth = parts(&said, &truth, &settings);
+        assert!((worth.1 - 1.0 / 9.0).abs() < 1e-12, "{worth:?}");
+        assert_eq!(parts(&reversed(&said), &reversed(&truth), &settings), worth);
+    }
+
+    #[test]
+    fn a_wrong_picture_never_pays_more_than_a_bad_box() {
+        let far = named(1, [900.0, 900.0, 910.0, 910.0]);
+        for shape in [Shape::Banded, Shape::Iou, Shape::Step, Shape::Giou] {
+            let settings = MultiImage { shape, ..MultiImage::default() };
+            let on = |image: usize| parts(&[Named { image, ..far.clone() }], &[named(1, WHOLE)], &settings).1;
+            assert!(on(1) >= on(2) && on(1) >= 0.0, "{shape:?}");
+        }
+    }
+
     #[test]
     fn format_is_a_quarter_a_tag() {
         assert_eq!(tag_format("<think>a</think><answer>b</answer>"), 1.0);
@@ -489,16 +578,33 @@ mod tests {
             r#"```json [{"image": "Image-2", "box": [[1,2],[3,4]]}]```"#,
             "In Image-1 nothing; in Image-2 it is at (1,2),(3,4).",
             "<answer>Image-2: [1,2,3,4]</answer>",
+            "<think>t</think><answer>```json\n[{\"image\":2,\"bbox_2d\":[1,2,3,4],\"label\":\"a\"}]\n```</answer>",
+            "<answer>```\n[{\"image\": 2.0, \"bbox_2d\": [1,2,3,4],},]\n```</answer>",
+            "<answer>It is here: [{\"image\": 2, \"bbox_2d\": [1,2,3,4], \"label\": \"a, ]\"}] as said.</answer>",
+            "<answer>Here: {\"image_id\": 2, \"bbox_2d\": [1,2,3,4]</answer>",
+            "<think>[9,9,9,9]</think><answer>[{\"image\": 2, \"bbox_2d\": [1,2,3,4], \"lab",
+            "<think>Image-1: [9,9,9,9]</think> Image-2: [1,2,3,4]",
         ] {
             let found = parse_named(text).unwrap_or_else(|| panic!("{text}"));
             assert_eq!((found.len(), found[0].image, found[0].bbox), (1, 2, BBox::new(1.0, 2.0, 3.0, 4.0)), "{text}");
         }
-        for text in
-            ["", "no box", "[1,2,3]", "[1,2,3,4,5]", "<answer>[{\"image\": 1}]</answer>", "[1e99,2,3,4]", "[1,2,3,x]"]
-        {
+        for text in [
+            "",
+            "no box",
+            "[1,2,3]",
+            "[1,2,3,4,5]",
+            "<answer>[{\"image\": 1}]</answer>",
+            "[1e99,2,3,4]",
+            "[1,2,3,x]",
+            "<think>In Image-1 at [1,2,3,4]",
+            "<think>In Image-1 at [1,2,3,4]</think>",
+        ] {
             assert_eq!(parse_named(text), None, "{text}");
         }
         assert_eq!(parse_named("[1,2,3,4]").unwrap()[0].image, 0);
+        for nothing in ["[]", "<think>t</think><answer>[]</answer>", "<answer>```json\n[]\n```</answer>"] {
+            assert_eq!(parse_named(nothing), Some(vec![]), "{nothing}");
+        }
     }
 
     #[test]

@@ -267,10 +267,14 @@ impl Said {
         let size = |image: usize| shown.and_then(|sizes| sizes.get(image.checked_sub(1)?)).copied();
         let target = truth.items.first().and_then(|item| size(item.image));
         let rule = Rule { version: truth.version, enlarge, shown: target };
-        let thousandths = |side: f64| if side >= 1.0 { side / 1000.0 } else { side };
+        // Of a box as a whole: a side of exactly 1 is the end of the picture among shares, and a thousandth of it among thousandths.
+        let thousandths = |sides: [f64; 4]| match sides.iter().all(|side| *side <= 1.0) {
+            true => sides,
+            false => sides.map(|side| side / 1000.0),
+        };
         let shares = |named: Named| {
             let bbox = match (shown, size(named.image)) {
-                (None, _) => BBox::from(<[f64; 4]>::from(named.bbox).map(thousandths)),
+                (None, _) => BBox::from(thousandths(named.bbox.into())),
                 (Some(_), Some(size)) => as_shares(named.bbox, size.bounds()),
                 (Some(_), None) => BBox::new(0.0, 0.0, 0.0, 0.0),
             };
@@ -329,7 +333,8 @@ pub fn judge(truth: &Truth, said: &Said) -> Vec<Verdict> {
     let wanted = |item: &Item| Named { image: item.image, bbox: item.shares(truth.version), label: None };
     let wanted: Vec<Named> = truth.items.iter().map(wanted).collect();
     let declared = said.strict.as_deref().filter(|boxes| boxes.len() <= wanted.len()).unwrap_or(&[]);
-    let pairs = pairs(declared, &wanted);
+    let found = |p: &Named, t: &Named| if p.image == t.image { p.bbox.iou(&t.bbox) } else { 0.0 };
+    let pairs = pairs(declared, &wanted, found);
     let alone = truth.items.len() == 1;
     let verdict = |(item, target): (&Item, &Named)| {
         let answer = pairs.iter().find(|(_, t)| std::ptr::eq(*t, target)).map(|(p, _)| *p);

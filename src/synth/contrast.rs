@@ -290,8 +290,8 @@ fn facts(known: &Known, path: &Path, window: Option<BBox>) -> Value {
             None => whole(*bbox),
         };
         let object = json!({"name": label, "bbox": whole_pixels(bbox)});
-        // Several rows may speak of one thing.
-        if !objects.contains(&object) {
+        // Several rows may speak of one thing, in several words; the first of them name it.
+        if !objects.iter().any(|other| other["bbox"] == object["bbox"]) {
             objects.push(object);
         }
     }
@@ -394,7 +394,7 @@ mod tests {
             assert!((f64::from(corner[1]) - expected.1).abs() < 6.0, "{} {corner:?} {expected:?}", row.id);
             let facts = Facts::of(&row).unwrap();
             let trace = by_rules(&row, &facts, Detail::Full, 1);
-            assert_eq!(judge(&trace, &row), Ok(()), "{trace}");
+            assert_eq!(judge(&trace, &row, &Facts::of(&row).unwrap()), Ok(()), "{trace}");
             let words: Vec<&str> = row.question.split(' ').chain(trace.split(' ')).collect();
             let article = |word: &str| matches!(word, "a" | "an" | "the");
             assert!(!words.windows(2).any(|two| two.iter().all(|word| article(word))), "{} {trace}", row.question);

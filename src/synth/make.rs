@@ -350,7 +350,12 @@ mod tests {
                 let sample = pair(&row, size, split, index as usize, images);
                 for detail in [Detail::Full, Detail::Brief] {
                     let trace = by_rules(&sample, &Facts::of(&sample).unwrap(), detail, 1);
-                    assert_eq!(judge(&trace, &sample), Ok(()), "{}: {trace}", sample.question);
+                    assert_eq!(
+                        judge(&trace, &sample, &Facts::of(&sample).unwrap()),
+                        Ok(()),
+                        "{}: {trace}",
+                        sample.question
+                    );
                 }
             }
         }

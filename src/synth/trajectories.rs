@@ -67,6 +67,9 @@ pub enum Change {
 pub struct Object {
     pub name: String,
     pub bbox: BBox,
+    /// What else is known of it, such as `red` or `with a hat`; for teachers that write freely.
+    #[serde(default)]
+    pub attributes: Vec<String>,
 }
 
 /// What a teacher may use, beside the row itself.
@@ -95,6 +98,36 @@ impl Facts {
             objects.len(),
             sample.images.len()
         );
+        for (k, object) in objects.iter().enumerate().flat_map(|(k, all)| all.iter().map(move |object| (k, object))) {
+            let Object { name, bbox: b, .. } = object;
+            ensure!(!name.trim().is_empty(), "{}: an object of picture {} has no name", named("objects"), k + 1);
+            ensure!(
+                [b.x1, b.y1].iter().all(|side| *side >= 0.0)
+                    && b.x1 < b.x2
+                    && b.y1 < b.y2
+                    && b.x2 <= FARTHEST
+                    && b.y2 <= FARTHEST,
+                "{}: {name:?} of picture {} has the box {b}, expected [x1, y1, x2, y2] in pixels with x1 < x2 and y1 < y2",
+                named("objects"),
+                k + 1
+            );
+        }
+        if let Some(image) = relations.last().and_then(Relation::concludes) {
+            ensure!(
+                sample.targets.iter().any(|target| target.image == image),
+                "{}: the last one says that the answer is in picture {image}, and the row has no target there",
+                named("relations")
+            );
+        }
+        for relation in &relations {
+            if let Relation::Follows { reference, target, .. } = relation {
+                ensure!(
+                    reference < target,
+                    "{}: something is followed from picture {reference} to {target}, expected an earlier and a later one",
+                    named("relations")
+                );
+            }
+        }
         for image in relations.iter().flat_map(Relation::images) {
             ensure!(
                 (1..=sample.images.len()).contains(&image),
@@ -107,7 +140,22 @@ impl Facts {
     }
 }
 
+/// No picture is larger.
+const FARTHEST: f64 = 1e6;
+
 impl Relation {
+    /// The picture that it says the answer is in.
+    fn concludes(&self) -> Option<usize> {
+        match self {
+            Relation::SameObject { target, .. }
+            | Relation::PartOf { target, .. }
+            | Relation::Follows { target, .. }
+            | Relation::SameKind { target, .. }
+            | Relation::OnlyIn { target, .. } => Some(*target),
+            Relation::Place { .. } | Relation::Difference { .. } => None,
+        }
+    }
+
     fn images(&self) -> Vec<usize> {
         match self {
             Relation::SameObject { reference, target, .. }
@@ -236,27 +284,31 @@ fn difference(change: Change, name: &str, was: Option<&str>) -> String {
     }
 }
 
-/// " left" or " right", where a picture has two of a name and the row's target is one of them.
+/// " left" or " right", where a picture has several of a name and the row's target is left or right of all others, by more than it is above
+/// or below them.
 fn side_of(sample: &Sample, facts: &Facts, image: usize, name: &str) -> String {
     let Some(target) = sample.targets.iter().find(|t| t.image == image) else { return String::new() };
-    let others: Vec<f64> = facts
+    let (x, y) = target.bbox.center();
+    let others: Vec<(f64, f64)> = facts
         .objects
         .get(image - 1)
         .into_iter()
         .flatten()
         .filter(|o| o.name == name && o.bbox.iou(&target.bbox) < 0.5)
-        .map(|o| o.bbox.center().0)
+        .map(|o| o.bbox.center())
         .collect();
-    match others.first() {
-        None => String::new(),
-        Some(other) if target.bbox.center().0 < *other => " left".into(),
-        Some(_) => " right".into(),
+    let beside = |side: f64| others.iter().all(|(other_x, other_y)| side * (other_x - x) > (other_y - y).abs());
+    match others.is_empty() {
+        false if beside(1.0) => " left".into(),
+        false if beside(-1.0) => " right".into(),
+        _ => String::new(),
     }
 }
 
 /// The names in the order in which one reads: there is one right order to learn, and a thing that moved may show in it.
 fn left_to_right(objects: &[Object]) -> Vec<&str> {
-    let mut sorted: Vec<&Object> = objects.iter().collect();
+    // A number in a name would be taken for a coordinate.
+    let mut sorted: Vec<&Object> = objects.iter().filter(|object| !object.name.contains(char::is_numeric)).collect();
     sorted.sort_by(|a, b| a.bbox.center().0.total_cmp(&b.bbox.center().0));
     sorted.into_iter().map(|object| object.name.as_str()).collect()
 }
@@ -420,7 +472,7 @@ pub fn build(options: &Options, interrupt: &Interrupt) -> Result<Report> {
         for i in (from..end).filter(|&i| chosen[i]) {
             let row = &rows[i];
             let passed = |trace: String| {
-                judge(&trace, row)?;
+                judge(&trace, row, &facts[i])?;
                 gains.as_ref().map_or(Ok(()), |gains| gains.judge(&row.id))?;
                 seen.add(row, &trace)?;
                 Ok(trace)
@@ -503,10 +555,32 @@ mod tests {
         let trace = by_rules(&row, &Facts::of(&row).unwrap(), Detail::Full, 1);
         assert!(trace.starts_with("Image-1 shows a fox.") && trace.contains("two foxes and an apple"), "{trace}");
         assert!(trace.contains("left fox of Image-2"), "{trace}");
-        assert_eq!(judge(&trace, &row), Ok(()));
+        assert_eq!(judge(&trace, &row, &Facts::of(&row).unwrap()), Ok(()));
         let brief = by_rules(&row, &Facts::of(&row).unwrap(), Detail::Brief, 1);
         assert_eq!(brief, "Image-1 shows a fox. The left fox is in Image-2.");
-        assert_eq!(judge(&brief, &row), Ok(()));
+        assert_eq!(judge(&brief, &row, &Facts::of(&row).unwrap()), Ok(()));
+    }
+
+    /// The middle one of three is neither left nor right, nor is the upper one of two; a name with a number is left out of lists.
+    #[test]
+    fn sides_are_said_only_where_they_are_true() {
+        let said = |others: &[[f64; 4]]| {
+            let mut second = vec![
+                json!({"name": "fox", "bbox": [10, 20, 30, 40]}),
+                json!({"name": "player 7", "bbox": [0, 0, 5, 5]}),
+            ];
+            second.extend(others.iter().map(|bbox| json!({"name": "fox", "bbox": bbox})));
+            let row = row(
+                json!([{"relation": "same_object", "reference": 1, "target": 2, "name": "fox"}]),
+                json!([[], second]),
+            );
+            let facts = Facts::of(&row).unwrap();
+            assert_eq!(judge(&by_rules(&row, &facts, Detail::Full, 1), &row, &facts), Ok(()));
+            by_rules(&row, &facts, Detail::Brief, 1)
+        };
+        assert!(said(&[[50.0, 20.0, 70.0, 40.0], [80.0, 20.0, 90.0, 40.0]]).contains("The left fox"));
+        assert!(said(&[[50.0, 20.0, 70.0, 40.0], [0.0, 20.0, 5.0, 40.0]]).contains("The fox"));
+        assert!(said(&[[12.0, 80.0, 33.0, 99.0]]).contains("The fox"));
     }
 
     #[test]
@@ -524,5 +598,16 @@ mod tests {
         assert!(error(beyond, json!([])).contains("row a"));
         assert!(error(json!([{"relation": "knows"}]), json!([])).contains("relations"));
         assert!(error(json!([]), json!([[]])).contains("1 lists for 2 pictures"));
+        let elsewhere = json!([{"relation": "only_in", "target": 1, "name": "fox"}]);
+        assert!(error(elsewhere, json!([])).contains("picture 1"));
+        let back = json!([{"relation": "follows", "reference": 2, "target": 2, "name": "fox"}]);
+        assert!(error(back, json!([])).contains("followed from picture 2 to 2"));
+        for object in [
+            json!({"name": " ", "bbox": [0, 0, 1, 1]}),
+            json!({"name": "fox", "bbox": [5, 0, 1, 1]}),
+            json!({"name": "fox", "bbox": [0, 0, 1e300, 1]}),
+        ] {
+            assert!(error(json!([]), json!([[object], []])).contains("of picture 1"));
+        }
     }
 }

@@ -18,7 +18,7 @@ use crate::data::Sample;
 use crate::geometry::{BBox, Size};
 use crate::image::{self, PassOrder, decode_bytes, encode_jpeg, resize};
 use crate::openai;
-use crate::synth::trajectories::{Change, Facts, Relation};
+use crate::synth::trajectories::{Change, Facts, Object, Relation};
 use crate::table::picture_bytes;
 
 /// A file of at most so many bytes travels as it is, if the teacher may see all of its pixels.
@@ -113,7 +113,11 @@ fn task(sample: &Sample, facts: &Facts, sizes: &[Size]) -> String {
         format!("Question: {}\n\nKnown, for you to check against and never to mention", sample.question.trim());
     text += " (boxes are left, top, right, bottom in percent of the picture's width and height):\n";
     for (k, (objects, size)) in facts.objects.iter().zip(sizes).enumerate() {
-        let objects: Vec<String> = objects.iter().map(|o| format!("{} {}", o.name, percent(&o.bbox, *size))).collect();
+        let known = |o: &Object| match o.attributes.join(", ") {
+            about if about.is_empty() => format!("{} {}", o.name, percent(&o.bbox, *size)),
+            about => format!("{} ({about}) {}", o.name, percent(&o.bbox, *size)),
+        };
+        let objects: Vec<String> = objects.iter().map(known).collect();
         if !objects.is_empty() {
             text += &format!("- Image-{}: {}.\n", k + 1, objects.join("; "));
         }
@@ -300,9 +304,10 @@ mod tests {
         assert_eq!(first.len(), 64);
         let elsewhere = Options { url: "http://other".into(), max_retries: 9, ..options(1 << 20) };
         assert_eq!(of(&Sample { id: "renamed".into(), ..row.clone() }, &elsewhere), first);
+        let moved = Target { bbox: BBox::new(0.0, 0.0, 9.0, 9.0), ..row.targets[0].clone() };
         let others = [
             of(&Sample { question: "Where is the cup?".into(), ..row.clone() }, &options(1 << 20)),
-            of(&Sample { targets: vec![], ..row.clone() }, &options(1 << 20)),
+            of(&Sample { targets: vec![moved], ..row.clone() }, &options(1 << 20)),
             of(&row, &options(1000)),
             of(&row, &Options { model: "n".into(), ..options(1 << 20) }),
             of(&row, &Options { temperature: Some(0.0), ..options(1 << 20) }),
