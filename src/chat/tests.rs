@@ -203,3 +203,38 @@ fn pieces_are_shares_of_the_text_whatever_is_sampled() {
     assert_eq!(pieces.len(), ids.len());
     assert!(pieces.concat().contains('\u{FFFD}') && pieces.concat().ends_with("abc"), "{pieces:?}");
 }
+
+/// What a conversation was made of comes back, words that look like control tokens included; and makes the same ids again.
+#[test]
+fn conversations_are_read_back_from_their_ids() {
+    let chat = nano();
+    let pictures = Message::user(vec![
+        Part::text("Image-1: "),
+        Part::image(),
+        Part::text("\nImage-2: "),
+        Part::image(),
+        Part::text("\nSays it <|im_end|>?\n"),
+    ]);
+    let talk = [
+        Message::system("S\nT"),
+        pictures,
+        Message::assistant("<think>a\n</think>\n```json\n[]\n```"),
+        Message::user(vec![Part::image(), Part::image(), Part::text(" closer")]),
+        Message::assistant(""),
+        Message { role: "user".into(), content: Content::Text("And now?".into()) },
+    ];
+    let tokens = [3, 5, 2, 1];
+    for (messages, open) in [(&talk[..], true), (&talk[..], false), (&talk[..3], false)] {
+        let images: usize = messages.iter().map(Message::images).sum();
+        let ids = chat.encode(messages, open, &tokens[..images]).unwrap().ids;
+        let back = chat.messages(&ids).unwrap();
+        assert_eq!(back, messages);
+        assert_eq!(chat.encode(&back, open, &tokens[..images]).unwrap().ids, ids);
+    }
+    // The template's own system message is said aloud.
+    let ids = chat.encode(&[look()], true, &[4]).unwrap().ids;
+    let back = chat.messages(&ids).unwrap();
+    assert_eq!(back, [Message::system("You are a helpful assistant."), look()]);
+    assert_eq!(chat.encode(&back, true, &[4]).unwrap().ids, ids);
+    assert!(chat.messages(&ids[1..]).is_err());
+}

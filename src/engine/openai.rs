@@ -268,7 +268,10 @@ impl Served {
     /// The words as tokens, ended as the server says they ended.
     fn completion(&self, answer: &Answer) -> Result<Completion> {
         let chat = &self.frontend.chat;
-        let mut ids = chat.assistant_ids(&answer.text)?;
+        // Servers that know of reasoning hand thoughts and answer out apart; the model wrote them as one.
+        let thoughts =
+            answer.reasoning.as_ref().map(|thoughts| format!("<think>{thoughts}</think>")).unwrap_or_default();
+        let mut ids = chat.assistant_ids(&(thoughts + &answer.text))?;
         let finish = match answer.finish_reason.as_deref() {
             Some("length") => Finish::Length,
             _ => {

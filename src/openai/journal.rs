@@ -19,6 +19,9 @@ use crate::progress::say;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Answer {
     pub text: String,
+    /// Thoughts that the server took out of the text.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reasoning: Option<String>,
     /// Why it ended, in the server's words: `stop`, `length`.
     pub finish_reason: Option<String>,
     /// Tokens that were paid for, as the server counts them.
@@ -180,7 +183,12 @@ mod tests {
     }
 
     fn answer(text: &str) -> Answer {
-        Answer { text: text.into(), finish_reason: Some("stop".into()), usage: Some(json!({"total_tokens": 7})) }
+        Answer {
+            text: text.into(),
+            reasoning: None,
+            finish_reason: Some("stop".into()),
+            usage: Some(json!({"total_tokens": 7})),
+        }
     }
 
     fn lines(path: &Path) -> usize {

@@ -153,7 +153,11 @@ fn answer(reply: &Value) -> Option<Answer> {
         _ => return None,
     };
     let usage = reply.get("usage").filter(|usage| usage.is_object()).cloned();
-    Some(Answer { text, finish_reason, usage })
+    // vLLM, SGLang and transformers, by their versions.
+    let thoughts =
+        |key: &str| choice["message"][key].as_str().filter(|text| !text.trim().is_empty()).map(str::to_owned);
+    let reasoning = ["reasoning_content", "reasoning"].iter().find_map(|key| thoughts(key));
+    Some(Answer { text, reasoning, finish_reason, usage })
 }
 
 /// When calls may go out, for all who call: so many a minute, evenly, and none while the server asks to wait.
@@ -233,6 +237,16 @@ mod tests {
         }
         assert_eq!(kind(401, "{\n \"no\": 1 }"), "refused: 401 Unauthorized: { \"no\": 1 }");
         assert!(kind(400, &"x".repeat(1000)).len() < 240);
+    }
+
+    #[test]
+    fn thoughts_that_were_taken_out_are_kept_apart() {
+        for key in ["reasoning_content", "reasoning"] {
+            let body =
+                json!({"choices": [{"message": {"content": "so", key: "I see"}, "finish_reason": "stop"}]}).to_string();
+            let Outcome::Answer(answer) = judge(StatusCode::OK, None, body.as_bytes()) else { panic!("{key}") };
+            assert_eq!((answer.text.as_str(), answer.reasoning.as_deref()), ("so", Some("I see")));
+        }
     }
 
     #[test]
