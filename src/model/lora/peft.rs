@@ -409,7 +409,7 @@ pub fn save(model: &Vlm, dir: &Path, opened: &Path) -> Result<()> {
 /// The model of an adapter's folder, and any other folder itself.
 ///
 /// # Errors
-/// As [`base`].
+/// An adapter whose model is not named, or not here.
 pub fn base_or(dir: &Path) -> Result<PathBuf> {
     if is_adapter(dir) { base(dir) } else { Ok(dir.to_owned()) }
 }
