@@ -16,6 +16,8 @@ use anyhow::{Context, Result, bail, ensure};
 use foveate_kernels::matrix::Matrix;
 use half::{bf16, f16};
 use memmap2::Mmap;
+#[cfg(unix)]
+use memmap2::UncheckedAdvice;
 use rayon::prelude::*;
 use safetensors::tensor::{Dtype as Stored, SafeTensors};
 use serde::{Deserialize, Serialize};
@@ -218,6 +220,20 @@ impl Checkpoint {
         Ok(())
     }
 
+    /// Pages that were read are not needed again; kept, they would count as memory of the process beside what was read from them.
+    fn let_go(&self, tensor: &Tensor) {
+        #[cfg(unix)]
+        {
+            let Range { start, end } = tensor.bytes.clone();
+            // SAFETY: the map is read-only and of a file, so pages that are dropped come back from it as they were.
+            let dropped = unsafe {
+                self.files[tensor.file].1.unchecked_advise_range(UncheckedAdvice::DontNeed, start, end - start)
+            };
+            // A system that keeps them has lost nothing.
+            let _ = dropped;
+        }
+    }
+
     fn not_finite(&self, tensor: &Tensor) -> String {
         format!(
             "{} holds values that are not finite numbers (training that diverged, or a damaged file); \
@@ -258,6 +274,7 @@ impl Checkpoint {
         let progress = Progress::start("reading the weights", "tensor", 0, self.tensors.len() as u64);
         for (entry, tensor) in layout.entries.iter().zip(&self.tensors) {
             self.read(tensor, &mut arena.data[entry.range.clone()])?;
+            self.let_go(tensor);
             progress.step("");
         }
         self.check_head(Matrix::F32(&arena.data[layout.text.head.clone()]))?;
