@@ -78,15 +78,20 @@ impl Options {
     /// # Errors
     /// An engine that samples and does not train.
     pub fn ensure_trains(&self) -> Result<()> {
-        if let Options::Openai(_) = self {
-            bail!(BadConfig(
+        match self {
+            Options::Embedded {} | Options::Tinker(_) => Ok(()),
+            Options::Openai(_) => Err(only_samples()),
+        }
+    }
+}
+
+fn only_samples() -> anyhow::Error {
+    BadConfig(
                 "engine.kind = \"openai\" samples and does not train: a chat server tells neither tokens nor their log-probs; it is for eval, \
                  rollout and ask. Train with the embedded engine or kind = \"tinker\""
-                    .into()
-            ));
-        }
-        Ok(())
-    }
+                    .into(),
+    )
+    .into()
 }
 
 /// What training needs beyond sampling.
@@ -114,9 +119,9 @@ pub fn open(
     training: &Training,
     resumes: bool,
 ) -> Result<Box<dyn Trainer>> {
-    engine.ensure_trains()?;
     Ok(match engine {
-        Options::Embedded {} | Options::Openai(_) => Box::new(embedded::Embedded::open(model, Some(training))?),
+        Options::Openai(_) => return Err(only_samples()),
+        Options::Embedded {} => Box::new(embedded::Embedded::open(model, Some(training))?),
         Options::Tinker(options) => {
             let mut engine = tinker::Tinker::open(options, model, Some(training))?;
             if !resumes {

@@ -15,7 +15,6 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
 
 use super::pngs::Pngs;
 use super::{Completion, Finish, Frontend, Prompt, Sampler, Sampling};
@@ -23,7 +22,7 @@ use crate::chat::{Content, Message, Part};
 use crate::config::BadConfig;
 use crate::episode::Stream;
 use crate::http::{self, backoff, chance, together};
-use crate::openai::{Answer, Call, End, Fault, Journal, Outcome, Pace, Server, data_uri};
+use crate::openai::{Answer, Call, End, Fault, Journal, Outcome, Pace, Server, data_uri, sha256, with_pictures};
 use crate::progress;
 use crate::run;
 
@@ -150,7 +149,7 @@ impl Served {
         for placed in &stream.images {
             let png = self.pngs.of(placed).with_context(|| format!("sending a view of {}", placed.path.display()))?;
             pictures.push(data_uri("png", &png));
-            digests.push(format!("sha256:{}", hex(&png)));
+            digests.push(format!("sha256:{}", sha256(&png)));
         }
         let messages = self.frontend.chat.messages(&stream.ids)?;
         let shown: usize = messages.iter().map(Message::images).sum();
@@ -176,7 +175,7 @@ impl Served {
     /// Asks until there is an answer.
     fn answer(&self, stream: &Stream, sampling: &Sampling, seed: u64) -> Result<Answer> {
         let (record, pictures) = self.request(stream, sampling, seed)?;
-        let digest = hex(record.to_string().as_bytes());
+        let digest = sha256(record.to_string().as_bytes());
         if let Some(known) = self.journal.as_ref().and_then(|journal| journal.answer(&digest)) {
             self.spent.known.fetch_add(1, Ordering::Relaxed);
             return Ok(known);
@@ -296,20 +295,6 @@ fn as_sent(message: &Message, urls: &mut impl Iterator<Item = String>) -> Value 
             .collect(),
     };
     json!({"role": message.role, "content": content})
-}
-
-/// The request as it is sent.
-fn with_pictures(mut request: Value, pictures: Vec<String>) -> Value {
-    let messages = request["messages"].as_array_mut().into_iter().flatten();
-    let parts = messages.filter_map(|message| message["content"].as_array_mut()).flatten();
-    for (part, picture) in parts.filter(|part| part["type"] == "image_url").zip(pictures) {
-        part["image_url"]["url"] = picture.into();
-    }
-    request
-}
-
-fn hex(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 impl Sampler for Served {

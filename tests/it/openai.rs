@@ -5,9 +5,9 @@
 //! chat template and the processor, and knows nothing of streams.
 
 use std::io::{BufReader, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
@@ -26,7 +26,7 @@ use foveate::rl;
 use serde_json::{Value, json};
 
 use crate::cli::{good, json, refused};
-use crate::served::{self, Request};
+use crate::served::{self, Listening, Request};
 use crate::tiny;
 
 /// What happens to a call.
@@ -46,59 +46,36 @@ struct Shared {
     pictures: tempfile::TempDir,
     calls: AtomicUsize,
     pictures_seen: AtomicUsize,
-    bodies: Mutex<Vec<Value>>,
     keys: Mutex<Vec<Option<String>>>,
     script: Box<Script>,
-    over: AtomicBool,
 }
 
 struct Server {
-    address: SocketAddr,
+    listening: Listening,
     shared: Arc<Shared>,
 }
 
 impl Server {
     fn start(script: impl Fn(usize) -> Act + Send + Sync + 'static) -> Server {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap();
         let options = embedded::Options { path: tiny::nano(), ..embedded::Options::default() };
         let shared = Arc::new(Shared {
             engine: Mutex::new(Embedded::open(&options, None).unwrap()),
             pictures: tempfile::tempdir().unwrap(),
             calls: AtomicUsize::new(0),
             pictures_seen: AtomicUsize::new(0),
-            bodies: Mutex::default(),
             keys: Mutex::default(),
             script: Box::new(script),
-            over: AtomicBool::new(false),
         });
         let serving = Arc::clone(&shared);
-        thread::spawn(move || {
-            for stream in listener.incoming() {
-                if serving.over.load(Ordering::SeqCst) {
-                    break;
-                }
-                let serving = Arc::clone(&serving);
-                thread::spawn(move || serving.serve(stream.unwrap()));
-            }
-        });
-        Server { address, shared }
+        Server { listening: Listening::with(move |stream| serving.serve(stream)), shared }
     }
 
     fn url(&self) -> String {
-        format!("http://{}/v1", self.address)
+        format!("http://{}/v1", self.listening.address)
     }
 
     fn calls(&self) -> usize {
         self.shared.calls.load(Ordering::SeqCst)
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        self.shared.over.store(true, Ordering::SeqCst);
-        // Wakes the listener, so that it sees the flag.
-        let _ = TcpStream::connect(self.address);
     }
 }
 
@@ -118,7 +95,6 @@ impl Shared {
         if act == Act::Slow {
             thread::sleep(Duration::from_millis(150));
         }
-        self.bodies.lock().unwrap().push(body);
         let (status, said) = (said.0, said.1.to_string());
         let head = "content-type: application/json\r\nconnection: close\r\nretry-after: 0";
         let reply = format!("HTTP/1.1 {status} Said\r\n{head}\r\ncontent-length: {}\r\n\r\n{said}", said.len());

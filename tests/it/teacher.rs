@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{BufReader, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,7 +16,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::{served, tiny};
+use crate::served::{self, Listening};
+use crate::tiny;
 use foveate::run::Interrupt;
 use foveate::synth::teacher;
 use foveate::synth::trajectories::{self, Episodes, Rejected, Report, Teacher, build};
@@ -59,32 +60,20 @@ impl Asked {
 type Script = dyn Fn(usize, usize) -> Reply + Send + Sync;
 
 struct Server {
-    address: SocketAddr,
+    listening: Listening,
     asked: Arc<Mutex<Vec<Asked>>>,
-    over: Arc<AtomicBool>,
 }
 
 impl Server {
     /// Each answer takes `delay` and a little more or less, so that they do not come in the order of their questions.
     fn start(delay: Duration, script: impl Fn(usize, usize) -> Reply + Send + Sync + 'static) -> Server {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap();
-        let (asked, over) = (Arc::new(Mutex::new(Vec::new())), Arc::new(AtomicBool::new(false)));
-        let (seen, stop, script) = (Arc::clone(&asked), Arc::clone(&over), Arc::new(script));
-        thread::spawn(move || {
-            for stream in listener.incoming() {
-                if stop.load(Ordering::SeqCst) {
-                    break;
-                }
-                let (seen, script) = (Arc::clone(&seen), Arc::clone(&script));
-                thread::spawn(move || serve(stream.unwrap(), &seen, &*script, delay));
-            }
-        });
-        Server { address, asked, over }
+        let asked = Arc::new(Mutex::new(Vec::new()));
+        let seen = Arc::clone(&asked);
+        Server { listening: Listening::with(move |stream| serve(stream, &seen, &script, delay)), asked }
     }
 
     fn url(&self) -> String {
-        format!("http://{}/v1", self.address)
+        format!("http://{}/v1", self.listening.address)
     }
 
     fn asked(&self) -> Vec<Asked> {
@@ -98,14 +87,6 @@ impl Server {
             *paid.entry(call.row).or_default() += 1;
         }
         paid
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        self.over.store(true, Ordering::SeqCst);
-        // Wakes the listener, so that it sees the flag.
-        let _ = TcpStream::connect(self.address);
     }
 }
 

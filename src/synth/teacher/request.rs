@@ -11,7 +11,6 @@ use ::image::metadata::Orientation;
 use ::image::{ImageDecoder, ImageFormat, ImageReader};
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
 
 use super::Options;
 use crate::data::Sample;
@@ -55,7 +54,7 @@ impl<'a> Request<'a> {
         let (mut urls, mut sizes) = (Vec::new(), Vec::new());
         for path in &sample.images {
             let bytes = picture_bytes(path)?;
-            urls.push(format!("sha256:{};max_pixels={}", hex(&bytes), options.max_pixels));
+            urls.push(format!("sha256:{};max_pixels={}", openai::sha256(&bytes), options.max_pixels));
             sizes.push(image::size(path)?);
         }
         let mut record = json!({
@@ -71,7 +70,7 @@ impl<'a> Request<'a> {
         if let Some(tokens) = options.max_tokens {
             record["max_tokens"] = json!(tokens);
         }
-        let digest = hex(record.to_string().as_bytes());
+        let digest = openai::sha256(record.to_string().as_bytes());
         Ok(Request { row: &sample.id, digest, record, images: &sample.images, max_pixels: options.max_pixels })
     }
 
@@ -80,18 +79,9 @@ impl<'a> Request<'a> {
     /// # Errors
     /// A picture that cannot be decoded.
     pub fn body(&self) -> Result<Vec<u8>> {
-        let mut body = self.record.clone();
-        let parts = body["messages"][1]["content"].as_array_mut().into_iter().flatten();
-        for (part, path) in parts.filter(|part| part["type"] == "image_url").zip(self.images) {
-            part["image_url"]["url"] = data_uri(path, self.max_pixels)?.into();
-        }
-        serde_json::to_vec(&body).context("writing a request as JSON")
+        let pictures = self.images.iter().map(|path| data_uri(path, self.max_pixels)).collect::<Result<_>>()?;
+        serde_json::to_vec(&openai::with_pictures(self.record.clone(), pictures)).context("writing a request as JSON")
     }
-}
-
-/// SHA-256 as `sha256sum` prints it.
-fn hex(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// The parts of the user's message: each picture behind its name, then the text.

@@ -8,9 +8,8 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io::{BufReader, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
@@ -24,7 +23,7 @@ use foveate::geometry::{View, smart_resize};
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
-use crate::served::{self, Request};
+use crate::served::{self, Listening, Request};
 
 /// What happens to a call.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -115,7 +114,7 @@ struct State {
 }
 
 pub struct Double {
-    pub address: SocketAddr,
+    listening: Listening,
     shared: Arc<Shared>,
 }
 
@@ -126,7 +125,6 @@ struct Shared {
     dir: tempfile::TempDir,
     state: Mutex<State>,
     script: Box<Script>,
-    over: AtomicBool,
 }
 
 /// A refusal: status and detail.
@@ -146,8 +144,6 @@ impl Double {
         training: Training,
         script: impl Fn(&str, usize) -> Act + Send + Sync + 'static,
     ) -> Double {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap();
         let shared = Arc::new(Shared {
             kind,
             training,
@@ -155,23 +151,13 @@ impl Double {
             dir: tempfile::tempdir().unwrap(),
             state: Mutex::default(),
             script: Box::new(script),
-            over: AtomicBool::new(false),
         });
         let serving = shared.clone();
-        thread::spawn(move || {
-            for stream in listener.incoming() {
-                if serving.over.load(Ordering::SeqCst) {
-                    break;
-                }
-                let serving = serving.clone();
-                thread::spawn(move || serving.serve(stream.unwrap()));
-            }
-        });
-        Double { address, shared }
+        Double { listening: Listening::with(move |stream| serving.serve(stream)), shared }
     }
 
     pub fn url(&self) -> String {
-        format!("http://{}", self.address)
+        format!("http://{}", self.listening.address)
     }
 
     /// The weights that a path of the server stands for, as written.
@@ -204,14 +190,6 @@ impl Double {
             updates: state.updates,
             ..State::default()
         };
-    }
-}
-
-impl Drop for Double {
-    fn drop(&mut self) {
-        self.shared.over.store(true, Ordering::SeqCst);
-        // Wakes the listener, so that it sees the flag.
-        let _ = TcpStream::connect(self.address);
     }
 }
 
