@@ -26,6 +26,7 @@ use serde_json::json;
 
 use crate::config::{self, BadConfig};
 use crate::data::{self, Format, Read, ReadAs, Sample};
+use crate::engine::recorded::Recorded;
 use crate::engine::{self, Frontend, Sampler, embedded};
 use crate::episode::Episode;
 use crate::image::Processor;
@@ -33,7 +34,7 @@ use crate::need;
 use crate::progress::{self, Progress};
 use crate::report::{self, TABLE};
 use crate::rollout::{self, Stage};
-use crate::run::{Interrupt, Interrupted, Invocation, RunFolder, Start, write_atomic};
+use crate::run::{Interrupt, Interrupted, Invocation, RunFolder, lasting, write_atomic};
 use crate::tasks::protocol::Protocol;
 use crate::tasks::{Options as TaskOptions, Task};
 use items::{ITEMS, Items};
@@ -143,10 +144,6 @@ pub fn play_all(
 pub fn main(invocation: &Invocation) -> Result<()> {
     let plan: Plan = config::load(&invocation.config, &invocation.overrides)?;
     plan.validate()?;
-    ensure!(
-        invocation.start == Start::New,
-        BadConfig("an evaluation keeps no checkpoint, so there is nothing to --resume".into())
-    );
     let file = &plan.data.test;
     let Read { mut samples, report, sizes } = plan.data.read_as().good(file)?;
     ensure!(!samples.is_empty(), "reading data: {}: {}", report.faults().unwrap_or_default(), file.display());
@@ -171,6 +168,8 @@ pub fn main(invocation: &Invocation) -> Result<()> {
         rows::say(&unasked);
         return Ok(());
     }
+    let written_plan = config::to_toml(&plan)?;
+    RunFolder::check(&plan.eval.out, invocation.start, &written_plan)?;
     // Headers were read; what is damaged behind them would stop the evaluation where it is met.
     let every: Vec<&Sample> = asked.iter().flat_map(|asked| asked.samples.iter()).collect();
     let damaged = data::damaged(&every);
@@ -186,8 +185,9 @@ pub fn main(invocation: &Invocation) -> Result<()> {
     let (mut engine, frontend) = engine::open_sampler(&plan.engine, &plan.model)?;
     let bench = Bench { frontend: &frontend, rollout: &plan.rollout, options: &plan.eval, interrupt: &interrupt };
     // Claimed only now that everything a person can get wrong has been read: a failed start leaves no folder behind.
-    let folder = RunFolder::create(&plan.eval.out)?;
-    folder.begin(&config::to_toml(&plan)?, None)?;
+    let (folder, _) = RunFolder::open(&plan.eval.out, invocation.start, &written_plan)?;
+    folder.begin(&written_plan, None)?;
+    let mut engine = Recorded::open(&mut *engine, folder.root(), &lasting(&written_plan)?, &plan.model.path)?;
     // Those that show what was named under `two_turns` come last, but stand in the table where the config has them.
     let mut order: Vec<usize> = (0..asked.len()).collect();
     order.sort_by_key(|&k| asked[k].protocol.as_ref().is_some_and(|(protocol, _)| protocol.needs_regions()));
@@ -197,7 +197,9 @@ pub fn main(invocation: &Invocation) -> Result<()> {
     for k in order {
         let Asked { name, of, protocol, samples, truths, .. } = &asked[k];
         let named = regions.get(of.as_str()).map_or(&[][..], |regions| &regions[..]);
-        let episodes = asked[k].play(&bench, plan.eval.free_turns, &mut *engine, named)?;
+        let episodes = asked[k].play(&bench, plan.eval.free_turns, &mut engine, named).map_err(|error| {
+            if error.is::<Interrupted>() { Interrupted::among_answers(folder.root()).into() } else { error }
+        })?;
         let records: Vec<_> = episodes.iter().map(Episode::record).collect();
         folder.write_episodes(k as u64, &records)?;
         let areas: Vec<Option<f64>> = samples.iter().map(|row| size::target_area(row, &sizes)).collect();
@@ -216,6 +218,7 @@ pub fn main(invocation: &Invocation) -> Result<()> {
         }
         played[k] = Some((figures, of_bench));
     }
+    engine.finish()?;
     let (mut rows, of_bench): (Vec<Figures>, Vec<Vec<report::Table>>) = played.into_iter().flatten().unzip();
     let of_bench: Vec<report::Table> = of_bench.into_iter().flatten().collect();
     let necessity = compare_protocols(&asked, &mut rows, &mut items);

@@ -117,7 +117,7 @@ struct RunArgs {
     /// Print the resolved config and the numbers derived from it; do nothing
     #[arg(long)]
     dry_run: bool,
-    /// Go on from the newest checkpoint of the run folder
+    /// Go on where the run in this folder was stopped: from its newest checkpoint, or its answers
     #[arg(long)]
     resume: bool,
     /// With --resume: go on although the config has changed since the run began

@@ -19,7 +19,7 @@ use crate::data::Sample;
 use crate::engine::embedded;
 use crate::engine::embedded::memory::{self, Held, Learns};
 use crate::engine::{Completion, Finish, Frontend, Group, Prompt, Sampler, Sampling};
-use crate::episode::Episode;
+use crate::episode::{Episode, Stream};
 use crate::geometry::{BBox, Size};
 use crate::image::RgbImage;
 use crate::model::checkpoint::would_map;
@@ -154,12 +154,22 @@ pub fn of_eval(plan: &eval::Plan, asked: &[eval::Asked]) -> Result<Need> {
     most.context("the config has no task")
 }
 
-/// Of `foveate sft`, from the dialogues of its first step.
-pub fn of_sft(plan: &sft::Plan, examples: &[sft::Example]) -> Result<Need> {
+/// Of `foveate sft`, from the dialogues of its first step, with so many pictures in its files.
+pub fn of_sft(plan: &sft::Plan, examples: &[sft::Example], different: usize) -> Result<Need> {
     let model = Model::open(&plan.model, true)?;
     let (layout, train) = plan.model.learns(model.layout.clone())?;
-    let held = memory::of_dialogues(&model.config, &layout, &plan.model, train, examples);
-    Ok(model.need(held, 0))
+    let shown: usize = examples.iter().map(|e| e.stream.images.len()).sum();
+    // Steps until every picture has been seen.
+    let steps = plan.train.steps.min(different.div_ceil(shown.max(1)) as u64);
+    let held = memory::of_dialogues(&model.config, &layout, &plan.model, train, examples, steps);
+    let of_pictures = match different {
+        0 => 0,
+        seen => {
+            let decoded = examples.iter().map(|e| decoded(&e.stream)).max().unwrap_or(0);
+            pictures(plan.model.picture_cache_mib, decoded, seen.min(shown * steps as usize))
+        }
+    };
+    Ok(model.need(held, of_pictures))
 }
 
 /// Of `foveate ask`: one conversation. Its pictures are opened here, so this is where bad ones are named.
@@ -240,12 +250,21 @@ impl Model {
         let stage = Stage { task, frontend: &self.frontend, options };
         let mut policy = Longest { chat, convention: *convention };
         let episodes = rollout::play(&stage, &mut policy, &some, group, 0, 0)?;
-        let bytes = |e: &Episode| {
-            e.stream.images.iter().map(|i| i.view.region).fold(0.0, |most: f64, r| most.max(r.area())) * 3.0
-        };
-        let decoded = episodes.iter().map(bytes).fold(0.0, f64::max) as u64;
+        let decoded = episodes.iter().map(|e| decoded(&e.stream)).max().unwrap_or(0);
         Ok(Rehearsal { episodes, group, decoded })
     }
+}
+
+/// Bytes of the largest picture of a conversation.
+fn decoded(stream: &Stream) -> u64 {
+    stream.images.iter().map(|i| (3.0 * i.view.region.area()) as u64).max().unwrap_or(0)
+}
+
+/// Of so many pictures, each of so many bytes, of which some are kept.
+fn pictures(limit_mib: u64, decoded: u64, seen: usize) -> u64 {
+    // A JPEG stands in memory twice while it is decoded, as what was read and as what comes of it.
+    let at_once = 2 * rayon::current_num_threads() as u64 * decoded;
+    at_once + (seen as u64 * decoded).min(limit_mib << 20)
 }
 
 struct Rehearsal {
@@ -265,11 +284,8 @@ impl Rehearsal {
 
     /// Of a run that asks so many of the rows.
     fn pictures(&self, limit_mib: u64, rows: &[Sample], asked: usize) -> u64 {
-        // A JPEG stands in memory twice while it is decoded, as what was read and as what comes of it.
-        let at_once = 2 * rayon::current_num_threads() as u64 * self.decoded;
         let different: HashSet<&Path> = rows.iter().flat_map(|row| &row.images).map(|path| path.as_path()).collect();
-        let seen = different.len().min(asked).max(1) as u64;
-        at_once + (seen * self.decoded).min(limit_mib << 20)
+        pictures(limit_mib, self.decoded, different.len().min(asked).max(1))
     }
 }
 

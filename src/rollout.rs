@@ -122,7 +122,7 @@ pub fn play(
     seed: u64,
     step: u64,
 ) -> Result<Vec<Episode>> {
-    // Opening a conversation decodes its pictures, so it is done for all at once; of several errors the first is told.
+    // Opening a conversation decodes pictures that are new, so it is done for all at once; of several errors the first is told.
     let opened: Vec<Result<Playing>> = samples.par_iter().map(|&(group, sample)| open(stage, sample, group)).collect();
     let mut playing = Vec::with_capacity(samples.len() * group_size);
     for (&(group, sample), first) in samples.iter().zip(opened) {
@@ -182,8 +182,7 @@ fn open<'a>(stage: &Stage, sample: &'a Sample, group: u64) -> Result<Playing<'a>
     let mut sizes = Vec::with_capacity(sample.images.len());
     let mut paths: Vec<Arc<Path>> = Vec::with_capacity(sample.images.len());
     for path in &sample.images {
-        let picture = stage.frontend.pictures.get(path).with_context(|| sample.named())?;
-        sizes.push(picture.size());
+        sizes.push(stage.frontend.pictures.size(path).with_context(|| sample.named())?);
         paths.push(Arc::from(path.as_path()));
     }
     let named = || {

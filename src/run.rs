@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! RUN/config.toml  environment.json  metrics.jsonl  events.out.tfevents.*  episodes/STEP.jsonl  validation/STEP.jsonl  checkpoints/STEP/
-//!     table.json  report.html
+//!     table.json  answers.jsonl  report.html
 //! ```
 //!
 //! Hides how files become durable. What must stay true: at whatever instant the process is killed, every file in the folder is
@@ -10,6 +10,7 @@
 //! `metrics.jsonl`, and one folder belongs to one process at a time.
 
 mod changes;
+pub use changes::lasting;
 mod checkpoint;
 mod events;
 mod metrics;
@@ -47,6 +48,8 @@ pub const CONFIG: &str = "config.toml";
 pub const ENVIRONMENT: &str = "environment.json";
 /// One JSON object a line, each with "step".
 pub const METRICS: &str = "metrics.jsonl";
+/// What was answered so far, where playing can go on, see [`crate::engine::recorded`].
+pub const ANSWERS: &str = "answers.jsonl";
 const EPISODES: &str = "episodes";
 /// Episodes of the held-out questions asked during training.
 const VALIDATION: &str = "validation";
@@ -68,14 +71,33 @@ impl RunFolder {
     /// When the folder already holds a run, is held by another process, or cannot be written.
     pub fn create(path: impl AsRef<Path>) -> Result<Self> {
         let root = path.as_ref();
-        if holds_run(root) {
-            bail!(
-                "this folder already holds a run; choose another folder, remove this one, or go on training in it with --resume: {}",
-                root.display()
-            );
-        }
+        RunFolder::check(root, Start::New, "")?;
         make_folders(root)?;
         Ok(RunFolder { root: root.to_owned(), _lock: lock(root)? })
+    }
+
+    /// Whether a run can begin or go on in `path` with this plan, before anything large is loaded for it.
+    ///
+    /// # Errors
+    /// There is a run where none should be, or the other way round; the plan differs from the saved one in what a resumed run must keep.
+    pub fn check(path: impl AsRef<Path>, start: Start, plan: &str) -> Result<()> {
+        let root = path.as_ref();
+        let saved = root.join(CONFIG);
+        if start == Start::Resume && holds_run(root) && saved.exists() {
+            let text =
+                fs::read_to_string(&saved).with_context(|| format!("reading the run's config: {}", saved.display()))?;
+            return changes::refuse(&text, plan).with_context(|| format!("resuming {}", root.display()));
+        }
+        match (start, holds_run(root)) {
+            (Start::New, true) => bail!(
+                "this folder already holds a run; choose another folder, remove this one, or go on in it with --resume: {}",
+                root.display()
+            ),
+            (Start::Resume | Start::ResumeChanged, false) => {
+                bail!("there is no run to resume here; leave out `--resume` to start one: {}", root.display())
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Claims the folder of a run as `start` says; for a resumed one, also gives its newest complete checkpoint. Nothing in the
@@ -90,16 +112,8 @@ impl RunFolder {
         if start == Start::New {
             return Ok((RunFolder::create(root)?, None));
         }
-        if !holds_run(root) {
-            bail!("there is no run to resume here; leave out `--resume` to start one: {}", root.display());
-        }
+        RunFolder::check(root, start, plan)?;
         let run = RunFolder { root: root.to_owned(), _lock: lock(root)? };
-        let saved = root.join(CONFIG);
-        if start == Start::Resume && saved.exists() {
-            let text =
-                fs::read_to_string(&saved).with_context(|| format!("reading the run's config: {}", saved.display()))?;
-            changes::refuse(&text, plan).with_context(|| format!("resuming {}", root.display()))?;
-        }
         Ok((run, latest_checkpoint(root)?))
     }
 
@@ -210,11 +224,11 @@ impl RunFolder {
     }
 }
 
-/// Whether a folder holds what a run leaves behind: steps, episodes or checkpoints. A plan alone is a start that failed.
+/// Whether a folder holds what a run leaves behind: steps, episodes, answers or checkpoints. A plan alone is a start that failed.
 pub fn holds_run(root: &Path) -> bool {
     let has_entries = |folder| checkpoint::entries(&root.join(folder)).is_ok_and(|entries| !entries.is_empty());
     let has_metrics = fs::metadata(root.join(METRICS)).is_ok_and(|file| file.len() > 0);
-    has_metrics || has_entries(EPISODES) || has_entries(CHECKPOINTS)
+    has_metrics || has_entries(EPISODES) || has_entries(CHECKPOINTS) || root.join(ANSWERS).exists()
 }
 
 fn make_folders(root: &Path) -> Result<()> {

@@ -3,6 +3,7 @@
 //! Trained are the assistant's tokens, the end of turn included. The loss is the mean over the trained tokens of the whole
 //! step, so splitting a step into micro-batches changes nothing.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -15,10 +16,10 @@ use crate::chat::{Chat, Content, Convention, Message, Part};
 use crate::config::{self, BadConfig};
 use crate::data::{Dialogue, Format, Order, ReadAs, Sample, read_dialogues};
 use crate::engine::embedded::{self, EarlyHints, Embedded};
-use crate::engine::{Trainer, Training, Weights};
+use crate::engine::{Frontend, Trainer, Training, Weights};
 use crate::episode::Stream;
 use crate::geometry::{BBox, Budget, Grid, Size, View};
-use crate::image::{self, Patches, PictureCache, Processor};
+use crate::image::{self, Patches, Processor};
 use crate::model::dense::{self, DenseHead, Fit};
 use crate::need::{self, Need};
 use crate::optim::Optim;
@@ -137,9 +138,9 @@ impl Default for TrainOptions {
 /// A dialogue, ready to be packed.
 pub struct Example {
     pub stream: Stream,
-    /// In the order of `stream.images`.
-    pub patches: Vec<Patches>,
-    /// What stands where in each view, in pixels of the view; empty where that is not known.
+    /// Of drawn pictures, in the order of `stream.images`; none where pictures come from files.
+    pub drawn: Vec<Patches>,
+    /// What stands where in each drawn view, in pixels of the view.
     pub objects: Vec<Vec<(String, BBox)>>,
     pub task: String,
 }
@@ -212,8 +213,8 @@ pub fn stream_of(
 
 enum Source {
     World { world: Box<Pretrain>, seed: u64 },
-    File { rows: Vec<Dialogue>, pictures: PictureCache, budget: Budget },
-    Rows { rows: Vec<Sample>, pictures: PictureCache, task: MultiImageTask, writing: Writing },
+    File { rows: Vec<Dialogue>, budget: Budget },
+    Rows { rows: Vec<Sample>, task: MultiImageTask, writing: Writing },
 }
 
 impl Source {
@@ -235,7 +236,7 @@ impl Source {
             for row in &rows {
                 task.written_reason(row, &writing).with_context(|| format!("row {} of {}", row.id, path.display()))?;
             }
-            return Ok(Source::Rows { rows, pictures: PictureCache::new(512 << 20), task, writing });
+            return Ok(Source::Rows { rows, task, writing });
         }
         match (&data.train, &data.pretrain) {
             (None, Some(recipe)) => Ok(Source::World {
@@ -246,7 +247,6 @@ impl Source {
                 let budget = processor.budget;
                 Ok(Source::File {
                     rows: read_dialogues(path)?,
-                    pictures: PictureCache::new(512 << 20),
                     budget: Budget::new(
                         data.min_pixels.unwrap_or(budget.min_pixels),
                         data.max_pixels.unwrap_or(budget.max_pixels),
@@ -267,56 +267,58 @@ impl Source {
         }
     }
 
-    fn example(&self, chat: &Chat, processor: &Processor, index: u64, step: u64) -> Result<Example> {
+    /// How many pictures there are in its files.
+    fn different(&self) -> usize {
+        let count = |paths: &mut dyn Iterator<Item = &PathBuf>| paths.collect::<HashSet<_>>().len();
+        match self {
+            Source::World { .. } => 0,
+            Source::File { rows, .. } => count(&mut rows.iter().flat_map(|row| &row.images)),
+            Source::Rows { rows, .. } => count(&mut rows.iter().flat_map(|row| &row.images)),
+        }
+    }
+
+    fn example(&self, frontend: &Frontend, index: u64, step: u64) -> Result<Example> {
+        let Frontend { chat, processor, pictures, .. } = frontend;
         match self {
             Source::World { world, seed } => {
                 let dialogue = world.dialogue(*seed, step, index)?;
                 let mut views = Vec::new();
-                let mut patches = Vec::new();
+                let mut drawn = Vec::new();
                 let mut objects = Vec::new();
                 for view in &dialogue.views {
                     let size = Size::new(view.rgb.width(), view.rgb.height());
                     views.push((Arc::from(Path::new("drawn")), View { image: 0, region: size.bounds(), size }));
-                    patches.push(image::patches(&view.rgb, processor)?);
+                    drawn.push(image::patches(&view.rgb, processor)?);
                     objects.push(view.objects.clone());
                 }
                 let messages: Vec<Message> = dialogue.messages.iter().map(spoken).collect();
                 let stream = stream_of(chat, processor, &messages, &views)?;
-                Ok(Example { stream, patches, objects, task: dialogue.task.to_owned() })
+                Ok(Example { stream, drawn, objects, task: dialogue.task.to_owned() })
             }
-            Source::Rows { rows, pictures, task, writing } => {
+            Source::Rows { rows, task, writing } => {
                 let row = &rows[index as usize];
-                let shown: Vec<_> = row.images.iter().map(|path| pictures.get(path)).collect::<Result<_>>()?;
-                let sizes: Vec<Size> = shown.iter().map(|picture| picture.size()).collect();
+                let sizes = row.images.iter().map(|path| pictures.size(path).with_context(|| row.named()));
+                let sizes: Vec<Size> = sizes.collect::<Result<_>>()?;
                 let opening = task.open(row, &sizes).with_context(|| row.named())?;
                 let mut messages: Vec<Message> = opening.system.iter().map(Message::system).collect();
                 messages.push(Message::user(opening.user.parts));
                 messages.push(Message::assistant(task.written(row, &opening.user.views, writing)?));
-                let mut views = Vec::new();
-                let mut patches = Vec::new();
-                for view in opening.user.views {
-                    patches.push(image::patches(&image::show(&shown[view.image], &view)?, processor)?);
-                    views.push((Arc::from(row.images[view.image].as_path()), view));
-                }
+                let placed = |view: View| (Arc::from(row.images[view.image].as_path()), view);
+                let views: Vec<_> = opening.user.views.into_iter().map(placed).collect();
                 let stream = stream_of(chat, processor, &messages, &views).with_context(|| row.named())?;
-                let objects = vec![Vec::new(); views.len()];
                 let task = row.task.clone().unwrap_or_else(|| task.name().to_owned());
-                Ok(Example { stream, patches, objects, task })
+                Ok(Example { stream, drawn: Vec::new(), objects: Vec::new(), task })
             }
-            Source::File { rows, pictures, budget } => {
+            Source::File { rows, budget } => {
                 let row = &rows[index as usize];
                 let mut views = Vec::new();
-                let mut patches = Vec::new();
                 for (k, path) in row.images.iter().enumerate() {
-                    let picture = pictures.get(path).with_context(|| format!("row {}", row.number))?;
-                    let view = View::whole(k, picture.size(), *budget)?;
-                    patches.push(image::patches(&image::show(&picture, &view)?, processor)?);
-                    views.push((Arc::from(path.as_path()), view));
+                    let size = pictures.size(path).with_context(|| format!("row {}", row.number))?;
+                    views.push((Arc::from(path.as_path()), View::whole(k, size, *budget)?));
                 }
                 let stream =
                     stream_of(chat, processor, &row.messages, &views).with_context(|| format!("row {}", row.number))?;
-                let objects = vec![Vec::new(); views.len()];
-                Ok(Example { stream, patches, objects, task: "file".into() })
+                Ok(Example { stream, drawn: Vec::new(), objects: Vec::new(), task: "file".into() })
             }
         }
     }
@@ -385,9 +387,9 @@ impl Plan {
 
 pub fn train(plan: &Plan, start: Start, interrupt: &Interrupt) -> Result<Metrics> {
     plan.check()?;
-    let (chat, processor) = (Chat::load(&plan.model.path)?, Processor::load(&plan.model.path)?);
-    let source = Source::open(plan, &processor)?;
-    need::of_sft(plan, &first_examples(plan, &source, &chat, &processor)?)?.ensure_fits(&plan.model)?;
+    let frontend = Frontend::load(&plan.model.path, 0)?;
+    let source = Source::open(plan, &frontend.processor)?;
+    need::of_sft(plan, &first_examples(plan, &source, &frontend)?, source.different())?.ensure_fits(&plan.model)?;
     let training = Training {
         optim: plan.optim.clone(),
         steps: plan.train.steps,
@@ -396,11 +398,13 @@ pub fn train(plan: &Plan, start: Start, interrupt: &Interrupt) -> Result<Metrics
         seed: plan.train.seed,
     };
     let mut engine = Embedded::open(&plan.model, Some(&training))?;
+    // Its pictures are those that the tower is going to ask for.
+    let frontend = engine.frontend.clone();
     let mut state = State { next: 0, order: source.rows().map(|rows| Order::new(rows, plan.train.seed)).transpose()? };
     let mut head = match (&plan.dense, &source) {
         (Some(options), Source::World { world, .. }) => Some((
             options.clone(),
-            DenseHead::new(words(&chat, world)?, engine.model.config.text.hidden, plan.train.seed),
+            DenseHead::new(words(&frontend.chat, world)?, engine.model.config.text.hidden, plan.train.seed),
         )),
         (Some(_), _) => {
             return Err(
@@ -448,9 +452,8 @@ pub fn train(plan: &Plan, start: Start, interrupt: &Interrupt) -> Result<Metrics
                 }
             })
             .collect();
-        let mut examples: Vec<Example> = watch.time("data", || {
-            indices.par_iter().map(|&i| source.example(&chat, &processor, i, step)).collect::<Result<_>>()
-        })?;
+        let mut examples: Vec<Example> = watch
+            .time("data", || indices.par_iter().map(|&i| source.example(&frontend, i, step)).collect::<Result<_>>())?;
         let before = examples.len();
         examples.retain(|e| e.stream.len() <= plan.data.max_tokens);
         ensure!(
@@ -513,15 +516,15 @@ fn words(chat: &Chat, world: &Pretrain) -> Result<dense::Words> {
 
 /// What a run of this plan will hold in memory.
 pub fn need(plan: &Plan) -> Result<Need> {
-    let (chat, processor) = (Chat::load(&plan.model.path)?, Processor::load(&plan.model.path)?);
-    let source = Source::open(plan, &processor)?;
-    need::of_sft(plan, &first_examples(plan, &source, &chat, &processor)?)
+    let frontend = Frontend::load(&plan.model.path, 0)?;
+    let source = Source::open(plan, &frontend.processor)?;
+    need::of_sft(plan, &first_examples(plan, &source, &frontend)?, source.different())
 }
 
 /// The dialogues of a step, to reckon with; drawn ones as the last step has them, for a curriculum begins with its smallest.
-fn first_examples(plan: &Plan, source: &Source, chat: &Chat, processor: &Processor) -> Result<Vec<Example>> {
+fn first_examples(plan: &Plan, source: &Source, frontend: &Frontend) -> Result<Vec<Example>> {
     let count = plan.train.batch.min(source.rows().unwrap_or(usize::MAX));
-    let examples = (0..count as u64).into_par_iter().map(|i| source.example(chat, processor, i, plan.train.steps));
+    let examples = (0..count as u64).into_par_iter().map(|i| source.example(frontend, i, plan.train.steps));
     let mut examples: Vec<Example> = examples.collect::<Result<_>>()?;
     examples.retain(|e| e.stream.len() <= plan.data.max_tokens);
     Ok(examples)
@@ -537,7 +540,7 @@ fn update(
     metrics: &mut Metrics,
 ) -> Result<()> {
     let total: usize = examples.iter().map(|e| e.stream.sampled_count()).sum();
-    let images: usize = examples.iter().map(|e| e.patches.len()).sum();
+    let images: usize = examples.iter().map(|e| e.drawn.len()).sum();
     let (dense_weight, hint_weight) = match &head {
         Some((o, _)) => {
             let left = o.until_step.map_or(1.0, |end| (1.0 - step as f32 / end as f32).clamp(0.0, 1.0));

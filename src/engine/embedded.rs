@@ -271,12 +271,40 @@ impl Embedded {
     /// Packs groups and gives every image its features.
     fn prepare(&mut self, groups: &[Group]) -> Result<Batch> {
         let mut batch = batch::pack(&self.model, groups)?;
+        self.give_features(&mut batch)?;
+        Ok(batch)
+    }
+
+    fn give_features(&mut self, batch: &mut Batch) -> Result<()> {
         let views: Vec<&Placed> = batch.images.iter().collect();
         let features = self.encode(&views)?;
         for (image, features) in batch.packed.images.iter_mut().zip(features) {
             image.features = Some(features);
         }
-        Ok(batch)
+        Ok(())
+    }
+
+    /// Adds up what a run of groups says about the features of its images, to go through the tower once.
+    fn note(&self, batch: &Batch, dfeatures: &[f32], on_features: &mut OnFeatures) {
+        if !self.trainable.tower() || dfeatures.is_empty() {
+            return;
+        }
+        let mut rest = dfeatures;
+        for image in &batch.images {
+            let values = image.grid.tokens(self.frontend.processor.merge) * self.model.config.text.hidden;
+            let (mine, others) = rest.split_at(values);
+            on_features.add(image, mine);
+            rest = others;
+        }
+    }
+
+    /// The tower's own backward pass, when all that was seen of its pictures is known.
+    fn look_back(&mut self, on_features: OnFeatures) -> Result<()> {
+        if self.trainable.tower() {
+            let training = self.training.as_mut().context("the engine was opened for sampling only")?;
+            self.tower.backward(&self.model, on_features, self.trainable, &mut training.gradients)?;
+        }
+        Ok(())
     }
 
     /// [`Sampler::sample`] of one conversation that is listened to: `heard` is told each token as soon as it is drawn.
@@ -374,11 +402,19 @@ impl Embedded {
         let said: Vec<Cell<f64>> = hints.early.iter().map(|_| Cell::new(0.0)).collect();
         let keep = self.options.keep();
         let groups: Vec<Group> = examples.iter().map(|e| e.stream.alone()).collect();
+        // Pictures from files are seen as those of a rollout are; drawn ones come as patches, and come but once.
+        let drawn = examples.iter().any(|e| !e.drawn.is_empty());
+        let mut seen = OnFeatures::default();
         for run in batch::micro_batches(&groups, self.options.micro_batch_tokens) {
             let first = run.start;
             let mut batch = batch::pack(&self.model, &groups[run.clone()])?;
-            for patches in examples[run.clone()].iter().flat_map(|e| &e.patches) {
-                batch.packed.patches.extend_from_slice(&patches.data);
+            match drawn {
+                true => {
+                    for patches in examples[run.clone()].iter().flat_map(|e| &e.drawn) {
+                        batch.packed.patches.extend_from_slice(&patches.data);
+                    }
+                }
+                false => self.give_features(&mut batch)?,
             }
             let spoken = batch.packed.targets.len();
             let mut base = 0;
@@ -408,7 +444,7 @@ impl Embedded {
             let mut asked = false;
             let mut rest = tape.features();
             for i in run {
-                let grids: Vec<Grid> = examples[i].patches.iter().map(|p| p.grid).collect();
+                let grids: Vec<Grid> = examples[i].drawn.iter().map(|p| p.grid).collect();
                 let tokens: usize = grids.iter().map(|g| g.tokens(self.frontend.processor.merge)).sum();
                 let (mine, others) = rest.split_at(tokens * self.model.config.text.hidden);
                 rest = others;
@@ -426,7 +462,7 @@ impl Embedded {
                 .zip(&said)
                 .map(|((asked, hints), said)| Early { block: hints.block, asked, slope: -hints.weight, said })
                 .collect();
-            self.model.backward(
+            let dfeatures = self.model.backward(
                 &batch.packed,
                 tape,
                 &Slopes {
@@ -438,7 +474,9 @@ impl Embedded {
                 self.trainable,
                 &mut training.gradients,
             )?;
+            self.note(&batch, &dfeatures, &mut seen);
         }
+        self.look_back(seen)?;
         Ok(Hinted { rows: hinted, early: said.iter().map(|said| -said.get()).collect() })
     }
 
@@ -526,7 +564,6 @@ impl Trainer for Embedded {
         weigh: &mut dyn FnMut(usize, usize, &Scores) -> Result<Weights>,
     ) -> Result<()> {
         let keep = self.options.keep();
-        // The tower's own backward pass comes once, when all that was seen of a picture is known.
         let mut on_features = OnFeatures::default();
         for run in batch::micro_batches(groups, self.options.micro_batch_tokens) {
             let first = run.start;
@@ -560,19 +597,9 @@ impl Trainer for Embedded {
             let slopes = Slopes { logprobs: &weights, entropies, ..Slopes::default() };
             let gradients = &mut training.gradients;
             let dfeatures = self.model.backward(&batch.packed, tape, &slopes, self.trainable, gradients)?;
-            let mut rest = &dfeatures[..];
-            for image in batch.images.iter().filter(|_| !dfeatures.is_empty()) {
-                let values = image.grid.tokens(self.frontend.processor.merge) * self.model.config.text.hidden;
-                let (mine, others) = rest.split_at(values);
-                on_features.add(image, mine);
-                rest = others;
-            }
+            self.note(&batch, &dfeatures, &mut on_features);
         }
-        if self.trainable.tower() {
-            let training = self.training.as_mut().context("the engine was opened for sampling only")?;
-            self.tower.backward(&self.model, on_features, self.trainable, &mut training.gradients)?;
-        }
-        Ok(())
+        self.look_back(on_features)
     }
 
     fn step(&mut self, learning_rate: f64) -> Result<f64> {

@@ -7,6 +7,7 @@
 pub mod embedded;
 pub mod openai;
 mod pngs;
+pub mod recorded;
 pub mod tinker;
 
 use std::path::Path;
@@ -205,7 +206,8 @@ pub struct Sampling {
     pub ignore_end: bool,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Finish {
     /// An end-of-turn token was sampled; it is the last of `ids`.
     EndOfTurn,
@@ -215,10 +217,11 @@ pub enum Finish {
     Length,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Completion {
     pub ids: Vec<u32>,
     /// Of each id, under the distribution it was drawn from. NaN where the engine does not tell them; then nothing can be trained.
+    #[serde(with = "recorded::logprobs")]
     pub logprobs: Vec<f32>,
     pub finish: Finish,
 }

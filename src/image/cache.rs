@@ -4,6 +4,7 @@
 //! ask for one picture at once cause one decoding; and a file that failed is tried again next time.
 
 use super::{Picture, decode};
+use crate::geometry::Size;
 use anyhow::Result;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -13,6 +14,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 pub struct PictureCache {
     limit: u64,
     inner: Mutex<Inner>,
+    /// Of every picture that was asked for; never thrown out.
+    sizes: Mutex<HashMap<PathBuf, Size>>,
 }
 
 #[derive(Default)]
@@ -45,7 +48,7 @@ pub struct CacheStats {
 impl PictureCache {
     /// Keeps at most `bytes` of decoded pixels (3 bytes a pixel). 0 keeps nothing.
     pub fn new(bytes: u64) -> PictureCache {
-        PictureCache { limit: bytes, inner: Mutex::default() }
+        PictureCache { limit: bytes, inner: Mutex::default(), sizes: Mutex::default() }
     }
 
     /// The picture, decoded now or before.
@@ -84,6 +87,19 @@ impl PictureCache {
         *held = Some(Arc::clone(&picture));
         inner.keep(path, &slot, picture.rgb().len() as u64, self.limit);
         Ok(picture)
+    }
+
+    /// The size of the picture as shown. It is decoded to tell it, but only once: a picture whose features are known need not be opened again.
+    ///
+    /// # Errors
+    /// Those of [`decode`]; not remembered.
+    pub fn size(&self, path: &Path) -> Result<Size> {
+        if let Some(size) = lock(&self.sizes).get(path) {
+            return Ok(*size);
+        }
+        let size = self.get(path)?.size();
+        lock(&self.sizes).insert(path.to_owned(), size);
+        Ok(size)
     }
 
     pub fn stats(&self) -> CacheStats {

@@ -66,16 +66,21 @@ pub fn card(record: &Record, belongs: &Belongs, pictures: &mut Pictures) -> Stri
     html
 }
 
-/// The answer in words; one of boxes on several pictures says what is in which, for the boxes themselves are drawn.
+/// The answer in words.
 pub(super) fn right_answer(record: &Record) -> String {
     if !record.several_pictures() || record.targets.is_empty() {
         return plain(&record.answer);
     }
+    in_words(record.targets.iter())
+}
+
+/// What is where, on several pictures: the boxes themselves are drawn.
+pub(super) fn in_words<'a>(boxes: impl Iterator<Item = &'a Target>) -> String {
     let what = |target: &Target| {
         let label = if target.label.is_empty() { "the marked area" } else { &target.label };
         format!("{label} in Image-{}", target.index() + 1)
     };
-    record.targets.iter().map(what).collect::<Vec<_>>().join(", ")
+    boxes.map(what).collect::<Vec<_>>().join(", ")
 }
 
 fn originals(record: &Record, belongs: &Belongs, pictures: &mut Pictures) -> String {

@@ -116,12 +116,14 @@ function tokenTable(tokens) {
 }
 
 /** The choice of a colouring, with its scale. */
-function colouring(talk, way, chosen) {
+function colouring(talk, episode, way, chosen) {
+  // A group whose answers are all as good has no gradient, and the update leaves it out.
+  const missing = episode.advantage === 0 ? "its group is as good throughout, no update read it" : "not recorded";
   const scale = element("span", { class: "scale quiet" });
   const select = element(
     "select", { id: "colouring", "aria-label": "colour the tokens by" },
     ...Object.entries(COLOURINGS).map(([key, { name }]) =>
-      element("option", { value: key, disabled: !talk.knows(key) }, talk.knows(key) ? name : `${name} (not recorded)`)),
+      element("option", { value: key, disabled: !talk.knows(key) }, talk.knows(key) ? name : `${name} (${missing})`)),
   );
   const apply = (key) => {
     const known = talk.knows(key) ? key : "author";

@@ -120,7 +120,7 @@
     const moments = [...new Map(momentsOf(episode).map((one) => [one.step, one])).values()].map((one) => (one.step === episode.step ? episode : one));
     const talk = conversation(episode);
     // Records of earlier versions have no tokens to colour.
-    colours = episode.turns.some((turn) => turn.pieces) ? colouring(talk, way, (chosen) => { way = chosen; }) : null;
+    colours = episode.turns.some((turn) => turn.pieces) ? colouring(talk, episode, way, (chosen) => { way = chosen; }) : null;
     const run = report.runs[episode.run];
     const facts = [episode.when, episode.set, episode.task, episode.split, episode.id, episode.member === "" ? "" : `member ${episode.member}`];
     const head = element(

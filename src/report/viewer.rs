@@ -4,7 +4,7 @@
 //! script puts it into text nodes alone, so a model's words are never markup; and an episode's key (its deep link) depends on the run's name, the step,
 //! the group and the member, so a link stays good when the page is written again.
 
-use super::episode::{caption, first_look, readings, right_answer};
+use super::episode::{caption, first_look, in_words, readings, right_answer};
 use super::load::Run;
 use super::pictures::{Pictures, Wanted};
 use super::record::{self, Record, Turn, plain};
@@ -145,8 +145,12 @@ pub fn looked(record: &Record) -> Vec<(usize, [f64; 4])> {
     named.chain(said).filter(|(_, bbox)| bbox.iter().all(|side| side.is_finite())).collect()
 }
 
-/// What the policy answered, in a few words: the text of the last `\boxed{}` or `<answer>`, else the end of its last turn.
+/// What the policy answered, in a few words: what is in which of several pictures, or the text of the last `\boxed{}` or `<answer>`, else the
+/// end of its last turn.
 pub fn answered(record: &Record) -> String {
+    if record.several_pictures() && record.said().next().is_some() {
+        return shortened(&in_words(record.said()));
+    }
     let is_policy = |turn: &&Turn| turn.role == "assistant" || turn.role == "policy";
     let Some(last) = record.turns.iter().rev().find(is_policy) else { return String::new() };
     let between = |open: &str, close: &str| {
@@ -155,8 +159,13 @@ pub fn answered(record: &Record) -> String {
     };
     let text = between("\\boxed{", "}").or_else(|| between("<answer>", "</answer>"));
     let text = text.unwrap_or_else(|| last.text.trim().to_owned());
+    shortened(&text)
+}
+
+/// The end of a long text.
+fn shortened(text: &str) -> String {
     let length = text.chars().count();
-    if length <= 60 { text } else { format!("…{}", text.chars().skip(length - 59).collect::<String>()) }
+    if length <= 60 { text.to_owned() } else { format!("…{}", text.chars().skip(length - 59).collect::<String>()) }
 }
 
 /// The conversation. A policy's turn that was recorded token by token has its pieces and their numbers in place of its text.
@@ -255,5 +264,9 @@ mod tests {
         assert_eq!(said("<answer> Image-1 </answer>"), "Image-1");
         assert_eq!(said("yes"), "yes");
         assert_eq!(said(&"x".repeat(100)).chars().count(), 60);
+        let boxes = json!([{"image": 2, "bbox": [1, 2, 3, 4], "label": "fox"}, {"image": 1, "bbox": [1, 2, 3, 4]}]);
+        let turn = json!({"role": "assistant", "text": "<answer>[]</answer>", "boxes": boxes});
+        let several = record(json!({"images": ["a.jpg", "b.jpg"], "turns": [turn]}));
+        assert_eq!(answered(&several), "fox in Image-2, the marked area in Image-1");
     }
 }

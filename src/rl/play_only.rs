@@ -5,41 +5,42 @@ use serde_json::json;
 
 use super::metrics::count;
 use super::{Loop, Plan, Ready, State};
-use crate::config::{self, BadConfig};
+use crate::config;
 use crate::data::Order;
 use crate::engine;
+use crate::engine::recorded::Recorded;
 use crate::episode::Episode;
 use crate::eval;
 use crate::need;
 use crate::progress::Progress;
-use crate::run::{Interrupt, Interrupted, Invocation, Metrics, RunFolder, Start};
+use crate::run::{Interrupt, Interrupted, Invocation, Metrics, RunFolder, lasting};
 
 /// `foveate rollout CONFIG`: plays one step's worth of questions per step and writes the episodes; nothing is trained.
 pub fn main(invocation: &Invocation) -> Result<()> {
     let plan: Plan = config::load::<Plan>(&invocation.config, &invocation.overrides)?.resolve()?;
-    if invocation.start != Start::New {
-        return Err(BadConfig("a rollout keeps no checkpoint, so there is nothing to --resume".into()).into());
-    }
     let Ready { rows, task, objective, .. } = Ready::of(&plan)?;
     if invocation.dry_run {
         invocation.show(&plan)?;
         eprintln!("{} rows; {} episodes a step", rows.len(), plan.train.prompts * plan.train.group);
         return Ok(());
     }
+    let written_plan = config::to_toml(&plan)?;
+    RunFolder::check(&plan.train.out, invocation.start, &written_plan)?;
     if plan.engine.is_embedded() {
         need::of_rl(&plan, &*task, &rows, false)?.ensure_fits(&plan.model)?;
     }
     let interrupt = Interrupt::install()?;
     let (mut engine, frontend) = engine::open_sampler(&plan.engine, &plan.model)?;
     let context = Loop { plan: &plan, objective: &objective, task: &*task, frontend: &frontend };
-    let folder = RunFolder::create(&plan.train.out)?;
-    folder.begin(&config::to_toml(&plan)?, None)?;
+    let (folder, _) = RunFolder::open(&plan.train.out, invocation.start, &written_plan)?;
+    folder.begin(&written_plan, None)?;
+    let mut engine = Recorded::open(&mut *engine, folder.root(), &lasting(&written_plan)?, &plan.model.path)?;
     let mut state = State { order: Order::new(rows.len(), plan.train.seed)?, groups: 0 };
     let mut log = folder.metrics_log()?;
     let bar = Progress::start("playing", "step", 0, plan.train.steps);
     for step in 1..=plan.train.steps {
         let mut metrics = Metrics::new();
-        let (episodes, _) = context.play(&mut *engine, &rows, &mut state, step, &mut metrics)?;
+        let (episodes, _) = context.play(&mut engine, &rows, &mut state, step, &mut metrics)?;
         count(&episodes, &mut metrics);
         metrics.insert("reward/mean".into(), json!(eval::average(episodes.iter().map(|e| e.reward))));
         let records: Vec<_> = episodes.iter().map(Episode::record).collect();
@@ -47,9 +48,10 @@ pub fn main(invocation: &Invocation) -> Result<()> {
         log.append(step, &metrics)?;
         bar.step(format!("reward {:.3}", eval::average(episodes.iter().map(|e| e.reward))));
         if interrupt.asked() {
-            return Err(Interrupted::after(step, &plan.train.out).into());
+            return Err(Interrupted::among_answers(&plan.train.out).into());
         }
     }
+    engine.finish()?;
     bar.finish();
     if invocation.json {
         println!("{}", json!({"run": plan.train.out}));

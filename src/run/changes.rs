@@ -34,20 +34,24 @@ const FREE: [&str; 20] = [
     "engine.patience_s",
 ];
 
+/// The keys of a plan (TOML) that may not change, with their values.
+///
+/// # Errors
+/// It is no TOML.
+pub fn lasting(plan: &str) -> Result<String> {
+    let kept = keys(plan)?.into_iter().filter(|(key, _)| !is_free(key));
+    Ok(kept.map(|(key, value)| format!("{key} = {value}\n")).collect())
+}
+
 /// # Errors
 /// When `plan` differs from `saved` (both TOML) in a key that is not free to change: names each with both values.
 pub(super) fn refuse(saved: &str, plan: &str) -> Result<()> {
-    let read = |text: &str| -> Result<BTreeMap<String, String>> {
-        let mut keys = BTreeMap::new();
-        flatten("", &toml::Value::Table(toml::from_str(text).context("the config is damaged")?), &mut keys);
-        Ok(keys)
-    };
-    let (before, now) = (read(saved)?, read(plan)?);
+    let (before, now) = (keys(saved)?, keys(plan)?);
     let changed: Vec<String> = before
         .keys()
         .chain(now.keys().filter(|key| !before.contains_key(*key)))
         .filter(|key| before.get(*key) != now.get(*key))
-        .filter(|key| !FREE.iter().any(|free| if free.ends_with('.') { key.starts_with(free) } else { key == free }))
+        .filter(|key| !is_free(key))
         .map(|key| {
             let value = |side: &BTreeMap<String, String>| side.get(key).cloned().unwrap_or("nothing".into());
             format!("{key} was {} and is now {}", value(&before), value(&now))
@@ -60,6 +64,16 @@ pub(super) fn refuse(saved: &str, plan: &str) -> Result<()> {
         "the run was begun with another plan: {}; put it back, or add --accept-changes to go on with the new one",
         changed.join("; ")
     )))
+}
+
+fn is_free(key: &str) -> bool {
+    FREE.iter().any(|free| if free.ends_with('.') { key.starts_with(free) } else { key == *free })
+}
+
+fn keys(text: &str) -> Result<BTreeMap<String, String>> {
+    let mut keys = BTreeMap::new();
+    flatten("", &toml::Value::Table(toml::from_str(text).context("the config is damaged")?), &mut keys);
+    Ok(keys)
 }
 
 /// Every leaf under its dotted name.

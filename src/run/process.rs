@@ -131,6 +131,11 @@ impl Interrupted {
         ))
     }
 
+    /// Where answers are recorded as they come.
+    pub fn among_answers(folder: &std::path::Path) -> Interrupted {
+        Interrupted(format!("interrupted; the answers so far are kept, go on with --resume: {}", folder.display()))
+    }
+
     /// In work that keeps no checkpoint.
     pub fn without_checkpoint() -> Interrupted {
         Interrupted("interrupted; this command keeps no checkpoint, start it again".into())

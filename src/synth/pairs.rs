@@ -74,8 +74,8 @@ impl Default for PairOptions {
     fn default() -> PairOptions {
         PairOptions {
             tasks: Kind::ALL.to_vec(),
-            objects: [3, 5],
-            object_size: [0.18, 0.26],
+            objects: [3, 4],
+            object_size: [0.2, 0.28],
             group: [2, 4],
             sequence: 3,
             look_alikes: 0.25,

@@ -160,7 +160,7 @@ fn bad_configs_are_usage_errors() {
     refused(dir, &["rl", "rl.toml", "optim.lr=-1"], 2, &["optim.lr"]);
     refused(dir, &["rl", "rl.toml", "--threads", "0"], 2, &["--threads"]);
     refused(dir, &["doctor", "--threads", "100000"], 2, &["--threads 100000", "1 to 1024"]);
-    refused(dir, &["rollout", "rl.toml", "--resume"], 2, &["--resume"]);
+    refused(dir, &["rollout", "rl.toml", "--resume"], 1, &["no run to resume", "run"]);
     refused(dir, &["rl", "rl.toml", "--resume"], 1, &["no run to resume", "run"]);
     refused(dir, &["model", "new", "--preset", "giga", "--out", "m"], 2, &["giga", "nano"]);
     refused(dir, &["data", "make", "plates", "--out", "d", "--size", "big"], 2, &["--size big"]);

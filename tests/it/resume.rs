@@ -10,6 +10,7 @@ use foveate::sft;
 use safetensors::SafeTensors;
 use serde_json::Value;
 
+use crate::cli::{good, refused};
 use crate::tiny;
 
 /// A KL against the first weights and an entropy bonus, so that every step moves the weights whatever the rewards are.
@@ -292,4 +293,47 @@ fn sft_goes_on_as_if_it_had_not_stopped() {
     std::fs::write(dir.join("dialogues.jsonl"), lines[..2].join("\n")).unwrap();
     let error = format!("{:#}", sft::train(&plan, Start::Resume, &Interrupt::none()).unwrap_err());
     assert!(error.contains("3 rows when the run was saved and has 2 now"), "{error}");
+}
+
+/// An evaluation and a rollout that were killed among their answers end as those that were not.
+#[test]
+fn what_was_answered_before_a_kill_is_not_asked_again() {
+    let (_dir, dir) = world();
+    let conversation = "[model]\npath = 'model'\n[rollout]\nmax_new_tokens = 8\nmax_tokens = 512\n";
+    let task = "max_pixels = 12544\nmin_pixels = 3136\njudge = 'number'\ntemplate = 'short'\n";
+    std::fs::write(
+        dir.join("eval.toml"),
+        format!("{conversation}[data]\ntest = 'train.jsonl'\n[tasks.look]\n{task}[eval]\nbatch = 1\n"),
+    )
+    .unwrap();
+    std::fs::write(
+        dir.join("rollout.toml"),
+        format!(
+            "{conversation}[data]\ntrain = 'train.jsonl'\n[task]\n{task}[train]\nsteps = 2\nprompts = 1\ngroup = 2\n"
+        ),
+    )
+    .unwrap();
+    for (command, config, out, same) in [
+        ("eval", "eval.toml", "eval.out", &["episodes/0.jsonl", "items.jsonl", "table.json", "answers.jsonl"][..]),
+        ("rollout", "rollout.toml", "train.out", &["episodes/1.jsonl", "episodes/2.jsonl", "answers.jsonl"][..]),
+    ] {
+        let (whole, cut) = (format!("{command}-whole"), format!("{command}-cut"));
+        good(&dir, &[command, config, &format!("{out}={whole}")]);
+        good(&dir, &[command, config, &format!("{out}={cut}")]);
+        let record = dir.join(&cut).join("answers.jsonl");
+        let answers = std::fs::read_to_string(&record).unwrap();
+        let first = answers.find('\n').unwrap() + 1;
+        for file in same {
+            std::fs::remove_file(dir.join(&cut).join(file)).unwrap();
+        }
+        std::fs::write(&record, &answers[..first + 20]).unwrap();
+        refused(&dir, &[command, config, &format!("{out}={cut}")], 1, &["already holds a run", "--resume"]);
+        let more = [command, config, &format!("{out}={cut}"), "--resume", "rollout.temperature=0.5"];
+        refused(&dir, &more, 2, &["rollout.temperature", "is now 0.5"]);
+        good(&dir, &[command, config, &format!("{out}={cut}"), "--resume"]);
+        for file in same {
+            let read = |run: &str| std::fs::read_to_string(dir.join(run).join(file)).unwrap();
+            assert_eq!(read(&whole), read(&cut), "{command}: {file}");
+        }
+    }
 }

@@ -70,9 +70,7 @@ pub fn of_step(
     let mut held = Held { weights: m.weights_bytes, ..Held::default() };
     let keep = if learns.is_some() && train.tower() { options.keep() } else { Keep::Nothing };
     let looked = Looked::at(&m, groups, keep, options.vision_tape_mib << 20, merge);
-    let steps = learns.filter(|_| !train.tower()).map_or(1, |l| l.steps);
-    let most = 4 * FEATURE_VALUES as u64 + looked.features;
-    held.views = looked.tape + (looked.features * steps).min(most);
+    held.views = looked.kept(learns.filter(|_| !train.tower()).map_or(1, |l| l.steps));
 
     let speakers: usize = groups.iter().map(Vec::len).sum();
     let longest = groups.iter().flatten().map(|s| s.len()).max().unwrap_or(0);
@@ -94,31 +92,38 @@ pub fn of_step(
     held
 }
 
-/// Of a step on written dialogues.
+/// Of a step on written dialogues, one of so many.
 pub fn of_dialogues(
     config: &Config,
     layout: &Layout,
     options: &Options,
     train: Trainable,
     examples: &[Example],
+    steps: u64,
 ) -> Held {
     let m = memory(config, layout, train);
     let groups: Vec<Group> = examples.iter().map(|e| e.stream.alone()).collect();
-    let patches = |e: &Example| e.patches.iter().map(|p| p.grid.patches() as u64).sum::<u64>();
+    let keep = if train.tower() { options.keep() } else { Keep::Nothing };
+    // Pictures from files, which are seen as those of a rollout are.
+    let looked = match examples.iter().all(|e| e.drawn.is_empty()) {
+        true => Looked::at(&m, &groups, keep, options.vision_tape_mib << 20, config.vision.merge as u32),
+        false => Looked::default(),
+    };
+    let patches = |e: &Example| e.drawn.iter().map(|p| p.grid.patches() as u64).sum::<u64>();
     let all: u64 = examples.iter().map(patches).sum();
     let runs = batch::micro_batches(&groups, options.micro_batch_tokens);
     let packed = runs.into_iter().map(|run| {
         let packed = m.of_groups(options.keep(), &groups[run.clone()]);
         let patches: u64 = examples[run].iter().map(patches).sum();
-        let keep = if train.tower() { options.keep() } else { Keep::Nothing };
         let tower = patches * (m.pixel_bytes_per_patch + m.of_patch(keep).max(m.scratch_bytes_per_patch));
         tower + packed.max(patches * m.scratch_bytes_per_patch)
     });
+    let on_features = if train.tower() { looked.features } else { 0 };
     Held {
         weights: m.weights_bytes,
         training_state: m.training_bytes,
-        views: all * m.pixel_bytes_per_patch,
-        learning: packed.max().unwrap_or(0),
+        views: all * m.pixel_bytes_per_patch + looked.kept(if train.tower() { 1 } else { steps }),
+        learning: on_features + packed.max().unwrap_or(0).max(looked.pass).max(looked.back),
         ..Held::default()
     }
 }
@@ -177,6 +182,11 @@ impl Looked {
             }
         }
         out
+    }
+
+    /// What stays of a step's views, or of those of so many steps.
+    fn kept(&self, steps: u64) -> u64 {
+        self.tape + (self.features * steps).min(4 * FEATURE_VALUES as u64 + self.features)
     }
 }
 
