@@ -227,8 +227,8 @@ impl RunFolder {
 /// Whether a folder holds what a run leaves behind: steps, episodes, answers or checkpoints. A plan alone is a start that failed.
 pub fn holds_run(root: &Path) -> bool {
     let has_entries = |folder| checkpoint::entries(&root.join(folder)).is_ok_and(|entries| !entries.is_empty());
-    let has_metrics = fs::metadata(root.join(METRICS)).is_ok_and(|file| file.len() > 0);
-    has_metrics || has_entries(EPISODES) || has_entries(CHECKPOINTS) || root.join(ANSWERS).exists()
+    let has_lines = |file| fs::metadata(root.join(file)).is_ok_and(|file| file.len() > 0);
+    has_lines(METRICS) || has_lines(ANSWERS) || has_entries(EPISODES) || has_entries(CHECKPOINTS)
 }
 
 fn make_folders(root: &Path) -> Result<()> {
