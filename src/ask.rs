@@ -4,6 +4,7 @@
 mod aloud;
 mod saving;
 
+use std::io::{self, Write as _};
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
@@ -206,11 +207,15 @@ const ADVICE: &str = "Lower --max-pixels or --max-new-tokens, choose a smaller m
 /// Ctrl-C ends at once: there is nothing to finish but a file that is being written.
 fn end_cleanly(aloud: bool) -> Result<()> {
     Interrupt::end_at_once(move || {
-        let _writing = saving::writing();
+        // Held until the end: no file is begun, and no word is written behind the last.
+        let writing = saving::writing();
+        let mut out = io::stdout().lock();
         if aloud {
-            println!();
+            // A terminal that has gone needs no end of line.
+            let _ = writeln!(out);
         }
         progress::say("stopped");
+        (writing, out)
     })
 }
 

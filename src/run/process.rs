@@ -47,13 +47,13 @@ impl Interrupt {
     }
 
     /// For a command that has nothing to finish: the same signals end the process at once with 130, after `before`, which may wait for
-    /// a file that is being written.
+    /// a file that is being written. What it returns (locks, say) is held until the process has ended.
     ///
     /// # Errors
     /// When the operating system refuses the signal handler.
-    pub fn end_at_once(before: impl Fn() + Send + 'static) -> Result<()> {
+    pub fn end_at_once<T>(before: impl Fn() -> T + Send + 'static) -> Result<()> {
         ctrlc::set_handler(move || {
-            before();
+            let _held = before();
             std::process::exit(EXIT_INTERRUPTED);
         })
         .context("taking over Ctrl-C")
