@@ -17,7 +17,7 @@ use crate::eval::{self, Bench, EvalOptions, Figures};
 use crate::progress::Progress;
 use crate::report::{self, TABLE, Table};
 use crate::rollout;
-use crate::run::{Interrupt, Interrupted, RunFolder, Start, holds_run, peak_rss};
+use crate::run::{Interrupt, Interrupted, Kind, RunFolder, Start, holds_run, peak_rss};
 use crate::synth::make::{MakeOptions, Set, make};
 use crate::tasks::Options as TaskOptions;
 
@@ -92,7 +92,7 @@ impl Folders {
 
     /// The folder of the evaluations, which are made anew where a demo goes on.
     fn evals(&self, plan: &str) -> Result<RunFolder> {
-        let (evals, _) = RunFolder::open(&self.eval, start_of(&self.eval), plan)?;
+        let (evals, _) = RunFolder::open(&self.eval, Kind::Demo, start_of(&self.eval), plan)?;
         evals.begin(plan, None)?;
         Ok(evals)
     }

@@ -34,7 +34,7 @@ use crate::need;
 use crate::progress::{self, Progress};
 use crate::report::{self, TABLE};
 use crate::rollout::{self, Stage};
-use crate::run::{Interrupt, Interrupted, Invocation, RunFolder, lasting, write_atomic};
+use crate::run::{Interrupt, Interrupted, Invocation, Kind, RunFolder, of_answers, write_atomic};
 use crate::tasks::protocol::Protocol;
 use crate::tasks::{Options as TaskOptions, Task};
 use items::{ITEMS, Items};
@@ -155,7 +155,7 @@ pub fn main(invocation: &Invocation) -> Result<()> {
     let factor = Processor::load(&plan.model.path)?.budget.factor;
     let mut asked = plan.asks(factor, &sizes, &|options| Ok(options.asked(samples.clone())))?;
     for Asked { name, of, task, samples, truths, .. } in &mut asked {
-        unasked.extend(rows::keep_askable(name, &**task, samples, file)?);
+        rows::add(&mut unasked, rows::keep_askable(name, &**task, samples, file)?);
         if let Some(TaskOptions::MultiImage(_)) = plan.tasks.get(of) {
             *truths = mig_bench::truths(samples, file)?;
         }
@@ -169,12 +169,12 @@ pub fn main(invocation: &Invocation) -> Result<()> {
         return Ok(());
     }
     let written_plan = config::to_toml(&plan)?;
-    RunFolder::check(&plan.eval.out, invocation.start, &written_plan)?;
+    RunFolder::check(&plan.eval.out, Kind::Eval, invocation.start, &written_plan)?;
     // Headers were read; what is damaged behind them would stop the evaluation where it is met.
     let every: Vec<&Sample> = asked.iter().flat_map(|asked| asked.samples.iter()).collect();
     let damaged = data::damaged(&every);
     for Asked { name, samples, truths, .. } in &mut asked {
-        unasked.extend(rows::leave_out(name, samples, truths, &damaged, file)?);
+        rows::add(&mut unasked, rows::leave_out(name, samples, truths, &damaged, file)?);
     }
     notes.iter().for_each(|note| progress::say(note));
     rows::say(&unasked);
@@ -185,9 +185,10 @@ pub fn main(invocation: &Invocation) -> Result<()> {
     let (mut engine, frontend) = engine::open_sampler(&plan.engine, &plan.model)?;
     let bench = Bench { frontend: &frontend, rollout: &plan.rollout, options: &plan.eval, interrupt: &interrupt };
     // Claimed only now that everything a person can get wrong has been read: a failed start leaves no folder behind.
-    let (folder, _) = RunFolder::open(&plan.eval.out, invocation.start, &written_plan)?;
+    let (folder, _) = RunFolder::open(&plan.eval.out, Kind::Eval, invocation.start, &written_plan)?;
+    // A record that cannot be read is told of before anything is taken back.
+    let mut engine = Recorded::open(&mut *engine, folder.root(), &of_answers(&written_plan)?, &plan.model.path)?;
     folder.begin(&written_plan, None)?;
-    let mut engine = Recorded::open(&mut *engine, folder.root(), &lasting(&written_plan)?, &plan.model.path)?;
     // Those that show what was named under `two_turns` come last, but stand in the table where the config has them.
     let mut order: Vec<usize> = (0..asked.len()).collect();
     order.sort_by_key(|&k| asked[k].protocol.as_ref().is_some_and(|(protocol, _)| protocol.needs_regions()));

@@ -22,6 +22,14 @@ struct Cli {
     command: Command,
 }
 
+/// What `score` reads, for its help.
+const SCORE_ROWS: &str = r#"A row: {"kind": "choice" | "text" | "number" | "box" | "multi_image", "prediction": TEXT, "answer": ..., "choices"?: [...],
+"mode"?: "strict" | "official:NAME", "id"?}, for instance
+
+  echo '{"kind": "choice", "prediction": "<answer>B</answer>", "answer": "B", "choices": ["cat", "dog"]}' | foveate score
+
+All kinds and modes: docs/evaluation.md"#;
+
 #[derive(Subcommand)]
 enum Command {
     /// A whole story on this machine: train a small model in several ways, compare, write the report
@@ -78,6 +86,7 @@ enum Command {
     #[command(subcommand)]
     Model(commands::Model),
     /// Judge answers: JSON rows on stdin, JSON rows on stdout; or another program's predictions for a benchmark; or compare two evaluations
+    #[command(after_help = SCORE_ROWS)]
     Score {
         /// Rows of MIG-Bench, as `data convert` writes them: stdin holds lines of {"id", "prediction", "shown"?}, stdout gets the tables
         #[arg(long, value_name = "ROWS")]

@@ -262,7 +262,7 @@ mod tests {
 
     /// A run with three steps of hostile episodes, curves, config and table.
     fn hostile_run(root: &Path) {
-        let run = run::RunFolder::create(root).unwrap();
+        let run = run::RunFolder::create(root, run::Kind::Eval).unwrap();
         let environment = Environment { command: vec![EVIL.into()], cpu: EVIL.into(), ..Environment::default() };
         run.save_plan(&format!("# {EVIL}\ntask = \"crop\"\n"), &environment).unwrap();
         let mut log = run.metrics_log().unwrap();
@@ -384,7 +384,7 @@ mod tests {
     #[test]
     fn the_steps_of_an_evaluation_are_the_rows_of_its_table() {
         let folder = tempfile::tempdir().unwrap();
-        let run = run::RunFolder::create(folder.path().join("eval")).unwrap();
+        let run = run::RunFolder::create(folder.path().join("eval"), run::Kind::Eval).unwrap();
         let row = |name| json!({"name": name, "cells": [{"value": 0.5}, null]});
         run.save(TABLE, json!({"columns": ["a", "b"], "rows": [row("base"), row("MGPO")]}).to_string().as_bytes())
             .unwrap();
@@ -399,7 +399,7 @@ mod tests {
     fn figures_are_files_that_stand_by_themselves() {
         let folder = tempfile::tempdir().unwrap();
         let root = folder.path().join("run");
-        let run = run::RunFolder::create(&root).unwrap();
+        let run = run::RunFolder::create(&root, run::Kind::Eval).unwrap();
         ::image::RgbImage::new(40, 30).save(root.join("a.png")).unwrap();
         let mut log = run.metrics_log().unwrap();
         for step in 1..=3 {

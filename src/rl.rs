@@ -30,7 +30,7 @@ use crate::need;
 use crate::objective::{Advantages, Correction, Objective, Outcome, Sequence, Tally};
 use crate::progress::{self, Progress};
 use crate::rollout::{self, Stage};
-use crate::run::{Interrupt, Interrupted, Invocation, Metrics, RunFolder, Start, Stopwatch, peak_rss};
+use crate::run::{Interrupt, Interrupted, Invocation, Kind, Metrics, RunFolder, Start, Stopwatch, peak_rss};
 use crate::tasks::{Task, check_rows, ensure_possible};
 use metrics::{count, largest_ratio_gap};
 
@@ -140,7 +140,7 @@ fn train_on(
     let frontend = engine.frontend();
     // Claimed only now that everything a person can get wrong has been read: a failed start leaves no folder behind.
     let written_plan = config::to_toml(plan)?;
-    let (folder, checkpoint) = RunFolder::open(&plan.train.out, start, &written_plan)?;
+    let (folder, checkpoint) = RunFolder::open(&plan.train.out, Kind::Rl, start, &written_plan)?;
     let mut state = State { order: Order::new(rows.len(), plan.train.seed)?, groups: 0 };
     let mut done = 0;
     if let Some(checkpoint) = &checkpoint {

@@ -10,7 +10,7 @@
 //! `metrics.jsonl`, and one folder belongs to one process at a time.
 
 mod changes;
-pub use changes::lasting;
+pub use changes::of_answers;
 mod checkpoint;
 mod events;
 mod metrics;
@@ -25,7 +25,8 @@ pub use process::{
 };
 
 use anyhow::{Context, Result, bail};
-use serde::{Serialize, de::DeserializeOwned};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use std::fmt;
 use std::fs::{self, File, TryLockError};
 use std::io::{ErrorKind, Write};
 use std::num::NonZeroUsize;
@@ -40,6 +41,37 @@ pub enum Start {
     Resume,
     /// From the newest checkpoint, with another plan, on purpose.
     ResumeChanged,
+}
+
+/// What leaves its trace in a run folder. A folder belongs to the one that began it: what is unfinished to another is a result to this one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    Rl,
+    Sft,
+    Rollout,
+    Eval,
+    /// The evaluations of a demo.
+    Demo,
+}
+
+impl Kind {
+    /// Whether it goes on from recorded answers ([`ANSWERS`]) rather than from a checkpoint.
+    fn keeps_answers(self) -> bool {
+        matches!(self, Kind::Rollout | Kind::Eval)
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(match self {
+            Kind::Rl => "foveate rl",
+            Kind::Sft => "foveate sft",
+            Kind::Rollout => "foveate rollout",
+            Kind::Eval => "foveate eval",
+            Kind::Demo => "foveate demo",
+        })
+    }
 }
 
 /// The resolved plan of the run.
@@ -60,6 +92,7 @@ const LOCK: &str = "run.lock";
 #[derive(Debug)]
 pub struct RunFolder {
     root: PathBuf,
+    kind: Kind,
     /// Kept open: closing it gives the folder back.
     _lock: File,
 }
@@ -69,20 +102,24 @@ impl RunFolder {
     ///
     /// # Errors
     /// When the folder already holds a run, is held by another process, or cannot be written.
-    pub fn create(path: impl AsRef<Path>) -> Result<Self> {
+    pub fn create(path: impl AsRef<Path>, kind: Kind) -> Result<Self> {
         let root = path.as_ref();
-        RunFolder::check(root, Start::New, "")?;
+        RunFolder::check(root, kind, Start::New, "")?;
         make_folders(root)?;
-        Ok(RunFolder { root: root.to_owned(), _lock: lock(root)? })
+        Ok(RunFolder { root: root.to_owned(), kind, _lock: lock(root)? })
     }
 
     /// Whether a run can begin or go on in `path` with this plan, before anything large is loaded for it.
     ///
     /// # Errors
-    /// There is a run where none should be, or the other way round; the plan differs from the saved one in what a resumed run must keep.
-    pub fn check(path: impl AsRef<Path>, start: Start, plan: &str) -> Result<()> {
+    /// There is a run where none should be, or the other way round; it is of another kind; the plan differs from the saved one in what a
+    /// resumed run must keep.
+    pub fn check(path: impl AsRef<Path>, kind: Kind, start: Start, plan: &str) -> Result<()> {
         let root = path.as_ref();
         let saved = root.join(CONFIG);
+        if start != Start::New && holds_run(root) {
+            refuse_another(root, kind)?;
+        }
         if start == Start::Resume && holds_run(root) && saved.exists() {
             let text =
                 fs::read_to_string(&saved).with_context(|| format!("reading the run's config: {}", saved.display()))?;
@@ -105,15 +142,14 @@ impl RunFolder {
     /// leaves the run as it was.
     ///
     /// # Errors
-    /// When there is a run where none should be or the other way round, another process holds it, `plan` (the resolved config) differs
-    /// from the saved one in what a resumed run must keep, or a file is damaged.
-    pub fn open(path: impl AsRef<Path>, start: Start, plan: &str) -> Result<(Self, Option<Checkpoint>)> {
+    /// Those of [`RunFolder::check`]; another process holds it, or a file is damaged.
+    pub fn open(path: impl AsRef<Path>, kind: Kind, start: Start, plan: &str) -> Result<(Self, Option<Checkpoint>)> {
         let root = path.as_ref();
         if start == Start::New {
-            return Ok((RunFolder::create(root)?, None));
+            return Ok((RunFolder::create(root, kind)?, None));
         }
-        RunFolder::check(root, start, plan)?;
-        let run = RunFolder { root: root.to_owned(), _lock: lock(root)? };
+        RunFolder::check(root, kind, start, plan)?;
+        let run = RunFolder { root: root.to_owned(), kind, _lock: lock(root)? };
         Ok((run, latest_checkpoint(root)?))
     }
 
@@ -136,7 +172,7 @@ impl RunFolder {
                 }
             }
         }
-        self.save_plan(plan, &Environment::now())
+        self.save_plan(plan, &Environment { kind: Some(self.kind), ..Environment::now() })
     }
 
     /// The folder itself.
@@ -229,6 +265,26 @@ pub fn holds_run(root: &Path) -> bool {
     let has_entries = |folder| checkpoint::entries(&root.join(folder)).is_ok_and(|entries| !entries.is_empty());
     let has_lines = |file| fs::metadata(root.join(file)).is_ok_and(|file| file.len() > 0);
     has_lines(METRICS) || has_lines(ANSWERS) || has_entries(EPISODES) || has_entries(CHECKPOINTS)
+}
+
+/// # Errors
+/// What the folder holds was begun by something else, whose steps would be taken back.
+fn refuse_another(root: &Path, kind: Kind) -> Result<()> {
+    // Folders of older versions, and those put together by hand, do not say what they are of.
+    let text = fs::read_to_string(root.join(ENVIRONMENT)).unwrap_or_default();
+    let saved = serde_json::from_str::<Environment>(&text).ok().and_then(|environment| environment.kind);
+    let fits = match saved {
+        Some(saved) => saved == kind,
+        None => kind.keeps_answers() == root.join(ANSWERS).exists(),
+    };
+    if fits {
+        return Ok(());
+    }
+    let of = saved.map_or_else(|| "another command".into(), |saved| saved.to_string());
+    bail!(
+        "this folder holds what {of} left, and {kind} cannot go on with it; choose another folder: {}",
+        root.display()
+    )
 }
 
 fn make_folders(root: &Path) -> Result<()> {
@@ -421,45 +477,45 @@ mod tests {
     fn a_run_is_not_written_over_and_the_message_says_what_to_do() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("run");
-        let run = RunFolder::create(&path).unwrap();
+        let run = RunFolder::create(&path, Kind::Rl).unwrap();
         run.begin("seed = 1\n", None).unwrap();
         drop(run);
         // A plan without a step is a start that failed: it is no obstacle.
-        let run = RunFolder::create(&path).unwrap();
+        let run = RunFolder::create(&path, Kind::Rl).unwrap();
         play(&run, 1..=1, &[]);
         drop(run);
-        let error = format!("{:#}", RunFolder::create(&path).unwrap_err());
+        let error = format!("{:#}", RunFolder::create(&path, Kind::Rl).unwrap_err());
         assert!(error.contains("already holds a run") && error.contains("--resume"), "{error}");
         let elsewhere = folder.path().join("nothing");
-        let error = format!("{:#}", RunFolder::open(&elsewhere, Start::Resume, "").unwrap_err());
+        let error = format!("{:#}", RunFolder::open(&elsewhere, Kind::Rl, Start::Resume, "").unwrap_err());
         assert!(error.contains("no run to resume"), "{error}");
     }
 
     #[test]
     fn one_process_at_a_time() {
         let folder = tempfile::tempdir().unwrap();
-        let run = RunFolder::create(folder.path()).unwrap();
+        let run = RunFolder::create(folder.path(), Kind::Rl).unwrap();
         play(&run, 1..=1, &[]);
-        let error = format!("{:#}", RunFolder::open(folder.path(), Start::Resume, "").unwrap_err());
+        let error = format!("{:#}", RunFolder::open(folder.path(), Kind::Rl, Start::Resume, "").unwrap_err());
         assert!(error.contains("another process"), "{error}");
         drop(run);
-        RunFolder::open(folder.path(), Start::Resume, "").unwrap();
+        RunFolder::open(folder.path(), Kind::Rl, Start::Resume, "").unwrap();
     }
 
     #[test]
     fn resuming_takes_back_what_came_after_the_checkpoint() {
         let folder = tempfile::tempdir().unwrap();
-        let run = RunFolder::create(folder.path()).unwrap();
+        let run = RunFolder::create(folder.path(), Kind::Rl).unwrap();
         run.save(CONFIG, b"seed = 1").unwrap();
         play(&run, 1..=5, &[2, 3]);
         fs::create_dir(folder.path().join("checkpoints/6.tmp")).unwrap();
         drop(run);
 
         // Another plan is refused, and then nothing is touched.
-        let error = format!("{:#}", RunFolder::open(folder.path(), Start::Resume, "seed = 2").unwrap_err());
+        let error = format!("{:#}", RunFolder::open(folder.path(), Kind::Rl, Start::Resume, "seed = 2").unwrap_err());
         assert!(error.contains("seed was 1 and is now 2"), "{error}");
         assert_eq!(episode_steps(folder.path()).unwrap(), [1, 2, 3, 4, 5]);
-        let (run, latest) = RunFolder::open(folder.path(), Start::Resume, "seed = 1").unwrap();
+        let (run, latest) = RunFolder::open(folder.path(), Kind::Rl, Start::Resume, "seed = 1").unwrap();
         let latest = latest.unwrap();
         assert!(latest.leaves_steps(3).is_ok());
         assert!(latest.leaves_steps(2).unwrap_err().to_string().contains("train.steps = 2"));
@@ -474,9 +530,30 @@ mod tests {
     }
 
     #[test]
+    fn a_folder_belongs_to_the_command_that_began_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunFolder::create(folder.path(), Kind::Rl).unwrap();
+        run.begin("seed = 1", None).unwrap();
+        play(&run, 1..=2, &[]);
+        drop(run);
+        let other = |kind| RunFolder::open(folder.path(), kind, Start::ResumeChanged, "seed = 1");
+        for kind in [Kind::Sft, Kind::Rollout, Kind::Eval, Kind::Demo] {
+            let error = format!("{:#}", other(kind).unwrap_err());
+            assert!(error.contains("what foveate rl left") && error.contains(&kind.to_string()), "{error}");
+        }
+        other(Kind::Rl).unwrap();
+        // A folder that does not say.
+        fs::remove_file(folder.path().join(ENVIRONMENT)).unwrap();
+        assert!(other(Kind::Eval).unwrap_err().to_string().contains("another command"));
+        fs::write(folder.path().join(ANSWERS), "{}\n").unwrap();
+        assert!(other(Kind::Rl).is_err());
+        other(Kind::Eval).unwrap();
+    }
+
+    #[test]
     fn what_was_held_out_is_taken_back_too() {
         let folder = tempfile::tempdir().unwrap();
-        let run = RunFolder::create(folder.path()).unwrap();
+        let run = RunFolder::create(folder.path(), Kind::Rl).unwrap();
         for step in [2, 4] {
             run.write_validation(step, &[json!({"id": "a"})]).unwrap();
         }
@@ -488,10 +565,10 @@ mod tests {
     #[test]
     fn without_a_checkpoint_the_run_starts_over() {
         let folder = tempfile::tempdir().unwrap();
-        let run = RunFolder::create(folder.path()).unwrap();
+        let run = RunFolder::create(folder.path(), Kind::Rl).unwrap();
         play(&run, 1..=2, &[]);
         drop(run);
-        let (run, latest) = RunFolder::open(folder.path(), Start::Resume, "").unwrap();
+        let (run, latest) = RunFolder::open(folder.path(), Kind::Rl, Start::Resume, "").unwrap();
         assert_eq!(latest, None);
         run.begin("", None).unwrap();
         assert!(metrics(run.root()).unwrap().rows.is_empty());
@@ -501,7 +578,7 @@ mod tests {
     #[test]
     fn episodes_come_back_and_a_bad_line_is_named() {
         let folder = tempfile::tempdir().unwrap();
-        let run = RunFolder::create(folder.path()).unwrap();
+        let run = RunFolder::create(folder.path(), Kind::Rl).unwrap();
         let written = [json!({"text": "one\ntwo", "reward": 1.0}), json!({"text": "</script>"})];
         run.write_episodes(7, &written).unwrap();
         assert_eq!(episodes::<Value>(folder.path(), 7).unwrap(), written);

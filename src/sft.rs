@@ -14,7 +14,7 @@ use serde_json::json;
 
 use crate::chat::{Chat, Content, Convention, Message, Part};
 use crate::config::{self, BadConfig};
-use crate::data::{Dialogue, Format, Order, ReadAs, Sample, read_dialogues};
+use crate::data::{Dialogue, Format, Order, ReadAs, Sample};
 use crate::engine::embedded::{self, EarlyHints, Embedded};
 use crate::engine::{Frontend, Trainer, Training, Weights};
 use crate::episode::Stream;
@@ -24,7 +24,7 @@ use crate::model::dense::{self, DenseHead, Fit};
 use crate::need::{self, Need};
 use crate::optim::Optim;
 use crate::progress::{self, Progress};
-use crate::run::{Interrupt, Interrupted, Invocation, Metrics, RunFolder, Start, Stopwatch, peak_rss};
+use crate::run::{Interrupt, Interrupted, Invocation, Kind, Metrics, RunFolder, Start, Stopwatch, peak_rss};
 use crate::synth::pretrain::{self, Pretrain};
 use crate::synth::recipe::Recipe;
 use crate::synth::{Split, assets_dir};
@@ -58,10 +58,10 @@ pub struct DataOptions {
     /// With a `[task]`: the format of its rows, where their keys do not tell it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub format: Option<Format>,
-    /// With a `[task]`: where relative paths of pictures start, if not in the folder of the rows.
+    /// Where relative paths of pictures start, if not in the folder of the file.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub images: Option<PathBuf>,
-    /// With a `[task]`: train on the good rows of a file that has bad ones too; otherwise such a file is refused.
+    /// Train on the good rows of a file that has bad ones too; otherwise such a file is refused.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub leave_out_bad: bool,
     /// Dialogues drawn on the fly from the bundled world.
@@ -81,6 +81,19 @@ pub struct DataOptions {
     /// With a `[task]`: written coordinates are multiples of this.
     #[serde(default = "one")]
     pub snap: u32,
+}
+
+impl DataOptions {
+    /// Of pictures from files, where the checkpoint's own is `budget`.
+    pub fn budget(&self, budget: Budget) -> Budget {
+        let (least, most) =
+            (self.min_pixels.unwrap_or(budget.min_pixels), self.max_pixels.unwrap_or(budget.max_pixels));
+        Budget::new(least, most, budget.factor)
+    }
+
+    fn read_as(&self) -> ReadAs {
+        ReadAs { format: self.format, images: self.images.clone(), leave_out_bad: self.leave_out_bad }
+    }
 }
 
 fn yes() -> bool {
@@ -211,6 +224,26 @@ pub fn stream_of(
     Ok(stream)
 }
 
+/// The same of a dialogue from a file, whose pictures are shown whole within `budget`.
+///
+/// # Errors
+/// Those of [`stream_of`] and of `size`, with the row.
+pub fn stream_of_dialogue(
+    chat: &Chat,
+    processor: &Processor,
+    dialogue: &Dialogue,
+    budget: Budget,
+    size: impl Fn(&Path) -> Result<Size>,
+) -> Result<Stream> {
+    let of_row = || format!("row {}", dialogue.number);
+    let mut views = Vec::new();
+    for (k, path) in dialogue.images.iter().enumerate() {
+        let size = size(path).with_context(of_row)?;
+        views.push((Arc::from(path.as_path()), View::whole(k, size, budget)?));
+    }
+    stream_of(chat, processor, &dialogue.messages, &views).with_context(of_row)
+}
+
 enum Source {
     World { world: Box<Pretrain>, seed: u64 },
     File { rows: Vec<Dialogue>, budget: Budget },
@@ -229,8 +262,7 @@ impl Source {
             };
             let task = MultiImageTask::new(options.clone(), processor.budget.factor)?;
             let writing = Writing { convention: Convention::of("qwen2_5_vl")?, reason: data.reason, snap: data.snap };
-            let images = data.images.clone();
-            let rows = kind.read(path, &ReadAs { format: data.format, images, leave_out_bad: data.leave_out_bad })?;
+            let rows = kind.read(path, &data.read_as())?;
             check_rows(&task, &rows, path)?;
             ensure_possible(&rows, path)?;
             for row in &rows {
@@ -244,15 +276,7 @@ impl Source {
                 seed,
             }),
             (Some(path), None) => {
-                let budget = processor.budget;
-                Ok(Source::File {
-                    rows: read_dialogues(path)?,
-                    budget: Budget::new(
-                        data.min_pixels.unwrap_or(budget.min_pixels),
-                        data.max_pixels.unwrap_or(budget.max_pixels),
-                        budget.factor,
-                    ),
-                })
+                Ok(Source::File { rows: data.read_as().dialogues(path)?, budget: data.budget(processor.budget) })
             }
             _ => Err(BadConfig("[data] needs exactly one of `train` (a file) and `pretrain` (a recipe)".into()).into()),
         }
@@ -310,14 +334,8 @@ impl Source {
                 Ok(Example { stream, drawn: Vec::new(), objects: Vec::new(), task })
             }
             Source::File { rows, budget } => {
-                let row = &rows[index as usize];
-                let mut views = Vec::new();
-                for (k, path) in row.images.iter().enumerate() {
-                    let size = pictures.size(path).with_context(|| format!("row {}", row.number))?;
-                    views.push((Arc::from(path.as_path()), View::whole(k, size, *budget)?));
-                }
                 let stream =
-                    stream_of(chat, processor, &row.messages, &views).with_context(|| format!("row {}", row.number))?;
+                    stream_of_dialogue(chat, processor, &rows[index as usize], *budget, |path| pictures.size(path))?;
                 Ok(Example { stream, drawn: Vec::new(), objects: Vec::new(), task: "file".into() })
             }
         }
@@ -343,7 +361,11 @@ pub fn main(invocation: &Invocation) -> Result<()> {
     let plan: Plan = config::load(&invocation.config, &invocation.overrides)?;
     plan.check()?;
     if invocation.dry_run {
+        let source = Source::open(&plan, &Processor::load(&plan.model.path)?)?;
         invocation.show(&plan)?;
+        if let Some(rows) = source.rows() {
+            eprintln!("{rows} dialogues in {}", plan.data.train.as_deref().unwrap_or(Path::new("")).display());
+        }
         eprintln!("{} dialogues a step, {} in all", plan.train.batch, plan.train.batch as u64 * plan.train.steps);
         return Ok(());
     }
@@ -375,6 +397,10 @@ impl Plan {
                 );
             }
         }
+        ensure!(
+            self.task.is_some() || self.data.format.is_none(),
+            BadConfig("data.format is of the rows that a [task] asks; dialogues have one form".into())
+        );
         self.optim.validate()?;
         self.model.trainable()?;
         self.model.check_lora()?;
@@ -415,7 +441,7 @@ pub fn train(plan: &Plan, start: Start, interrupt: &Interrupt) -> Result<Metrics
     };
     // Claimed only now that everything a person can get wrong has been read: a failed start leaves no folder behind.
     let written_plan = config::to_toml(plan)?;
-    let (folder, checkpoint) = RunFolder::open(&plan.train.out, start, &written_plan)?;
+    let (folder, checkpoint) = RunFolder::open(&plan.train.out, Kind::Sft, start, &written_plan)?;
     let mut done = 0;
     if let Some(checkpoint) = &checkpoint {
         checkpoint.leaves_steps(plan.train.steps)?;

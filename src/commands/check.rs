@@ -1,7 +1,10 @@
 //! `foveate data check`: what is wrong with a file of rows, and what a model would be asked.
 //!
 //! What must stay true: with a model, a row is put into the very words, views and tokens that a run would open its conversation with; the
-//! later turns of a conversation come on top and are the policy's. Weights are not opened.
+//! later turns of a conversation come on top and are the policy's. Weights are not opened. Dialogues, which ask nothing, are measured as
+//! fine-tuning would learn them (`check/written.rs`).
+
+mod written;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
@@ -14,7 +17,7 @@ use serde_json::json;
 
 use crate::chat::{Chat, Message};
 use crate::config::{self, BadConfig};
-use crate::data::{Format, Read, ReadAs, Sample};
+use crate::data::{Format, Read, ReadAs, Report, Sample, holds_dialogues};
 use crate::geometry::Size;
 use crate::image::Processor;
 use crate::rollout;
@@ -50,12 +53,17 @@ pub struct Check {
 impl Check {
     pub fn run(self) -> Result<()> {
         let format = self.format.as_deref().map(Format::named).transpose()?;
-        let read = ReadAs { format, images: self.images.clone(), leave_out_bad: false }.check(&self.file)?;
+        let read_as = ReadAs { format, images: self.images.clone(), leave_out_bad: false };
+        if format.is_none() && self.task.is_none() && holds_dialogues(&self.file) {
+            return self.check_dialogues(&read_as);
+        }
+        let read = read_as.check(&self.file)?;
         let asked = match &self.model {
             Some(model) => self.ask(model, &read)?,
             None => Vec::new(),
         };
         let report = &read.report;
+        let unaskable = asked.iter().map(|asked| asked.unaskable.len()).sum();
         if self.json {
             let mut out = json!(report);
             if self.model.is_some() {
@@ -63,19 +71,19 @@ impl Check {
             }
             println!("{out}");
         } else {
-            report.problems.iter().for_each(|problem| println!("{problem}"));
-            report.notes.iter().for_each(|note| eprintln!("{note}"));
-            eprintln!(
-                "{} rows{}, {} pictures, {} problems",
-                report.rows,
-                report.format.map(|format| format!(" of format {}", format.name())).unwrap_or_default(),
-                report.pictures,
-                report.problems.len()
-            );
+            let rows = report.format.map_or("rows".into(), |format| format!("rows of format {}", format.name()));
+            tell(report, &rows);
             asked.iter().for_each(|asked| print!("\n{}", asked.text()));
         }
+        self.ensure_good(report, unaskable, "cannot be asked")
+    }
+
+    /// # Errors
+    /// There are problems, or rows that a config makes nothing of.
+    fn ensure_good(&self, report: &Report, unusable: usize, what: &str) -> Result<()> {
         let bad = report.problems.len();
-        ensure!(bad == 0, "{bad} problems in {}", self.file.display());
+        let unusable = if unusable > 0 { format!(", and {unusable} rows that {what}") } else { String::new() };
+        ensure!(bad == 0 && unusable.is_empty(), "{bad} problems{unusable} in {}", self.file.display());
         Ok(())
     }
 
@@ -98,7 +106,10 @@ impl Check {
         let Some(path) = &self.config else {
             let single = rows.iter().all(|row| row.images.len() == 1);
             let kind = self.task.clone().unwrap_or_else(|| if single { "crop" } else { "multi_image" }.into());
-            let options: TaskOptions = toml::from_str(&format!("kind = {}", json!(kind)))
+            // Judged by what the rows have: no row is at fault for a config that there is not.
+            let free = kind == "crop" && rows.iter().all(|row| row.choices.is_empty());
+            let judge = if free { "judge = \"text\"" } else { "" };
+            let options: TaskOptions = toml::from_str(&format!("kind = {}\n{judge}", json!(kind)))
                 .map_err(|_| BadConfig(format!("--task {kind}: expected crop or multi_image")))?;
             return Ok((vec![(kind, options)], rollout::Options::default()));
         };
@@ -117,6 +128,13 @@ impl Check {
         };
         Ok((tasks.into_iter().collect(), limits))
     }
+}
+
+/// All that is wrong on stdout, one a line; what there is, and what else is to be known, on stderr.
+fn tell(report: &Report, rows: &str) {
+    report.problems.iter().for_each(|problem| println!("{problem}"));
+    report.notes.iter().for_each(|note| eprintln!("{note}"));
+    eprintln!("{} {rows}, {} pictures, {} problems", report.rows, report.pictures, report.problems.len());
 }
 
 /// What every row is put through.
@@ -254,34 +272,39 @@ impl Asked {
             ("answer, tokens", &self.answer),
             ("pictures a row", &self.pictures),
         ];
-        for (what, Spread { least, median, mean, most }) in lines {
-            out.push_str(&format!("  {what:<20} {least:>6} to {most:<6} median {median}, mean {mean:.1}\n"));
-        }
-        let tallest = self.histogram.iter().map(|bin| bin.rows).max().unwrap_or(1).max(1);
-        for Bin { from, to, rows } in &self.histogram {
-            let bar = "#".repeat((rows * 40).div_ceil(tallest));
-            out.push_str(&format!("  {:>13} {rows:>7} {bar}\n", format!("{from}-{to}")));
-        }
-        out.push_str(&format!(
-            "  {} rows are too long for {} tokens with {} of an answer{}\n",
-            self.too_long,
-            self.max_tokens,
-            self.max_new_tokens,
-            if self.first_too_long.is_empty() {
-                String::new()
-            } else {
-                format!(": {}", self.first_too_long.join(", "))
-            }
-        ));
-        const SHOWN: usize = 5;
-        for row in self.unaskable.iter().take(SHOWN) {
-            out.push_str(&format!("  cannot be asked: {row}\n"));
-        }
-        if self.unaskable.len() > SHOWN {
-            out.push_str(&format!("  and {} more cannot be asked\n", self.unaskable.len() - SHOWN));
-        }
+        out.push_str(&spreads(&lines, &self.histogram));
+        let limit = format!("{} tokens with {} of an answer", self.max_tokens, self.max_new_tokens);
+        out.push_str(&too_long("rows", self.too_long, &limit, &self.first_too_long));
+        out.push_str(&first_of(&self.unaskable, "cannot be asked"));
         out
     }
+}
+
+fn spreads(lines: &[(&str, &Spread)], histogram: &[Bin]) -> String {
+    let mut out = String::new();
+    for (what, Spread { least, median, mean, most }) in lines {
+        out.push_str(&format!("  {what:<20} {least:>6} to {most:<6} median {median}, mean {mean:.1}\n"));
+    }
+    let tallest = histogram.iter().map(|bin| bin.rows).max().unwrap_or(1).max(1);
+    for Bin { from, to, rows } in histogram {
+        let bar = "#".repeat((rows * 40).div_ceil(tallest));
+        out.push_str(&format!("  {:>13} {rows:>7} {bar}\n", format!("{from}-{to}")));
+    }
+    out
+}
+
+fn too_long(what: &str, count: usize, limit: &str, first: &[String]) -> String {
+    let first = if first.is_empty() { String::new() } else { format!(": {}", first.join(", ")) };
+    format!("  {count} {what} are too long for {limit}{first}\n")
+}
+
+fn first_of(reasons: &[String], what: &str) -> String {
+    const SHOWN: usize = 5;
+    let mut out: String = reasons.iter().take(SHOWN).map(|reason| format!("  {what}: {reason}\n")).collect();
+    if reasons.len() > SHOWN {
+        out.push_str(&format!("  and {} more {what}\n", reasons.len() - SHOWN));
+    }
+    out
 }
 
 #[cfg(test)]

@@ -39,7 +39,7 @@ mod refcoco;
 mod row;
 mod shuffle;
 
-pub use dialogue::{Dialogue, read_dialogues};
+pub use dialogue::{Dialogue, Dialogues, holds_dialogues};
 pub use format::Format;
 pub use order::Order;
 pub use published::{PUBLISHED, Published};

@@ -171,9 +171,8 @@ impl ReadAs {
         let first = |part: &Option<PathBuf>| parts.iter().position(|p| p == part);
         problems.sort_by_cached_key(|p| (first(&p.file), p.row));
         let (path, questions) = (path.to_owned(), samples.len());
-        let report = Report { path, format, rows: read, questions, pictures: pictures.sizes.len(), problems, notes };
-        let sizes = pictures.sizes.into_iter().filter_map(|(path, size)| Some((path, size.ok()?))).collect();
-        Ok(Read { samples, sizes, report })
+        let report = Report { path, format, rows: read, questions, pictures: pictures.len(), problems, notes };
+        Ok(Read { samples, sizes: pictures.sizes(), report })
     }
 
     /// Every row of every file, its pictures not yet looked at.
@@ -305,18 +304,18 @@ impl Rows {
 }
 
 #[derive(Clone, Copy, PartialEq)]
-enum Look {
+pub(super) enum Look {
     Header,
     Whole,
 }
 
 /// The pictures of a set: how large each is, or why it cannot be shown.
-struct Pictures {
+pub(super) struct Pictures {
     sizes: HashMap<PathBuf, Result<Size, String>>,
 }
 
 impl Pictures {
-    fn look<'a>(paths: impl Iterator<Item = &'a PathBuf>, look: Look) -> Pictures {
+    pub(super) fn look<'a>(paths: impl Iterator<Item = &'a PathBuf>, look: Look) -> Pictures {
         let mut seen = HashMap::new();
         let mut different: Vec<&PathBuf> = Vec::new();
         for path in paths {
@@ -337,19 +336,33 @@ impl Pictures {
         Pictures { sizes }
     }
 
+    /// How many different ones were named.
+    pub(super) fn len(&self) -> usize {
+        self.sizes.len()
+    }
+
+    /// Of those that are there.
+    pub(super) fn sizes(self) -> HashMap<PathBuf, Size> {
+        self.sizes.into_iter().filter_map(|(path, size)| Some((path, size.ok()?))).collect()
+    }
+
+    /// Why a picture cannot be shown.
+    pub(super) fn fault(&self, path: &Path) -> Option<String> {
+        match self.sizes.get(path)? {
+            Err(reason) => Some(reason.clone()),
+            Ok(size) if size.too_thin() => Some(format!(
+                "{size} pixels, expected an aspect ratio of at most {MAX_PICTURE_ASPECT}; cut or pad it first: {}",
+                path.display()
+            )),
+            Ok(_) => None,
+        }
+    }
+
     /// Missing or damaged pictures of a row, and boxes outside them. With `cut`, what rounding left outside is cut off first.
     fn faults(&self, sample: &mut Sample, cut: bool) -> Vec<(String, String)> {
         let mut faults = Vec::new();
         for (k, path) in sample.images.iter().enumerate() {
-            let reason = match self.sizes.get(path) {
-                Some(Err(reason)) => reason.clone(),
-                Some(Ok(size)) if size.too_thin() => format!(
-                    "{size} pixels, expected an aspect ratio of at most {MAX_PICTURE_ASPECT}; cut or pad it first: {}",
-                    path.display()
-                ),
-                _ => continue,
-            };
-            faults.push((format!("images[{k}]"), reason));
+            faults.extend(self.fault(path).map(|reason| (format!("images[{k}]"), reason)));
         }
         for (k, target) in sample.targets.iter_mut().enumerate() {
             let path = target.image.checked_sub(1).and_then(|k| sample.images.get(k));

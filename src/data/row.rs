@@ -8,6 +8,7 @@ use serde_json::Value;
 use super::fields::{Fault, Given, describe, fault, optional_text, said, text, texts};
 use super::{Sample, Target};
 use crate::geometry::BBox;
+use crate::reward::letter;
 
 pub(super) fn parse(given: &Given) -> Result<Sample, Fault> {
     let mut row = given.values().clone();
@@ -32,6 +33,11 @@ pub(super) fn parse(given: &Given) -> Result<Sample, Fault> {
         Some(Value::Number(n)) => n.to_string(),
         other => said("answer", other)?,
     };
+    if !choices.is_empty() && letter(&answer, &choices).is_none() {
+        let reason =
+            format!("found {answer:?}, expected the letter or the text of one of its {} choices", choices.len());
+        return fault("answer", reason);
+    }
     let targets = match row.shift_remove("targets") {
         None | Some(Value::Null) => Vec::new(),
         Some(Value::Array(list)) => list
@@ -106,5 +112,10 @@ mod tests {
         );
         assert_eq!(key_of(r#"{"id":3,"images":["x"],"question":" ","answer":"4"}"#), "question");
         assert_eq!(key_of(r#"{"id":3,"images":["x"],"question":"?","answer":""}"#), "answer");
+        let chosen = |answer: &str| {
+            format!(r#"{{"id":3,"images":["x"],"question":"?","choices":["cat","dog"],"answer":"{answer}"}}"#)
+        };
+        assert_eq!(key_of(&chosen("D")), "answer");
+        ["B", "b", "dog", "(A)"].iter().for_each(|answer| assert!(read(&chosen(answer)).is_ok(), "{answer}"));
     }
 }

@@ -218,10 +218,11 @@ pub enum Finish {
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(try_from = "recorded::Line")]
 pub struct Completion {
     pub ids: Vec<u32>,
     /// Of each id, under the distribution it was drawn from. NaN where the engine does not tell them; then nothing can be trained.
-    #[serde(with = "recorded::logprobs")]
+    #[serde(serialize_with = "recorded::numbers_or_null")]
     pub logprobs: Vec<f32>,
     pub finish: Finish,
 }

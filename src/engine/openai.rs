@@ -256,11 +256,13 @@ impl Served {
     fn kept(&self) -> String {
         match &self.options.calls {
             Some(calls) => {
-                format!(". The same command goes on and pays for no answer twice; they are in {}", calls.display())
+                format!(
+                    ". The same command (with --resume, once its folder holds answers) goes on and pays for no answer twice; they are in {}",
+                    calls.display()
+                )
             }
-            None => {
-                ". With engine.calls = FILE answers are recorded, and the same command would go on from there".into()
-            }
+            None => ". With engine.calls = FILE every answer is recorded as it comes, and none would be paid for twice"
+                .into(),
         }
     }
 

@@ -8,14 +8,18 @@ use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 use sha2::{Digest, Sha256};
 
-use super::{Completion, Prompt, Sampler, Sampling};
+use super::{Completion, Finish, Prompt, Sampler, Sampling};
+use crate::model::lora;
+use crate::openai::sha256;
 use crate::progress::say;
 use crate::run::ANSWERS;
+use crate::table;
 
 /// One call of [`Sampler::sample`], a line of the file.
 #[derive(Serialize, Deserialize)]
@@ -33,6 +37,8 @@ pub struct Recorded<'a> {
     path: PathBuf,
     file: File,
     known: HashMap<String, Vec<Vec<Completion>>>,
+    /// Digests of the files of pictures.
+    pictures: HashMap<Arc<Path>, String>,
     /// Lines of the batch under way.
     pending: Vec<u8>,
     /// Why writing failed: told by the next call, and by [`Recorded::finish`].
@@ -40,10 +46,10 @@ pub struct Recorded<'a> {
 }
 
 impl<'a> Recorded<'a> {
-    /// `plan` is all that answers hang on beside the prompts and the files of `model`.
+    /// `plan` is all that answers hang on beside the prompts and the files of `model` (and of its base, where it is an adapter).
     ///
     /// # Errors
-    /// The record cannot be read or written, or a line of it that is not the last is damaged.
+    /// The record cannot be read or written, or a line of it is damaged that is not the last.
     pub fn open(engine: &'a mut dyn Sampler, folder: &Path, plan: &str, model: &Path) -> Result<Recorded<'a>> {
         let path = folder.join(ANSWERS);
         let opening = || format!("opening the record of answers: {}", path.display());
@@ -59,6 +65,9 @@ impl<'a> Recorded<'a> {
                 break;
             }
             whole += line.len();
+            if line.trim_ascii().is_empty() {
+                continue;
+            }
             match serde_json::from_slice::<Call>(line) {
                 Ok(call) if call.of == of => drop(known.insert(call.digest, call.completions)),
                 Ok(_) => others += 1,
@@ -75,13 +84,37 @@ impl<'a> Recorded<'a> {
                 path.display()
             ));
         }
-        Ok(Recorded { engine, of, path, file, known, pending: Vec::new(), failed: None })
+        Ok(Recorded { engine, of, path, file, known, pictures: HashMap::new(), pending: Vec::new(), failed: None })
     }
 
     /// # Errors
     /// The last answers could not be written.
     pub fn finish(mut self) -> Result<()> {
         self.failed.take().map_or(Ok(()), Err)
+    }
+
+    /// Of all that answers hang on beside the weights: words, seeds, sampling, and of each picture what its file holds and what was shown of it.
+    fn digest(&mut self, prompts: &[Prompt], sampling: &Sampling) -> Result<String> {
+        let mut hash = Sha256::new();
+        hash.update(serde_json::to_vec(sampling).context("writing the sampling as JSON")?);
+        for Prompt { stream, seeds, session: _ } in prompts {
+            hash.update((stream.len() as u64).to_le_bytes());
+            stream.ids.iter().for_each(|id| hash.update(id.to_le_bytes()));
+            hash.update((seeds.len() as u64).to_le_bytes());
+            seeds.iter().for_each(|seed| hash.update(seed.to_le_bytes()));
+            for image in &stream.images {
+                let picture = match self.pictures.get(&image.path) {
+                    Some(known) => known,
+                    None => {
+                        let digest = sha256(&table::picture_bytes(&image.path)?);
+                        self.pictures.entry(image.path.clone()).or_insert(digest)
+                    }
+                };
+                let (region, size) = (image.view.region, image.view.size);
+                hash.update(format!("{picture}\0{region:?}\0{}x{}\0", size.width, size.height));
+            }
+        }
+        Ok(hex(hash))
     }
 
     fn write(&mut self) -> Result<()> {
@@ -101,8 +134,9 @@ impl Sampler for Recorded<'_> {
         if let Some(error) = self.failed.take() {
             return Err(error);
         }
-        let digest = digest(prompts, sampling)?;
-        if let Some(known) = self.known.get(&digest) {
+        let digest = self.digest(prompts, sampling)?;
+        let fits = |known: &&Vec<Vec<Completion>>| known.iter().map(Vec::len).eq(prompts.iter().map(|p| p.seeds.len()));
+        if let Some(known) = self.known.get(&digest).filter(fits) {
             return Ok(known.clone());
         }
         let completions = self.engine.sample(prompts, sampling)?;
@@ -122,36 +156,23 @@ impl Sampler for Recorded<'_> {
     }
 }
 
-/// Of the plan, and of name, length and age of every file of the checkpoint.
+/// Of the plan, and of name, length and age of every file of the checkpoint: to read the weights twice would cost more than answers that are
+/// asked again.
 fn identity(plan: &str, model: &Path) -> Result<String> {
     let mut hash = Sha256::new();
     hash.update(plan);
-    let listing = || format!("listing the checkpoint {}", model.display());
-    let mut files: Vec<PathBuf> =
-        fs::read_dir(model).with_context(listing)?.map(|entry| Ok(entry?.path())).collect::<Result<_>>()?;
-    files.sort();
-    for path in files {
-        let file = fs::metadata(&path).with_context(listing)?;
-        if file.is_file() {
-            hash.update(format!("{}\0{}\0{:?}\0", path.display(), file.len(), file.modified().ok()));
-        }
-    }
-    Ok(hex(hash))
-}
-
-/// Of all that an answer hangs on beside the weights.
-fn digest(prompts: &[Prompt], sampling: &Sampling) -> Result<String> {
-    let mut hash = Sha256::new();
-    hash.update(serde_json::to_vec(sampling).context("writing the sampling as JSON")?);
-    for Prompt { stream, seeds, session: _ } in prompts {
-        hash.update((stream.len() as u64).to_le_bytes());
-        stream.ids.iter().for_each(|id| hash.update(id.to_le_bytes()));
-        hash.update((seeds.len() as u64).to_le_bytes());
-        seeds.iter().for_each(|seed| hash.update(seed.to_le_bytes()));
-        for image in &stream.images {
-            let r = image.view.region;
-            let size = image.view.size;
-            hash.update(format!("{}\0{:?}\0{}x{}\0", image.path.display(), r, size.width, size.height));
+    // A server holds the weights of its own; then the base need not be here.
+    let base = lora::base_or(model).ok().filter(|base| base != model);
+    for folder in [Some(model.to_owned()), base].into_iter().flatten() {
+        let listing = || format!("listing the checkpoint {}", folder.display());
+        let mut files: Vec<PathBuf> =
+            fs::read_dir(&folder).with_context(listing)?.map(|entry| Ok(entry?.path())).collect::<Result<_>>()?;
+        files.sort();
+        for path in files {
+            let file = fs::metadata(&path).with_context(listing)?;
+            if file.is_file() {
+                hash.update(format!("{}\0{}\0{:?}\0", path.display(), file.len(), file.modified().ok()));
+            }
         }
     }
     Ok(hex(hash))
@@ -162,23 +183,33 @@ fn hex(hash: Sha256) -> String {
 }
 
 /// Log-probs as JSON has them: what is not a number, because the engine does not tell it, is null.
-pub(super) mod logprobs {
-    use serde::{Deserialize, Deserializer, Serializer};
+pub(super) fn numbers_or_null<S: Serializer>(values: &[f32], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(values.iter().map(|value| value.is_finite().then_some(value)))
+}
 
-    pub fn serialize<S: Serializer>(values: &[f32], serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_seq(values.iter().map(|value| value.is_finite().then_some(value)))
-    }
+/// A [`Completion`] as it stands in the file, which a person may have changed.
+#[derive(Deserialize)]
+pub(super) struct Line {
+    ids: Vec<u32>,
+    logprobs: Vec<Option<f32>>,
+    finish: Finish,
+}
 
-    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<f32>, D::Error> {
-        let values = Vec::<Option<f32>>::deserialize(deserializer)?;
-        Ok(values.into_iter().map(|value| value.unwrap_or(f32::NAN)).collect())
+impl TryFrom<Line> for Completion {
+    type Error = String;
+
+    fn try_from(Line { ids, logprobs, finish }: Line) -> Result<Completion, String> {
+        if ids.len() != logprobs.len() {
+            return Err(format!("{} ids with {} logprobs", ids.len(), logprobs.len()));
+        }
+        let logprobs = logprobs.into_iter().map(|value| value.unwrap_or(f32::NAN)).collect();
+        Ok(Completion { ids, logprobs, finish })
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::Finish;
     use crate::episode::Stream;
 
     /// Answers with the seed, and counts how often it is asked.
@@ -245,6 +276,14 @@ mod tests {
         assert_eq!(play(folders, "b", &[&[9]], false).1, 1);
         fs::write(model.path().join("model.safetensors"), "new").unwrap();
         assert_eq!(play(folders, "a", &[&[9]], false).1, 1);
+        // A blank line is no call; one that answers less than was asked is none of it.
+        fs::write(&path, "\n").unwrap();
+        assert_eq!(play(folders, "a", &[&[7, 8]], false).1, 1);
+        let text = fs::read_to_string(&path).unwrap();
+        let mut call: serde_json::Value = serde_json::from_str(text.trim()).unwrap();
+        call["completions"][0].as_array_mut().unwrap().pop();
+        fs::write(&path, format!("{call}\n")).unwrap();
+        assert_eq!(play(folders, "a", &[&[7, 8]], false), (vec![1, 1], 1));
         fs::write(&path, "{}\n").unwrap();
         let mut engine = Parrot(0);
         let error = Recorded::open(&mut engine, run.path(), "a", model.path()).err().unwrap();

@@ -3,7 +3,7 @@
 //! What must stay true: nothing is left out in silence: every such row stands on stderr, in the notes of the table and in the JSON, with
 //! its reason; where not one row can be asked, the evaluation is refused with the first reason.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -18,22 +18,34 @@ use crate::tasks::Task;
 /// A row that was not asked.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub(super) struct Unasked {
-    /// Its number and key in the file, or its id.
+    /// Its number and key in the file, or its id in quotes.
     pub row: String,
     pub reason: String,
-    /// The row of the table whose task could not ask it; without it, none could.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub task: Option<String>,
+    /// The rows of the table whose tasks could not ask it; where there are none, nobody could.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub tasks: Vec<String>,
 }
 
 impl Unasked {
     fn by(task: &str, row: &Sample, reason: String) -> Unasked {
-        Unasked { row: row.named(), reason, task: Some(task.to_owned()) }
+        Unasked { row: format!("row {:?}", row.id), reason, tasks: vec![task.to_owned()] }
     }
 
     fn line(&self) -> String {
-        let task = self.task.as_ref().map(|task| format!("{task}, ")).unwrap_or_default();
-        format!("{task}{}: {}", self.row, self.reason)
+        let tasks = if self.tasks.is_empty() { String::new() } else { self.tasks.join(", ") + ": " };
+        format!("{tasks}{}: {}", self.row, self.reason)
+    }
+}
+
+/// Adds `more` to `all`; what several tasks say of one row for one reason becomes one entry.
+pub(super) fn add(all: &mut Vec<Unasked>, more: Vec<Unasked>) {
+    let places: HashMap<(String, String), usize> =
+        all.iter().enumerate().map(|(k, one)| ((one.row.clone(), one.reason.clone()), k)).collect();
+    for one in more {
+        match places.get(&(one.row.clone(), one.reason.clone())) {
+            Some(&k) => all[k].tasks.extend(one.tasks),
+            None => all.push(one),
+        }
     }
 }
 
@@ -43,7 +55,7 @@ pub(super) fn bad(report: &Report) -> Vec<Unasked> {
         let part = problem.file.as_ref().map(|file| format!("{}, ", file.display())).unwrap_or_default();
         let key = if problem.key.is_empty() { String::new() } else { format!(", key {:?}", problem.key) };
         let row = if problem.row == 0 { "the file".to_owned() } else { format!("row {}{key}", problem.row) };
-        Unasked { row: part + &row, reason: problem.reason.clone(), task: None }
+        Unasked { row: part + &row, reason: problem.reason.clone(), tasks: Vec::new() }
     };
     report.problems.iter().map(of).collect()
 }
@@ -116,9 +128,13 @@ const SHOWN: usize = 10;
 
 /// For the table: how many, and the first of them.
 pub(super) fn notes(unasked: &[Unasked]) -> Vec<String> {
-    let Some(more) = unasked.len().checked_sub(1) else { return Vec::new() };
-    let rows = if more == 0 { "1 row was".to_owned() } else { format!("{} rows were", more + 1) };
-    let mut notes = vec![format!("{rows} not asked and counts nowhere:")];
+    if unasked.is_empty() {
+        return Vec::new();
+    }
+    let rows = unasked.iter().map(|one| &one.row).collect::<HashSet<_>>().len();
+    let rows = if rows == 1 { "1 row was".to_owned() } else { format!("{rows} rows were") };
+    let by_some = unasked.iter().any(|one| !one.tasks.is_empty());
+    let mut notes = vec![format!("{rows} not asked{}:", if by_some { ", or not by every task" } else { "" })];
     notes.extend(unasked.iter().take(SHOWN).map(Unasked::line));
     if unasked.len() > SHOWN {
         notes.push(format!("and {} more; foveate data check lists them all", unasked.len() - SHOWN));
@@ -128,4 +144,27 @@ pub(super) fn notes(unasked: &[Unasked]) -> Vec<String> {
 
 pub(super) fn say(unasked: &[Unasked]) {
     notes(unasked).iter().for_each(|note| progress::say(note));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_that_several_tasks_cannot_ask_is_one_row() {
+        let by = |task: &str, row: &str| Unasked { row: row.into(), reason: "thin".into(), tasks: vec![task.into()] };
+        let mut all = vec![Unasked { row: "row 3".into(), reason: "torn".into(), tasks: vec![] }];
+        assert_eq!(notes(&all), ["1 row was not asked:", "row 3: torn"]);
+        add(&mut all, vec![by("a", "row \"x\"")]);
+        add(&mut all, vec![by("b", "row \"x\""), by("b", "row \"y\"")]);
+        assert_eq!(
+            notes(&all),
+            [
+                "3 rows were not asked, or not by every task:",
+                "row 3: torn",
+                "a, b: row \"x\": thin",
+                "b: row \"y\": thin"
+            ]
+        );
+    }
 }

@@ -267,7 +267,7 @@ mod tests {
         let now = folder.path().join("moved");
         fs::create_dir_all(now.join("data")).unwrap();
         fs::write(now.join("data/a.jpg"), "x").unwrap();
-        let run = run::RunFolder::create(now.join("mgpo")).unwrap();
+        let run = run::RunFolder::create(now.join("mgpo"), run::Kind::Rl).unwrap();
         run.save(CONFIG, b"[train]\nout = '/gone/demo/mgpo'\n").unwrap();
         run.write_episodes(1, &[serde_json::json!({"id": "q"})]).unwrap();
         let runs = load_all(&[now.join("mgpo")]).unwrap();

@@ -13,7 +13,7 @@ use crate::episode::Episode;
 use crate::eval;
 use crate::need;
 use crate::progress::Progress;
-use crate::run::{Interrupt, Interrupted, Invocation, Metrics, RunFolder, lasting};
+use crate::run::{Interrupt, Interrupted, Invocation, Kind, Metrics, RunFolder, of_answers};
 
 /// `foveate rollout CONFIG`: plays one step's worth of questions per step and writes the episodes; nothing is trained.
 pub fn main(invocation: &Invocation) -> Result<()> {
@@ -25,16 +25,17 @@ pub fn main(invocation: &Invocation) -> Result<()> {
         return Ok(());
     }
     let written_plan = config::to_toml(&plan)?;
-    RunFolder::check(&plan.train.out, invocation.start, &written_plan)?;
+    RunFolder::check(&plan.train.out, Kind::Rollout, invocation.start, &written_plan)?;
     if plan.engine.is_embedded() {
         need::of_rl(&plan, &*task, &rows, false)?.ensure_fits(&plan.model)?;
     }
     let interrupt = Interrupt::install()?;
     let (mut engine, frontend) = engine::open_sampler(&plan.engine, &plan.model)?;
     let context = Loop { plan: &plan, objective: &objective, task: &*task, frontend: &frontend };
-    let (folder, _) = RunFolder::open(&plan.train.out, invocation.start, &written_plan)?;
+    let (folder, _) = RunFolder::open(&plan.train.out, Kind::Rollout, invocation.start, &written_plan)?;
+    // A record that cannot be read is told of before anything is taken back.
+    let mut engine = Recorded::open(&mut *engine, folder.root(), &of_answers(&written_plan)?, &plan.model.path)?;
     folder.begin(&written_plan, None)?;
-    let mut engine = Recorded::open(&mut *engine, folder.root(), &lasting(&written_plan)?, &plan.model.path)?;
     let mut state = State { order: Order::new(rows.len(), plan.train.seed)?, groups: 0 };
     let mut log = folder.metrics_log()?;
     let bar = Progress::start("playing", "step", 0, plan.train.steps);

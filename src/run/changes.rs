@@ -25,7 +25,7 @@ const FREE: [&str; 20] = [
     "model.picture_cache_mib",
     "model.vision_tape_mib",
     "model.check_memory",
-    "engine.url",
+    SERVER,
     "engine.api_key_env",
     "engine.max_in_flight",
     "engine.max_request_mib",
@@ -34,12 +34,15 @@ const FREE: [&str; 20] = [
     "engine.patience_s",
 ];
 
-/// The keys of a plan (TOML) that may not change, with their values.
+/// A run may go on at another server, from a checkpoint of its own; what one server answered is no answer of another.
+const SERVER: &str = "engine.url";
+
+/// The keys of a plan (TOML) that answers hang on, with their values: those that may not change, and the server.
 ///
 /// # Errors
 /// It is no TOML.
-pub fn lasting(plan: &str) -> Result<String> {
-    let kept = keys(plan)?.into_iter().filter(|(key, _)| !is_free(key));
+pub fn of_answers(plan: &str) -> Result<String> {
+    let kept = keys(plan)?.into_iter().filter(|(key, _)| !is_free(key) || key == SERVER);
     Ok(kept.map(|(key, value)| format!("{key} = {value}\n")).collect())
 }
 

@@ -235,6 +235,9 @@ pub struct Environment {
     pub version: String,
     /// Commit it was built from, where the build said (`FOVEATE_COMMIT`).
     pub commit: Option<String>,
+    /// What it is of; older folders do not say.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kind: Option<super::Kind>,
     /// The command line.
     pub command: Vec<String>,
     /// When the run started, UTC, `2026-01-31T12:00:00Z`.
@@ -255,6 +258,7 @@ impl Environment {
         Environment {
             version: env!("CARGO_PKG_VERSION").into(),
             commit: option_env!("FOVEATE_COMMIT").map(str::to_owned),
+            kind: None,
             command: std::env::args().collect(),
             started: now(),
             system: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),

@@ -180,6 +180,7 @@ fn bad_data_is_named_by_file_row_and_key() {
         ("{\"id\": 1".into(), &["row 1", "not JSON"]),
         (row("one.png", ", \"choices\": \"A\""), &["row 1", "choices"]),
         (row("one.png", "").replace("\"7\"", "\"\""), &["row 1", "answer"]),
+        (row("one.png", ", \"choices\": [\"3\", \"5\"]"), &["row 1", "answer", "one of its 2 choices"]),
         (row("one.png", ", \"targets\": [{\"image\": 2, \"bbox\": [1, 1, 9, 9]}]"), &["row 1", "targets[0].image"]),
         (
             row("one.png", ", \"targets\": [{\"image\": 1, \"bbox\": [1, 1, 999, 9]}]"),
@@ -229,6 +230,45 @@ fn bad_data_is_named_by_file_row_and_key() {
         refused(dir, &["sft", "sft.toml"], 1, &["talk.jsonl", word]);
         assert!(!dir.join("sft").exists());
     }
+}
+
+#[test]
+fn bad_dialogues_are_named_before_the_first_step() {
+    let world = world();
+    let dir = world.path();
+    let row = |picture: &str| {
+        format!(
+            r#"{{"messages": [{{"role": "user", "content": [{{"type": "image", "image": "{picture}"}}, {{"type": "text", "text": "?"}}]}}, {{"role": "assistant", "content": "7"}}]}}"#
+        )
+    };
+    std::fs::write(dir.join("d.jsonl"), [row("one.png"), row("one.png"), row("lost.png")].join("\n")).unwrap();
+    std::fs::write(
+        dir.join("sft.toml"),
+        "[model]\npath = 'model'\n[data]\ntrain = 'd.jsonl'\nmax_tokens = 20\n[train]\nout = 'sft'\nsteps = 1\nbatch = 1\n",
+    )
+    .unwrap();
+    let before = files(dir);
+    for args in [&["sft", "sft.toml"][..], &["sft", "sft.toml", "--dry-run"]] {
+        refused(dir, args, 1, &["row 3", "messages[0].content[0].image", "lost.png", "d.jsonl"]);
+    }
+    assert_eq!(files(dir), before);
+    let out = foveate(dir, &["data", "check", "d.jsonl", "--model", "model", "--config", "sft.toml", "--json"]);
+    assert_eq!(out.status.code(), Some(1));
+    let told: Value = serde_json::from_slice(&out.stdout).unwrap();
+    assert_eq!((&told["format"], &told["rows"], &told["pictures"]), (&"dialogues".into(), &3.into(), &2.into()));
+    assert_eq!((&told["problems"][0]["row"], told["problems"].as_array().unwrap().len()), (&3.into(), 1));
+    let written = &told["written"];
+    assert_eq!(
+        (&written["dialogues"], &written["too_long"], &written["max_tokens"]),
+        (&2.into(), &2.into(), &20.into())
+    );
+    // "7" and the end of the turn.
+    assert_eq!((&written["trained"]["least"], &written["pictures"]["most"]), (&2.into(), &1.into()));
+    good(dir, &["sft", "sft.toml", "--dry-run", "data.leave_out_bad=true"]);
+    refused(dir, &["sft", "sft.toml", "data.format=own"], 2, &["data.format"]);
+    std::fs::write(dir.join("d.jsonl"), row("one.png")).unwrap();
+    let shown = good(dir, &["data", "check", "d.jsonl", "--model", "model"]);
+    assert!(shown.contains("1 dialogues") && shown.contains("pictures a dialogue"), "{shown}");
 }
 
 /// Writes the model's weights again after a change to its tensors (name, shape, bytes).

@@ -10,7 +10,7 @@ use foveate::sft;
 use safetensors::SafeTensors;
 use serde_json::Value;
 
-use crate::cli::{good, refused};
+use crate::cli::{foveate, good, refused};
 use crate::tiny;
 
 /// A KL against the first weights and an entropy bonus, so that every step moves the weights whatever the rewards are.
@@ -335,5 +335,37 @@ fn what_was_answered_before_a_kill_is_not_asked_again() {
             let read = |run: &str| std::fs::read_to_string(dir.join(run).join(file)).unwrap();
             assert_eq!(read(&whole), read(&cut), "{command}: {file}");
         }
+        // Another picture under the same name is another question; a record that cannot be read leaves what there is.
+        let one = dir.join("one.png");
+        let picture = std::fs::read(&one).unwrap();
+        let mut dark = foveate::image::decode(&one).unwrap().as_image().clone();
+        dark.pixels_mut().for_each(|pixel| *pixel = image::Rgb([9, 9, 9]));
+        foveate::image::save(&dark, &one).unwrap();
+        let lines = || std::fs::read_to_string(&record).unwrap().lines().count();
+        let before = lines();
+        good(&dir, &[command, config, &format!("{out}={cut}"), "--resume"]);
+        assert!(lines() > before, "{command}");
+        std::fs::write(&one, picture).unwrap();
+        let episodes = std::fs::read(dir.join(&cut).join(same[0])).unwrap();
+        let text = std::fs::read_to_string(&record).unwrap();
+        std::fs::write(&record, text.replacen("\"logprobs\":[", "\"logprobs\":[0.0,", 1)).unwrap();
+        let again = [command, config, &format!("{out}={cut}"), "--resume"];
+        let out = foveate(&dir, &again);
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert_eq!(out.status.code(), Some(1), "{said}");
+        assert!(said.contains("line 1 of the record of answers is damaged") && said.contains("logprobs"), "{said}");
+        assert_eq!(std::fs::read(dir.join(&cut).join(same[0])).unwrap(), episodes, "{command}");
     }
+    // The folder of one command is nothing that another goes on with, whatever it is told to accept.
+    good(&dir, &["rl", "rollout.toml", "train.out=trained"]);
+    let metrics = std::fs::read(dir.join("trained/metrics.jsonl")).unwrap();
+    for args in [
+        &["rollout", "rollout.toml", "train.out=trained", "--resume"][..],
+        &["eval", "eval.toml", "eval.out=trained", "--resume", "--accept-changes"],
+    ] {
+        refused(&dir, args, 1, &["what foveate rl left", args[0]]);
+    }
+    refused(&dir, &["rl", "rollout.toml", "train.out=rollout-cut", "--resume"], 1, &["what foveate rollout left"]);
+    assert_eq!(std::fs::read(dir.join("trained/metrics.jsonl")).unwrap(), metrics);
+    assert!(dir.join("rollout-cut/answers.jsonl").exists());
 }

@@ -211,10 +211,14 @@ fn what_a_row_would_cost_is_shown() {
     let out = check(&["--task", "multi_image"]);
     assert!(out.status.success() && said(&out).contains("multi_image: 3 rows"), "{}", said(&out));
     assert!(said(&out).contains("first turn, tokens") && said(&out).contains("0 rows are too long"), "{}", said(&out));
-    // One of choice cannot be asked for a number without choices, which is the default.
     let out = check(&[]);
-    assert!(out.status.success() && said(&out).contains("crop: 0 rows"), "{}", said(&out));
+    assert!(out.status.success() && said(&out).contains("crop: 3 rows"), "{}", said(&out));
+    // A config that asks for one of choices makes nothing of rows without any.
+    std::fs::write(dir.join("choice.toml"), "[task]\njudge='choice'\n").unwrap();
+    let out = check(&["--config", "choice.toml"]);
+    assert!(out.status.code() == Some(1) && said(&out).contains("task: 0 rows"), "{}", said(&out));
     assert!(said(&out).contains("cannot be asked: row row-0: the answer is \"7\""), "{}", said(&out));
+    assert!(said(&out).contains("0 problems, and 3 rows that cannot be asked in"), "{}", said(&out));
     let config =
         "[task]\njudge='number'\nmax_pixels=6272\nmin_pixels=3136\n[rollout]\nmax_tokens=60\nmax_new_tokens=50\n";
     std::fs::write(dir.join("c.toml"), config).unwrap();
