@@ -2,7 +2,7 @@
 //! For a person to look at after a change; the project's measured numbers come from `foveate bench`.
 
 use foveate_kernels::attention::{self, Dims, Keys, Span};
-use foveate_kernels::matrix::Matrix;
+use foveate_kernels::matrix::{Compute, Matrix};
 use foveate_kernels::memory::OnLines;
 use foveate_kernels::{linear, logprob, mlp, norm};
 use std::hint::black_box;
@@ -35,30 +35,31 @@ fn main() {
     println!("{} threads", rayon::current_num_threads());
     for (m, n) in [(128, 384), (512, 1536)] {
         let w = numbers(n * m);
-        let packed = linear::Packed::new(&w, m, n);
-        for t in [1, 4, 16, 32, 64, 128, 2048] {
-            let (x, mut y) = (numbers(t * m), vec![0.0; t * n]);
-            let flops = 2 * t * m * n;
-            line(
-                &format!("linear T={t} {m}x{n}"),
-                flops,
-                seconds(|| linear::forward(black_box(&mut y), &x, &w, None, false, t, m, n)),
-            );
-            if t <= 128 {
+        for compute in [Compute::F32, Compute::Bf16] {
+            let w = Matrix::from(&w).computed(compute);
+            let packed = linear::Packed::new(w, m, n);
+            for t in [1, 4, 16, 32, 64, 128, 2048] {
+                let (x, mut y) = (numbers(t * m), vec![0.0; t * n]);
+                let flops = 2 * t * m * n;
+                line(
+                    &format!("linear T={t} {m}x{n} {compute:?}"),
+                    flops,
+                    seconds(|| linear::forward(black_box(&mut y), &x, w, None, false, t, m, n)),
+                );
                 line("  packed", flops, seconds(|| packed.forward(black_box(&mut y), &x, None, false, t)));
-            }
-            if t == 2048 {
-                let (mut dx, mut dw) = (vec![0.0; t * m], vec![0.0; n * m]);
-                line(
-                    "  backward input",
-                    flops,
-                    seconds(|| linear::backward_input(black_box(&mut dx), &y, &w, t, m, n, false)),
-                );
-                line(
-                    "  backward weight",
-                    flops,
-                    seconds(|| linear::backward_weight(black_box(&mut dw), None, &y, &x, t, m, n)),
-                );
+                if t == 2048 {
+                    let (mut dx, mut dw) = (vec![0.0; t * m], vec![0.0; n * m]);
+                    line(
+                        "  backward input",
+                        flops,
+                        seconds(|| linear::backward_input(black_box(&mut dx), &y, w, t, m, n, false)),
+                    );
+                    line(
+                        "  backward weight",
+                        flops,
+                        seconds(|| linear::backward_weight(black_box(&mut dw), None, &y, &x, t, m, n, compute)),
+                    );
+                }
             }
         }
     }
@@ -68,7 +69,13 @@ fn main() {
     let bytes: Vec<[u8; 2]> = w.iter().map(|w| ((w.to_bits() >> 16) as u16).to_le_bytes()).collect();
     for t in [1, 4, 64] {
         let (x, mut y) = (numbers(t * m), vec![0.0; t * n]);
-        for (name, w) in [("f32", Matrix::F32(&w)), ("bf16", Matrix::Bf16(&bytes))] {
+        let (wide, stored) = (Matrix::from(&w), Matrix::from(&bytes[..]));
+        for (name, w) in [
+            ("f32", wide),
+            ("f32 in bf16", wide.computed(Compute::Bf16)),
+            ("bf16", stored),
+            ("bf16 in bf16", stored.computed(Compute::Bf16)),
+        ] {
             let took = seconds(|| linear::forward(black_box(&mut y), &x, w, None, false, t, m, n));
             line(&format!("linear T={t} {m}x{n} {name}"), 2 * t * m * n, took);
         }

@@ -28,6 +28,7 @@ pub mod sample;
 
 #[cfg(test)]
 mod oracle;
+pub mod pairs;
 mod panel;
 mod threads;
 mod vector;

@@ -4,8 +4,12 @@
 //! rows, few by outputs, with the same bits. The order fixed for one output: the M inputs are cut into `ceil(M / 192)` equal
 //! blocks; each block is a run of fused multiply-adds from zero in order of m; what y holds comes first where it is to be
 //! kept, then the bias, and the blocks are added to these in order.
+//!
+//! Where the matrix says so ([`Compute::Bf16`]), both sides of all three products are rounded to bf16 first and go through `pairs`. Then the
+//! sum starts from what comes first and takes the M inputs in order, a pair at a time.
 
-use crate::matrix::Matrix;
+use crate::matrix::{Compute, Matrix};
+use crate::pairs::{self, Sides};
 use crate::panel::{self, Left, Onto, WIDTH};
 use crate::threads::each;
 use crate::vector::dispatch;
@@ -22,6 +26,8 @@ const SLAB: usize = 2048;
 /// Most rows of a weight's gradient that one task takes, and the tokens it sums in one run.
 const STRIPE: usize = 128;
 const RUN: usize = 256;
+/// Tokens that a weight's gradient sums in one run where they are paired: what a run reads stays in the second cache.
+const PAIRED_RUN: usize = 512;
 /// Columns of a weight's gradient that a task makes of one run: what they read of x stays in the second cache (512 KiB).
 const INPUTS: usize = 512;
 /// Rows of the product's tile.
@@ -88,12 +94,18 @@ fn start_body<const LEVEL: u8>(y: &mut [f32], stride: usize, b: &[f32], onto: bo
 /// Costs as much memory as the weights themselves. Worth it where the same weights meet rows several times: token after token, or
 /// one stretch of rows after the other.
 pub struct Packed {
-    /// For each panel of `WIDTH` outputs, a matrix [M, WIDTH].
-    panels: Vec<f32>,
+    panels: Panels,
     m: usize,
     n: usize,
     /// Inputs of one run of multiply-adds.
     block: usize,
+}
+
+enum Panels {
+    /// For each panel of `WIDTH` outputs, a matrix [M, WIDTH].
+    F32(Vec<f32>),
+    /// For each, one of pairs [M / 2, WIDTH], in whole steps.
+    Bf16(Vec<u32>),
 }
 
 impl Packed {
@@ -102,6 +114,11 @@ impl Packed {
     pub fn new<'a>(w: impl Into<Matrix<'a>>, m: usize, n: usize) -> Self {
         let w = w.into();
         assert_eq!(w.len(), n * m, "linear: weight [{n}, {m}]");
+        let block = block_len(m);
+        if w.compute == Compute::Bf16 {
+            let panels = paired(m, n, |panel, first, cols| w.pair_into(panel, first * m, m, m, cols));
+            return Self { panels, m, n, block };
+        }
         let mut panels = vec![0.0; n.div_ceil(WIDTH) * WIDTH * m];
         if m > 0 {
             panels.par_chunks_mut(WIDTH * m).enumerate().for_each(|(p, panel)| {
@@ -109,15 +126,21 @@ impl Packed {
                 w.transpose_into(panel, first * m, m, m, WIDTH.min(n - first));
             });
         }
-        Self { panels, m, n, block: block_len(m) }
+        Self { panels: Panels::F32(panels), m, n, block }
     }
 
     /// For [`backward_input`]: the inputs are what was the outputs.
     ///
     /// # Shapes
     /// w `[N, M]`; [`Packed::forward`] then takes dy `[T, N]` to dx `[T, M]`.
-    pub fn turned(w: &[f32], m: usize, n: usize) -> Self {
+    pub fn turned<'a>(w: impl Into<Matrix<'a>>, m: usize, n: usize) -> Self {
+        let w = w.into();
         assert_eq!(w.len(), n * m, "linear: weight [{n}, {m}]");
+        let (block, compute, w) = (block_len(n), w.compute, w.wide());
+        if compute == Compute::Bf16 {
+            let panels = paired(n, m, |panel, first, cols| pairs::columns_into(panel, WIDTH, &w[first..], m, n, cols));
+            return Self { panels, m: n, n: m, block };
+        }
         let mut panels = vec![0.0; m.div_ceil(WIDTH) * WIDTH * n];
         if n > 0 {
             panels.par_chunks_mut(WIDTH * n).enumerate().for_each(|(p, panel)| {
@@ -127,7 +150,7 @@ impl Packed {
                 }
             });
         }
-        Self { panels, m: n, n: m, block: block_len(n) }
+        Self { panels: Panels::F32(panels), m: n, n: m, block }
     }
 
     /// Writes y, or adds to it when `onto`.
@@ -138,7 +161,7 @@ impl Packed {
         let (m, n) = (self.m, self.n);
         check(y.len(), x.len(), n * m, b.map(<[f32]>::len), t, m, n);
         if t < FEW_ROWS || m == 0 || n == 0 {
-            few_rows(y, x, Weights::Panels(&self.panels), b, onto, t, m, n);
+            few_rows(y, x, Weights::Laid(&self.panels), b, onto, t, m, n);
         } else {
             self.many_rows(y, (n, 0), x, (m, 0), b, onto, t);
         }
@@ -167,7 +190,7 @@ impl Packed {
         let (m, n) = (self.m, self.n);
         check(y.len(), x.len(), n * m, b.map(<[f32]>::len), t, m, n);
         if m == 0 || n == 0 || t == 0 {
-            few_rows(y, x, Weights::Panels(&self.panels), b, onto, t, m, n);
+            few_rows(y, x, Weights::Laid(&self.panels), b, onto, t, m, n);
         } else {
             self.rows(y, n, x, m, b, onto);
         }
@@ -180,7 +203,14 @@ impl Packed {
             start(y, y_stride, b, onto);
         }
         let (t, block) = (x.len().div_ceil(x_stride), self.block);
-        for (p, panel) in self.panels.chunks_exact(WIDTH * m).enumerate() {
+        let panels = match &self.panels {
+            Panels::F32(panels) => panels,
+            Panels::Bf16(panels) => {
+                let left = Rounded::new(x, x_stride, t, m);
+                return pairs::multiply(y, y_stride, left.with(panels), t, n, onto || b.is_some());
+            }
+        };
+        for (p, panel) in panels.chunks_exact(WIDTH * m).enumerate() {
             let first = p * WIDTH;
             let cols = WIDTH.min(n - first);
             for k0 in (0..m).step_by(block) {
@@ -193,6 +223,39 @@ impl Packed {
     }
 }
 
+/// Lays out panels of pairs of `m` inputs for `n` outputs; `lay` is given each with its first column and how many it has.
+fn paired(m: usize, n: usize, lay: impl Fn(&mut [u32], usize, usize) + Sync) -> Panels {
+    let size = WIDTH * pairs::of(m);
+    let mut panels = vec![0; n.div_ceil(WIDTH) * size];
+    if m > 0 {
+        panels.par_chunks_mut(size).enumerate().for_each(|(p, panel)| lay(panel, p * WIDTH, WIDTH.min(n - p * WIDTH)));
+    }
+    Panels::Bf16(panels)
+}
+
+/// Rows of the left side in pairs.
+struct Rounded {
+    rows: Vec<u32>,
+    stride: usize,
+    pairs: usize,
+}
+
+impl Rounded {
+    /// # Shapes
+    /// x: `t` rows of `stride` numbers, `m` of them used.
+    fn new(x: &[f32], stride: usize, t: usize, m: usize) -> Rounded {
+        let pairs = pairs::of(m);
+        let apart = pairs::apart(pairs);
+        let mut rows = vec![0; t * apart];
+        pairs::rows_into(&mut rows, apart, x, stride, m);
+        Rounded { rows, stride: apart, pairs }
+    }
+
+    fn with<'a>(&'a self, panels: &'a [u32]) -> Sides<'a> {
+        Sides { left: &self.rows, left_stride: self.stride, panels, pairs: self.pairs }
+    }
+}
+
 fn sum_if(there: bool) -> Onto {
     if there { Onto::Sum } else { Onto::Nothing }
 }
@@ -202,8 +265,19 @@ enum Weights<'a> {
     /// `[N, M]`
     Rows(Matrix<'a>),
     /// `[M, N]`
-    Turned(&'a [f32]),
-    Panels(&'a [f32]),
+    Turned(&'a [f32], Compute),
+    Laid(&'a Panels),
+}
+
+impl Weights<'_> {
+    fn compute(self) -> Compute {
+        match self {
+            Weights::Rows(w) => w.compute,
+            Weights::Turned(_, compute) => compute,
+            Weights::Laid(Panels::F32(_)) => Compute::F32,
+            Weights::Laid(Panels::Bf16(_)) => Compute::Bf16,
+        }
+    }
 }
 
 #[allow(clippy::too_many_arguments)]
@@ -211,68 +285,136 @@ fn few_rows(y: &mut [f32], x: &[f32], w: Weights<'_>, b: Option<&[f32]>, onto: b
     if t == 0 || n == 0 {
         return;
     }
-    let panels = n.div_ceil(WIDTH);
-    // Each panel's outputs side by side, so that panels can be computed apart: [panels, T, WIDTH].
-    let mut result = vec![0.0f32; panels * t * WIDTH];
+    let rounded = (w.compute() == Compute::Bf16).then(|| Rounded::new(x, m.max(1), t, m));
+    // Tiles are set up for each call: a group of panels shares it.
+    let group = if rounded.is_some() { (WORTH_THREADS / 8 / (t * m * WIDTH).max(1)).clamp(1, 8) } else { 1 };
+    let width = group * WIDTH;
+    let groups = n.div_ceil(width);
+    // Each group's outputs side by side, so that groups can be computed apart: [groups, T, width].
+    let mut result = vec![0.0f32; groups * t * width];
     let begun: &[f32] = y;
-    let one = |(p, out): (usize, &mut [f32])| {
-        let first = p * WIDTH;
-        let cols = WIDTH.min(n - first);
+    let one = |(g, out): (usize, &mut [f32])| {
+        let first = g * width;
+        let cols = width.min(n - first);
         if onto {
-            for (row, begun) in out.chunks_exact_mut(WIDTH).zip(begun.chunks_exact(n)) {
+            for (row, begun) in out.chunks_exact_mut(width).zip(begun.chunks_exact(n)) {
                 row[..cols].copy_from_slice(&begun[first..first + cols]);
             }
         }
         if let Some(b) = b {
-            start(out, WIDTH, &b[first..first + cols], onto);
+            start(out, width, &b[first..first + cols], onto);
         }
-        let block = block_len(m);
-        let mut scratch = match w {
-            Weights::Rows(_) => vec![0.0; block * WIDTH],
-            _ => Vec::new(),
-        };
-        for k0 in (0..m).step_by(block) {
-            let k = block.min(m - k0);
-            let (panel, stride) = match w {
-                Weights::Rows(w) => {
-                    w.transpose_into(&mut scratch, first * m + k0, m, k, cols);
-                    (&scratch[..], WIDTH)
-                }
-                Weights::Turned(w) => (&w[k0 * n + first..], n),
-                Weights::Panels(panels) => (&panels[first * m + k0 * WIDTH..], WIDTH),
-            };
-            let (left, there) = (Left::rows(&x[k0..], m), onto || b.is_some() || k0 > 0);
-            panel::multiply(out, WIDTH, left, panel, stride, t, k, cols, sum_if(there));
+        match &rounded {
+            Some(left) => few_rounded(out, width, left, w, first, t, m, n, cols, onto || b.is_some()),
+            None => few_plain(out, x, w, first, t, m, n, cols, onto || b.is_some()),
         }
     };
     if t * m * n < WORTH_THREADS {
-        result.chunks_exact_mut(t * WIDTH).enumerate().for_each(one);
+        result.chunks_exact_mut(t * width).enumerate().for_each(one);
     } else {
-        let at_once = (WORTH_THREADS / 4 / (t * m * WIDTH).max(1)).max(1);
-        result.par_chunks_exact_mut(t * WIDTH).enumerate().with_min_len(at_once).for_each(one);
+        let at_once = (WORTH_THREADS / 4 / (t * m * width).max(1)).max(1);
+        result.par_chunks_exact_mut(t * width).enumerate().with_min_len(at_once).for_each(one);
     }
-    for (p, out) in result.chunks_exact(t * WIDTH).enumerate() {
-        let first = p * WIDTH;
-        let cols = WIDTH.min(n - first);
-        for (row, y) in out.chunks_exact(WIDTH).zip(y.chunks_exact_mut(n)) {
+    for (g, out) in result.chunks_exact(t * width).enumerate() {
+        let first = g * width;
+        let cols = width.min(n - first);
+        for (row, y) in out.chunks_exact(width).zip(y.chunks_exact_mut(n)) {
             y[first..first + cols].copy_from_slice(&row[..cols]);
         }
     }
 }
 
+/// One panel: the columns of the result from `first` on.
+#[allow(clippy::too_many_arguments)]
+fn few_plain(
+    out: &mut [f32],
+    x: &[f32],
+    w: Weights<'_>,
+    first: usize,
+    t: usize,
+    m: usize,
+    n: usize,
+    cols: usize,
+    begun: bool,
+) {
+    let block = block_len(m);
+    let mut scratch = match w {
+        Weights::Rows(_) => vec![0.0; block * WIDTH],
+        _ => Vec::new(),
+    };
+    for k0 in (0..m).step_by(block) {
+        let k = block.min(m - k0);
+        let (panel, stride) = match w {
+            Weights::Rows(w) => {
+                w.transpose_into(&mut scratch, first * m + k0, m, k, cols);
+                (&scratch[..], WIDTH)
+            }
+            Weights::Turned(w, _) => (&w[k0 * n + first..], n),
+            Weights::Laid(Panels::F32(panels)) => (&panels[first * m + k0 * WIDTH..], WIDTH),
+            Weights::Laid(Panels::Bf16(_)) => unreachable!("pairs are multiplied as such"),
+        };
+        let left = Left::rows(&x[k0..], m);
+        panel::multiply(out, WIDTH, left, panel, stride, t, k, cols, sum_if(begun || k0 > 0));
+    }
+}
+
+/// Some panels of pairs: the columns of the result from `first` on.
+#[allow(clippy::too_many_arguments)]
+fn few_rounded(
+    out: &mut [f32],
+    stride: usize,
+    left: &Rounded,
+    w: Weights<'_>,
+    first: usize,
+    t: usize,
+    m: usize,
+    n: usize,
+    cols: usize,
+    begun: bool,
+) {
+    let size = left.pairs * WIDTH;
+    let mut scratch = Vec::new();
+    let panels = match w {
+        Weights::Laid(Panels::Bf16(panels)) => &panels[first * left.pairs..],
+        Weights::Laid(Panels::F32(_)) => unreachable!("f32 is multiplied as such"),
+        Weights::Rows(_) | Weights::Turned(..) => {
+            scratch.resize(cols.div_ceil(WIDTH) * size, 0);
+            for (panel, c) in scratch.chunks_exact_mut(size.max(1)).zip((0..cols).step_by(WIDTH)) {
+                let (first, cols) = (first + c, WIDTH.min(cols - c));
+                match w {
+                    Weights::Rows(w) => w.pair_into(panel, first * m, m, m, cols),
+                    Weights::Turned(w, _) => pairs::columns_into(panel, WIDTH, &w[first..], n, m, cols),
+                    Weights::Laid(_) => {}
+                }
+            }
+            &scratch[..]
+        }
+    };
+    pairs::multiply(out, stride, left.with(panels), t, cols, begun);
+}
+
 /// # Shapes
 /// dx `[T, M]` = dy `[T, N]` · w `[N, M]`, added to dx when `accumulate`.
-pub fn backward_input(dx: &mut [f32], dy: &[f32], w: &[f32], t: usize, m: usize, n: usize, accumulate: bool) {
+pub fn backward_input<'a>(
+    dx: &mut [f32],
+    dy: &[f32],
+    w: impl Into<Matrix<'a>>,
+    t: usize,
+    m: usize,
+    n: usize,
+    accumulate: bool,
+) {
+    let w = w.into();
     check(dy.len(), dx.len(), w.len(), None, t, m, n);
     if t < FEW_ROWS || m == 0 || n == 0 {
-        return few_rows(dx, dy, Weights::Turned(w), None, accumulate, t, n, m);
+        return few_rows(dx, dy, Weights::Turned(&w.wide(), w.compute), None, accumulate, t, n, m);
     }
-    // Slabs of whole runs, so that these are the ones of few rows.
+    // Slabs of whole runs (and of whole steps of pairs), so that these are the ones of few rows.
     let block = block_len(n);
-    let slab = SLAB / block * block;
+    let slab = if w.compute == Compute::Bf16 { SLAB } else { SLAB / block * block };
     for first in (0..n).step_by(slab) {
         let outputs = first..n.min(first + slab);
-        let laid = Packed { block, ..Packed::turned(&w[outputs.start * m..outputs.end * m], m, outputs.len()) };
+        let laid = Packed { block, ..Packed::turned(w.part(outputs.start * m..outputs.end * m), m, outputs.len()) };
         laid.many_rows(dx, (m, 0), dy, (n, first), None, accumulate || first > 0, t);
     }
 }
@@ -289,16 +431,26 @@ pub struct Outer<'a> {
 
 /// # Shapes
 /// dw `[N, M]` += dy `[T, N]`ᵀ · x `[T, M]`; db `[N]` += column sums of dy.
-pub fn backward_weight(dw: &mut [f32], db: Option<&mut [f32]>, dy: &[f32], x: &[f32], t: usize, m: usize, n: usize) {
+#[allow(clippy::too_many_arguments)]
+pub fn backward_weight(
+    dw: &mut [f32],
+    db: Option<&mut [f32]>,
+    dy: &[f32],
+    x: &[f32],
+    t: usize,
+    m: usize,
+    n: usize,
+    compute: Compute,
+) {
     check(dy.len(), x.len(), dw.len(), db.as_ref().map(|b| b.len()), t, m, n);
-    backward_weights(vec![Outer { dw, db, dy }], x, t, m);
+    backward_weights(vec![Outer { dw, db, dy }], x, t, m, compute);
 }
 
 /// [`backward_weight`] of maps that have the same input, which is then read once.
 ///
 /// # Shapes
 /// x `[T, M]`
-pub fn backward_weights(maps: Vec<Outer>, x: &[f32], t: usize, m: usize) {
+pub fn backward_weights(maps: Vec<Outer>, x: &[f32], t: usize, m: usize, compute: Compute) {
     if t == 0 || m == 0 {
         return;
     }
@@ -307,17 +459,16 @@ pub fn backward_weights(maps: Vec<Outer>, x: &[f32], t: usize, m: usize) {
     }
     let outputs: usize = maps.iter().map(|map| map.dw.len() / m).sum();
     let threads = t * m * outputs >= WORTH_THREADS;
+    if compute == Compute::Bf16 {
+        return add_rounded(maps, x, t, m, threads);
+    }
     // Each thread makes some rows of the gradients, from all tokens in order: which rows changes no bit.
     let share = if threads { outputs.div_ceil(rayon::current_num_threads()).next_multiple_of(TILE) } else { outputs };
     let mut shares: Vec<Vec<Stripe>> = Vec::new();
     let mut given = 0;
     for Outer { dw, db, dy } in maps {
         let n = dy.len() / t;
-        if let Some(db) = db {
-            // Each thread sums some columns over all rows, in order.
-            let sum = |(c, db): (usize, &mut [f32])| add_columns(db, dy, c * COLUMNS, n);
-            each(threads, db.chunks_mut(COLUMNS).enumerate(), || (), |(), part| sum(part));
-        }
+        add_bias(db, dy, n, threads);
         let (mut rest, mut first) = (dw, 0);
         while !rest.is_empty() {
             let rows = STRIPE.min(share - given % share).min(n - first);
@@ -328,6 +479,42 @@ pub fn backward_weights(maps: Vec<Outer>, x: &[f32], t: usize, m: usize) {
         }
     }
     each(threads, shares.into_iter(), || (), |(), share| add_outer(share, x, t, m));
+}
+
+fn add_bias(db: Option<&mut [f32]>, dy: &[f32], n: usize, threads: bool) {
+    let Some(db) = db else { return };
+    // Each thread sums some columns over all rows, in order.
+    let sum = |(c, db): (usize, &mut [f32])| add_columns(db, dy, c * COLUMNS, n);
+    each(threads, db.chunks_mut(COLUMNS).enumerate(), || (), |(), part| sum(part));
+}
+
+/// The gradients by products of pairs of tokens, run after run of [`PAIRED_RUN`].
+fn add_rounded(mut maps: Vec<Outer>, x: &[f32], t: usize, m: usize, threads: bool) {
+    for Outer { db, dy, .. } in &mut maps {
+        add_bias(db.as_deref_mut(), dy, dy.len() / t, threads);
+    }
+    for t0 in (0..t).step_by(PAIRED_RUN) {
+        let run = PAIRED_RUN.min(t - t0);
+        let pairs = pairs::of(run);
+        let mut panels = vec![0; m.div_ceil(WIDTH) * WIDTH * pairs];
+        each(threads, panels.chunks_mut(WIDTH * pairs).enumerate(), || (), |(), (p, panel)| {
+            let first = p * WIDTH;
+            pairs::columns_into(panel, WIDTH, &x[t0 * m + first..], m, run, WIDTH.min(m - first));
+        });
+        let stripes = maps.iter_mut().flat_map(|Outer { dw, dy, .. }| {
+            let dy: &[f32] = dy;
+            dw.chunks_mut(STRIPE * m).enumerate().map(move |(i, dw)| (dw, dy, i * STRIPE))
+        });
+        let apart = pairs::apart(pairs);
+        let start = || (vec![0; pairs * STRIPE], vec![0; STRIPE * apart]);
+        each(threads, stripes, start, |(tokens, left), (dw, dy, first)| {
+            let (n, rows) = (dy.len() / t, dw.len() / m);
+            pairs::columns_into(tokens, STRIPE, &dy[t0 * n + first..], n, run, rows);
+            pairs::transpose(left, apart, tokens, STRIPE, pairs, rows);
+            let sides = Sides { left: &*left, left_stride: apart, panels: &panels, pairs };
+            pairs::multiply(dw, m, sides, rows, m, true);
+        });
+    }
 }
 
 /// Some rows of a gradient, and the columns of dy `[T, N]` that make them.
@@ -533,13 +720,13 @@ mod tests {
             let all = product(&x, &w, Some(&b), t, m, n);
             assert_close("f32", &all, &exact, 1e-6 * (m as f64).sqrt().max(1.0));
             let mut y = vec![f32::NAN; t * n];
-            forward(&mut y, &x, Matrix::Bf16(&bytes), Some(&b), false, t, m, n);
+            forward(&mut y, &x, &bytes[..], Some(&b), false, t, m, n);
             assert_same_bits(&format!("bf16 T={t} M={m} N={n}"), &y, &all);
-            Packed::new(Matrix::Bf16(&bytes), m, n).forward(&mut y, &x, Some(&b), false, t);
+            Packed::new(&bytes[..], m, n).forward(&mut y, &x, Some(&b), false, t);
             assert_same_bits("packed", &y, &all);
             // Any row alone.
             let mut one = vec![f32::NAN; n];
-            forward(&mut one, &x[(t - 1) * m..], Matrix::Bf16(&bytes), Some(&b), false, 1, m, n);
+            forward(&mut one, &x[(t - 1) * m..], &bytes[..], Some(&b), false, 1, m, n);
             assert_same_bits("alone", &one, &all[(t - 1) * n..]);
         }
     }
@@ -552,20 +739,86 @@ mod tests {
         let (bytes, _) = halves(&w);
         assert_threads_agree("few rows of bf16", || {
             let mut y = vec![0.0; n];
-            forward(&mut y, &x[..m], Matrix::Bf16(&bytes), None, false, 1, m, n);
+            forward(&mut y, &x[..m], &bytes[..], None, false, 1, m, n);
             y
         });
         assert_threads_agree("many rows", || product(&x, &w, None, t, m, n));
-        assert_threads_agree("backward input", || {
-            let mut dx = vec![0.0; t * m];
-            backward_input(&mut dx, &dy, &w, t, m, n, false);
-            dx
-        });
-        assert_threads_agree("backward weight", || {
-            let mut dw = vec![0.0; n * m];
-            backward_weight(&mut dw, None, &dy, &x, t, m, n);
-            dw
-        });
+        for compute in [Compute::F32, Compute::Bf16] {
+            let w = Matrix::from(&w).computed(compute);
+            assert_threads_agree("forward", || {
+                let mut y = vec![0.0; 9 * n];
+                forward(&mut y, &x[..9 * m], w, None, false, 9, m, n);
+                y
+            });
+            assert_threads_agree("backward input", || {
+                let mut dx = vec![0.0; t * m];
+                backward_input(&mut dx, &dy, w, t, m, n, false);
+                dx
+            });
+            assert_threads_agree("backward weight", || {
+                let mut dw = vec![0.0; n * m];
+                backward_weight(&mut dw, None, &dy, &x, t, m, n, compute);
+                dw
+            });
+        }
+    }
+
+    /// Numbers that are bf16 already: then the products are exact, and only the sums round.
+    fn short(seed: u64, n: usize) -> Vec<f32> {
+        halves(&numbers(seed, n)).1
+    }
+
+    #[test]
+    fn in_bf16_all_products_agree_with_the_oracle_and_rows_do_not_see_each_other() {
+        for (t, m, n) in [(1, 1, 1), (3, 40, 70), (70, 33, 90), (64, 700, 40), (200, 64, 2100), (1200, 40, 50)] {
+            let (x, w, b, dy) = (short(1, t * m), short(2, n * m), numbers(3, n), short(4, t * n));
+            let (bytes, _) = halves(&w);
+            let matrix = Matrix::from(&w).computed(Compute::Bf16);
+            let size = |m: usize| 1e-6 * (m as f64).max(4.0);
+
+            let begun = numbers(5, t * n);
+            let plain = oracle::linear(&wide(&x), &wide(&w), Some(&wide(&b)), t, m, n);
+            let expected: Vec<f64> = plain.iter().zip(&begun).map(|(y, begun)| y + f64::from(*begun)).collect();
+            let mut y = begun.clone();
+            forward(&mut y, &x, matrix, Some(&b), true, t, m, n);
+            assert_close("forward", &y, &expected, size(m));
+            let packed = Packed::new(matrix, m, n);
+            for way in 0..3 {
+                let mut again = begun.clone();
+                match way {
+                    0 => packed.forward(&mut again, &x, Some(&b), true, t),
+                    1 => packed.forward_here(&mut again, &x, Some(&b), true, t),
+                    _ => {
+                        let stored = Matrix::from(&bytes[..]).computed(Compute::Bf16);
+                        forward(&mut again, &x, stored, Some(&b), true, t, m, n);
+                    }
+                }
+                assert_same_bits("another way", &again, &y);
+            }
+            let mut one = begun[(t - 1) * n..].to_vec();
+            forward(&mut one, &x[(t - 1) * m..], matrix, Some(&b), true, 1, m, n);
+            assert_same_bits("a row alone", &one, &y[(t - 1) * n..]);
+
+            let mut dx = vec![f32::NAN; t * m];
+            backward_input(&mut dx, &dy, matrix, t, m, n, false);
+            let turned: Vec<f64> = (0..m * n).map(|i| f64::from(w[i % n * m + i / n])).collect();
+            assert_close("dx", &dx, &oracle::linear(&wide(&dy), &turned, None, t, n, m), size(n));
+            let mut one = vec![f32::NAN; m];
+            backward_input(&mut one, &dy[..n], matrix, 1, m, n, false);
+            assert_same_bits("a row's dx alone", &one, &dx[..m]);
+            let mut laid = vec![f32::NAN; t * m];
+            Packed::turned(matrix, m, n).forward(&mut laid, &dy, None, false, t);
+            assert_same_bits("dx over what was laid out", &laid, &dx);
+
+            let (mut dw, mut db) = (vec![1.0; n * m], vec![1.0; n]);
+            backward_weight(&mut dw, Some(&mut db), &dy, &x, t, m, n, Compute::Bf16);
+            for (i, dw) in dw.iter().enumerate() {
+                let exact = 1.0 + (0..t).map(|t| f64::from(dy[t * n + i / m]) * f64::from(x[t * m + i % m])).sum::<f64>();
+                assert!((f64::from(*dw) - exact).abs() < size(t), "dw {i} of [{t}, {m}, {n}]: {dw} against {exact}");
+            }
+            let exact: Vec<f64> = (0..n).map(|c| 1.0 + (0..t).map(|t| f64::from(dy[t * n + c])).sum::<f64>()).collect();
+            assert_close("db", &db, &exact, size(t));
+        }
     }
 
     #[test]
@@ -584,7 +837,7 @@ mod tests {
             let twice: Vec<f64> = dx.iter().map(|g| 2.0 * g).collect();
             assert_close("dx accumulated", &found, &twice, 4e-6);
             let (mut found_w, mut found_b) = (vec![1.0; n * m], vec![1.0; n]);
-            backward_weight(&mut found_w, Some(&mut found_b), &dy, &x, t, m, n);
+            backward_weight(&mut found_w, Some(&mut found_b), &dy, &x, t, m, n, Compute::F32);
             let plus_one = |g: &[f64]| g.iter().map(|g| g + 1.0).collect::<Vec<_>>();
             assert_close("dw", &found_w, &plus_one(&dw), 2e-6);
             assert_close("db", &found_b, &plus_one(&db), 2e-6);

@@ -122,21 +122,22 @@ pub fn forward<'a>(
 /// # Shapes
 /// dh, h `[N, D]`; dw, w `[V, D]`; weights, entropy_weights, targets `[N]`.
 #[allow(clippy::too_many_arguments)]
-pub fn backward(
+pub fn backward<'a>(
     dh: &mut [f32],
     mut dw: Option<&mut [f32]>,
     weights: &[f32],
     entropy_weights: Option<&[f32]>,
     out: &Out,
     h: &[f32],
-    w: &[f32],
+    w: impl Into<Matrix<'a>>,
     targets: &[u32],
     temperature: f32,
     banned: &[u32],
     d: usize,
     v: usize,
 ) {
-    let n = check(h, w.into(), targets, temperature, d, v);
+    let w = w.into();
+    let n = check(h, w, targets, temperature, d, v);
     assert_eq!(dh.len(), h.len(), "logprob: dh has {} numbers, h has {}", dh.len(), h.len());
     let places = dw.as_ref().map_or(w.len(), |dw| dw.len());
     assert_eq!(places, w.len(), "logprob: dw has {places} numbers, w has {}", w.len());
@@ -159,7 +160,7 @@ pub fn backward(
         let t = end - start;
         let h = &h[start * d..end * d];
         let z = &mut logits[..t * v];
-        write_logits(z, h, w.into(), laid.as_ref().map(|(laid, _)| laid), banned, d, v);
+        write_logits(z, h, w, laid.as_ref().map(|(laid, _)| laid), banned, d, v);
         z.par_chunks_exact_mut(v).enumerate().for_each(|(i, z)| {
             let i = start + i;
             let Stats { max, log_sum, .. } = out.stats[i];
@@ -179,7 +180,7 @@ pub fn backward(
             None => linear::backward_input(dh, z, w, t, d, v, false),
         }
         if let Some(dw) = dw.as_deref_mut() {
-            linear::backward_weight(dw, None, z, h, t, d, v);
+            linear::backward_weight(dw, None, z, h, t, d, v, w.compute);
         }
     }
 }
@@ -386,7 +387,7 @@ mod tests {
         assert_eq!(out.logprob, [0.0, -2e8]);
         assert_eq!(out.entropy, [0.0, 0.0]);
         let (mut dh, mut dw) = ([0.0; 2], [0.0; 3]);
-        backward(&mut dh, Some(&mut dw), &[1.0, 1.0], Some(&[1.0, 1.0]), &out, &h, &w, &[0, 0], 1.0, &[1], 1, 3);
+        backward(&mut dh, Some(&mut dw), &[1.0, 1.0], Some(&[1.0, 1.0]), &out, &h, &w[..], &[0, 0], 1.0, &[1], 1, 3);
         assert!(dh.iter().chain(&dw).all(|g| g.is_finite()), "{dh:?} {dw:?}");
     }
 

@@ -1,39 +1,67 @@
-//! Matrices as they are stored: f32 in memory, or bf16 as it lies in a file.
+//! Matrices as they are stored: f32 in memory, or bf16 as it lies in a file; and how products over them are computed.
 //!
-//! Hides the width of a number from the products: bf16 is the upper half of an f32, so widening is exact, and a product over bf16
+//! Hides the width of a number from the products. bf16 is the upper half of an f32, so widening is exact, and a product over bf16
 //! weights has the bits of the same product over the widened ones. Numbers are widened where they are laid out for a product, a few
 //! kilobytes at a time, and nowhere is a whole matrix copied. Files may put their numbers at any address, so bf16 is pairs of bytes.
 
+use crate::pairs;
 use crate::panel;
 use crate::vector::dispatch;
 use rayon::prelude::*;
+use std::borrow::Cow;
 use std::ops::Range;
 
 /// Row-major numbers; the shape is the caller's.
 #[derive(Clone, Copy, Debug)]
-pub enum Matrix<'a> {
+pub struct Matrix<'a> {
+    pub numbers: Numbers<'a>,
+    /// How products over it are computed.
+    pub compute: Compute,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub enum Numbers<'a> {
     F32(&'a [f32]),
     /// Little-endian, as safetensors has them.
     Bf16(&'a [[u8; 2]]),
 }
 
+/// What both sides of a product are; sums are f32 in either case.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Compute {
+    #[default]
+    F32,
+    /// Rounded to bf16 before they meet.
+    Bf16,
+}
+
 impl<'a> From<&'a [f32]> for Matrix<'a> {
     fn from(values: &'a [f32]) -> Self {
-        Matrix::F32(values)
+        Matrix { numbers: Numbers::F32(values), compute: Compute::F32 }
     }
 }
 
 impl<'a> From<&'a Vec<f32>> for Matrix<'a> {
     fn from(values: &'a Vec<f32>) -> Self {
-        Matrix::F32(values)
+        values.as_slice().into()
+    }
+}
+
+impl<'a> From<&'a [[u8; 2]]> for Matrix<'a> {
+    fn from(values: &'a [[u8; 2]]) -> Self {
+        Matrix { numbers: Numbers::Bf16(values), compute: Compute::F32 }
     }
 }
 
 impl<'a> Matrix<'a> {
+    pub fn computed(self, compute: Compute) -> Matrix<'a> {
+        Matrix { compute, ..self }
+    }
+
     pub fn len(self) -> usize {
-        match self {
-            Matrix::F32(values) => values.len(),
-            Matrix::Bf16(values) => values.len(),
+        match self.numbers {
+            Numbers::F32(values) => values.len(),
+            Numbers::Bf16(values) => values.len(),
         }
     }
 
@@ -43,35 +71,68 @@ impl<'a> Matrix<'a> {
 
     /// Some of the numbers.
     pub fn part(self, range: Range<usize>) -> Matrix<'a> {
-        match self {
-            Matrix::F32(values) => Matrix::F32(&values[range]),
-            Matrix::Bf16(values) => Matrix::Bf16(&values[range]),
-        }
+        let numbers = match self.numbers {
+            Numbers::F32(values) => Numbers::F32(&values[range]),
+            Numbers::Bf16(values) => Numbers::Bf16(&values[range]),
+        };
+        Matrix { numbers, ..self }
     }
 
     /// Numbers in f32, from the one at `from` on.
     pub fn widen_into(self, out: &mut [f32], from: usize) {
-        match self.part(from..from + out.len()) {
-            Matrix::F32(values) => out.copy_from_slice(values),
-            Matrix::Bf16(values) => widen(out, values),
+        match self.part(from..from + out.len()).numbers {
+            Numbers::F32(values) => out.copy_from_slice(values),
+            Numbers::Bf16(values) => widen(out, values),
+        }
+    }
+
+    /// The numbers in f32, where they lie or widened.
+    pub(crate) fn wide(self) -> Cow<'a, [f32]> {
+        match self.numbers {
+            Numbers::F32(values) => Cow::Borrowed(values),
+            Numbers::Bf16(values) => {
+                let mut out = vec![0.0; values.len()];
+                widen(&mut out, values);
+                Cow::Owned(out)
+            }
         }
     }
 
     /// Whether each number is finite.
     pub fn is_finite(self) -> bool {
         const CHUNK: usize = 1 << 20;
-        match self {
-            Matrix::F32(values) => values.par_chunks(CHUNK).all(|values| values.iter().all(|x| x.is_finite())),
-            Matrix::Bf16(values) => values.par_chunks(CHUNK).all(all_finite),
+        match self.numbers {
+            Numbers::F32(values) => values.par_chunks(CHUNK).all(|values| values.iter().all(|x| x.is_finite())),
+            Numbers::Bf16(values) => values.par_chunks(CHUNK).all(all_finite),
         }
     }
 
     /// Writes `cols` rows as columns of a panel: panel[c, k] of [k, `panel::WIDTH`] is the number at `from + c · stride + k`.
     pub(crate) fn transpose_into(self, panel: &mut [f32], from: usize, stride: usize, k: usize, cols: usize) {
-        match self {
-            Matrix::F32(values) => panel::transpose_into(panel, &values[from..], stride, k, cols),
-            Matrix::Bf16(values) => panel::transpose_bf16_into(panel, &values[from..], stride, k, cols),
+        match self.numbers {
+            Numbers::F32(values) => panel::transpose_into(panel, &values[from..], stride, k, cols),
+            Numbers::Bf16(values) => panel::transpose_bf16_into(panel, &values[from..], stride, k, cols),
         }
+    }
+
+    /// The same as a panel of pairs [`pairs::of(k)`, `pairs::WIDTH`]; other columns stay.
+    pub(crate) fn pair_into(self, panel: &mut [u32], from: usize, stride: usize, k: usize, cols: usize) {
+        let pairs = pairs::of(k);
+        let mut rows = vec![0; cols * pairs::apart(pairs)];
+        match self.numbers {
+            Numbers::F32(values) => pairs::rows_into(&mut rows, pairs::apart(pairs), &values[from..], stride, k),
+            Numbers::Bf16(values) => {
+                for (row, values) in rows.chunks_mut(pairs::apart(pairs)).zip(values[from..].chunks(stride)) {
+                    let (whole, rest) = values[..k].as_chunks::<2>();
+                    let word = |first: [u8; 2], second: [u8; 2]| {
+                        u32::from(u16::from_le_bytes(first)) | u32::from(u16::from_le_bytes(second)) << 16
+                    };
+                    row.iter_mut().zip(whole).for_each(|(row, [first, second])| *row = word(*first, *second));
+                    rest.iter().for_each(|last| row[k / 2] = word(*last, [0, 0]));
+                }
+            }
+        }
+        pairs::transpose(panel, pairs::WIDTH, &rows, pairs::apart(pairs), cols, pairs);
     }
 }
 
@@ -104,19 +165,19 @@ mod tests {
     fn values_by_hand() {
         let bytes = [[0x80, 0x3f], [0x00, 0xc0], [0x01, 0x00], [0x80, 0x7f]];
         let mut out = [0.0; 4];
-        Matrix::Bf16(&bytes).widen_into(&mut out, 0);
+        Matrix::from(&bytes[..]).widen_into(&mut out, 0);
         assert_eq!(out, [1.0, -2.0, f32::from_bits(1 << 16), f32::INFINITY]);
-        Matrix::Bf16(&bytes).widen_into(&mut out[..2], 1);
+        Matrix::from(&bytes[..]).widen_into(&mut out[..2], 1);
         assert_eq!(out[..2], [-2.0, f32::from_bits(1 << 16)]);
     }
 
     #[test]
     fn one_number_that_is_not_finite_is_found() {
         let (mut bytes, mut same) = halves(&numbers(1, 1000));
-        assert!(Matrix::Bf16(&bytes).is_finite() && Matrix::from(&same).is_finite());
+        assert!(Matrix::from(&bytes[..]).is_finite() && Matrix::from(&same).is_finite());
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             (bytes[777], same[777]) = (((bad.to_bits() >> 16) as u16).to_le_bytes(), bad);
-            assert!(!Matrix::Bf16(&bytes).is_finite() && !Matrix::from(&same).is_finite());
+            assert!(!Matrix::from(&bytes[..]).is_finite() && !Matrix::from(&same).is_finite());
         }
     }
 
@@ -125,7 +186,7 @@ mod tests {
         let (bytes, same) = halves(&numbers(1, 40));
         for range in [0..40, 3..17, 9..9] {
             let mut out = vec![f32::NAN; range.len()];
-            Matrix::Bf16(&bytes).part(range.clone()).widen_into(&mut out, 0);
+            Matrix::from(&bytes[..]).part(range.clone()).widen_into(&mut out, 0);
             assert_same_bits("bf16", &out, &same[range.clone()]);
             Matrix::from(&same).part(range.clone()).widen_into(&mut out, 0);
             assert_same_bits("f32", &out, &same[range]);

@@ -1,0 +1,360 @@
+//! The product in bf16: both sides are rounded to bf16, products are summed in f32.
+//!
+//! Numbers that meet in a product lie in pairs, as the processor's matrix instructions want them: a word holds two neighbours of the dimension
+//! that is summed over, the first in its lower half. It hides whether the processor has tiles (`pairs/amx.rs`) or widens the words and multiplies in f32,
+//! which gives the same accuracy and not the speed. What must stay true: an output's bits depend on its row of the left side, its column of the
+//! right side and the value it starts from; one product over all pairs has the bits of several over stretches of whole steps, one onto the other.
+
+use crate::vector::{FUSED, PLAIN, WIDE, dispatch, mul_add};
+
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod amx;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+
+/// Columns of a panel.
+pub(crate) const WIDTH: usize = 32;
+/// Pairs of one step: sides are filled up with zeros to whole steps.
+pub(crate) const STEP: usize = 16;
+
+/// Pairs, in whole steps, that hold `m` numbers.
+pub(crate) fn of(m: usize) -> usize {
+    m.div_ceil(2 * STEP) * STEP
+}
+
+/// The pairs of a row that others of its kind stand beside: not a power of two apart, or they would push each other out of the caches.
+pub(crate) fn apart(pairs: usize) -> usize {
+    pairs + STEP
+}
+
+/// To the nearest bf16, ties to even, in the lower half of a word. What is not a number stays none.
+#[inline(always)]
+fn round(x: f32) -> u32 {
+    let bits = x.to_bits();
+    let nearest = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+    if x.is_nan() { 0x7fc0 } else { nearest }
+}
+
+#[inline(always)]
+fn pair(first: f32, second: f32) -> u32 {
+    round(first) | round(second) << 16
+}
+
+dispatch! {
+    /// Rows of `m` numbers as rows of pairs, the last step filled up with zeros.
+    pub(crate) fn rows_into(to: &mut [u32], to_stride: usize, x: &[f32], x_stride: usize, m: usize) = rows_into_body
+}
+#[inline(always)]
+fn rows_into_body<const LEVEL: u8>(to: &mut [u32], to_stride: usize, x: &[f32], x_stride: usize, m: usize) {
+    for (to, x) in to.chunks_mut(to_stride).zip(x.chunks(x_stride)) {
+        let (whole, rest) = x[..m].as_chunks::<2>();
+        to[..of(m)][m / 2..].fill(0);
+        to.iter_mut().zip(whole).for_each(|(to, [first, second])| *to = pair(*first, *second));
+        rest.iter().for_each(|last| to[m / 2] = pair(*last, 0.0));
+    }
+}
+
+dispatch! {
+    /// Two rows each as one row of pairs: to[i, c] is x[2 i, c] and x[2 i + 1, c]. Other columns, and pairs of rows that are not there, stay.
+    pub(crate) fn columns_into(to: &mut [u32], to_stride: usize, x: &[f32], x_stride: usize, rows: usize, cols: usize) = columns_into_body
+}
+#[inline(always)]
+fn columns_into_body<const LEVEL: u8>(
+    to: &mut [u32],
+    to_stride: usize,
+    x: &[f32],
+    x_stride: usize,
+    rows: usize,
+    cols: usize,
+) {
+    for (i, to) in to.chunks_mut(to_stride).take(rows.div_ceil(2)).enumerate() {
+        let first = &x[2 * i * x_stride..][..cols];
+        if 2 * i + 1 < rows {
+            let second = &x[(2 * i + 1) * x_stride..][..cols];
+            to.iter_mut().zip(first.iter().zip(second)).for_each(|(to, (first, second))| *to = pair(*first, *second));
+        } else {
+            to.iter_mut().zip(first).for_each(|(to, first)| *to = pair(*first, 0.0));
+        }
+    }
+}
+
+dispatch! {
+    /// to[c, r] = from[r, c]; other places stay.
+    pub(crate) fn transpose(to: &mut [u32], to_stride: usize, from: &[u32], from_stride: usize, rows: usize, cols: usize) = transpose_body
+}
+#[inline(always)]
+fn transpose_body<const LEVEL: u8>(
+    to: &mut [u32],
+    to_stride: usize,
+    from: &[u32],
+    from_stride: usize,
+    rows: usize,
+    cols: usize,
+) {
+    const B: usize = 16;
+    for r in (0..rows).step_by(B) {
+        for c in (0..cols).step_by(B) {
+            #[cfg(target_arch = "x86_64")]
+            if LEVEL == WIDE && r + B <= rows && c + B <= cols {
+                // SAFETY: this level is chosen on processors with AVX-512 only.
+                unsafe {
+                    avx512::transpose(&mut to[c * to_stride + r..], to_stride, &from[r * from_stride + c..], from_stride)
+                };
+                continue;
+            }
+            for c in c..cols.min(c + B) {
+                for r in r..rows.min(r + B) {
+                    to[c * to_stride + r] = from[r * from_stride + c];
+                }
+            }
+        }
+    }
+}
+
+/// The left and the right side of a product.
+#[derive(Clone, Copy)]
+pub(crate) struct Sides<'a> {
+    /// Rows of pairs.
+    pub left: &'a [u32],
+    pub left_stride: usize,
+    /// Panels `[pairs, WIDTH]`, one behind the other: panel p gives columns from `p · WIDTH` on.
+    pub panels: &'a [u32],
+    /// Whole steps.
+    pub pairs: usize,
+}
+
+/// out[r, c] = [out[r, c], when `onto`, +] the sum over the pairs, in order.
+///
+/// # Shapes
+/// out: rows of `out_stride`, `cols` used; left: `[rows, pairs]`; panels: `[cols / WIDTH, pairs, WIDTH]`.
+pub(crate) fn multiply(out: &mut [f32], out_stride: usize, sides: Sides, rows: usize, cols: usize, onto: bool) {
+    if rows == 0 || cols == 0 {
+        return;
+    }
+    let Sides { left, left_stride, panels, pairs } = sides;
+    assert!(
+        pairs.is_multiple_of(STEP)
+            && left.len() >= (rows - 1) * left_stride + pairs
+            && panels.len() >= cols.div_ceil(WIDTH) * pairs * WIDTH
+            && out.len() >= (rows - 1) * out_stride + cols,
+        "pairs: a side is too short for [{rows}, {pairs}] and [{pairs}, {cols}]"
+    );
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    if amx::allowed() {
+        // SAFETY: the processor has tiles and the system lets us use them; the assertion above is what it asks of the sides.
+        return unsafe { amx::multiply(out, out_stride, sides, rows, cols, onto) };
+    }
+    multiply_widened(out, out_stride, sides, rows, cols, onto);
+}
+
+/// Whether products in bf16 are faster than those in f32 here.
+pub fn fast() -> bool {
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    if amx::allowed() {
+        return true;
+    }
+    false
+}
+
+dispatch! {
+    /// [`multiply`] on processors without tiles.
+    fn multiply_widened(out: &mut [f32], out_stride: usize, sides: Sides, rows: usize, cols: usize, onto: bool) = widened_body
+}
+#[inline(always)]
+fn widened_body<const LEVEL: u8>(
+    out: &mut [f32],
+    out_stride: usize,
+    sides: Sides,
+    rows: usize,
+    cols: usize,
+    onto: bool,
+) {
+    for (p, c) in (0..cols).step_by(WIDTH).enumerate() {
+        let panel = &sides.panels[p * sides.pairs * WIDTH..];
+        let cols = WIDTH.min(cols - c);
+        let mut r = 0;
+        macro_rules! take {
+            ($n:literal) => {
+                while rows - r >= $n {
+                    let out = &mut out[r * out_stride + c..];
+                    widened_tile::<LEVEL, $n>(out, out_stride, &sides.left[r * sides.left_stride..], panel, sides, cols, onto);
+                    r += $n;
+                }
+            };
+        }
+        match LEVEL {
+            WIDE => take!(8),
+            FUSED | PLAIN => {}
+            _ => unreachable!("no such instruction level"),
+        }
+        take!(2);
+        take!(1);
+    }
+}
+
+#[inline(always)]
+fn widened_tile<const LEVEL: u8, const R: usize>(
+    out: &mut [f32],
+    out_stride: usize,
+    left: &[u32],
+    panel: &[u32],
+    sides: Sides,
+    cols: usize,
+    onto: bool,
+) {
+    let first = |word: u32| f32::from_bits(word << 16);
+    let second = |word: u32| f32::from_bits(word & 0xffff_0000);
+    let mut acc = [[0.0f32; WIDTH]; R];
+    if onto {
+        for (r, acc) in acc.iter_mut().enumerate() {
+            acc[..cols].copy_from_slice(&out[r * out_stride..][..cols]);
+        }
+    }
+    let rows: [&[u32]; R] = std::array::from_fn(|r| &left[r * sides.left_stride..][..sides.pairs]);
+    for (k, words) in panel.as_chunks::<WIDTH>().0.iter().take(sides.pairs).enumerate() {
+        for (acc, row) in acc.iter_mut().zip(rows) {
+            for (acc, word) in acc.iter_mut().zip(words) {
+                *acc = mul_add::<LEVEL>(first(row[k]), first(*word), *acc);
+            }
+        }
+        for (acc, row) in acc.iter_mut().zip(rows) {
+            for (acc, word) in acc.iter_mut().zip(words) {
+                *acc = mul_add::<LEVEL>(second(row[k]), second(*word), *acc);
+            }
+        }
+    }
+    for (r, acc) in acc.iter().enumerate() {
+        out[r * out_stride..][..cols].copy_from_slice(&acc[..cols]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::oracle::{assert_close, assert_same_bits, numbers};
+
+    /// The value of a number once it is bf16.
+    fn rounded(x: f32) -> f32 {
+        f32::from_bits(round(x) << 16)
+    }
+
+    #[test]
+    fn rounding_by_hand() {
+        // 1 + 2^-8 is half way between 1 and 1 + 2^-7: the even one. A little more goes up. The largest f32 is nearer to infinity.
+        for (x, to) in [
+            (1.0, 1.0),
+            (1.0 + 1.0 / 256.0, 1.0),
+            (1.0 + 3.0 / 256.0, 1.0 + 4.0 / 256.0),
+            (1.004, 1.0078125),
+            (-2.5, -2.5),
+            (f32::MAX, f32::INFINITY),
+            (f32::NEG_INFINITY, f32::NEG_INFINITY),
+        ] {
+            assert_eq!(rounded(x), to, "{x}");
+        }
+        for bits in [0x7f80_0001, 0x7fff_ffff, 0xffff_ffff] {
+            assert!(rounded(f32::from_bits(bits)).is_nan());
+        }
+    }
+
+    #[test]
+    fn words_lie_where_they_should() {
+        let x = numbers(1, 5 * 40);
+        let words = |first: f32, second: f32| round(first) | round(second) << 16;
+        for m in [1, 7, 32, 37] {
+            let stride = of(m) + 3;
+            let mut to = vec![7; 5 * stride];
+            rows_into(&mut to, stride, &x, 40, m);
+            for (i, word) in to.iter().enumerate() {
+                let (r, k) = (i / stride, i % stride);
+                let at = |k: usize| if k < m { x[r * 40 + k] } else { 0.0 };
+                let expected = if k < of(m) { words(at(2 * k), at(2 * k + 1)) } else { 7 };
+                assert_eq!(*word, expected, "{m}: {r}, {k}");
+            }
+        }
+        for (rows, cols) in [(5, 33), (4, 1), (1, 40)] {
+            let mut to = vec![7; 4 * 41];
+            columns_into(&mut to, 41, &x, 40, rows, cols);
+            for (i, word) in to.iter().enumerate() {
+                let (k, c) = (i / 41, i % 41);
+                let at = |r: usize| if r < rows { x[r * 40 + c] } else { 0.0 };
+                let expected = if c < cols && 2 * k < rows { words(at(2 * k), at(2 * k + 1)) } else { 7 };
+                assert_eq!(*word, expected, "{rows}, {cols}: {k}, {c}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_transpose_is_one() {
+        for (rows, cols) in [(1, 1), (16, 16), (17, 33), (48, 32), (5, 40)] {
+            let (from_stride, to_stride) = (cols + 3, rows + 5);
+            let from: Vec<u32> = (0..(rows * from_stride) as u32).collect();
+            let mut to = vec![u32::MAX; cols * to_stride];
+            transpose(&mut to, to_stride, &from, from_stride, rows, cols);
+            for (i, word) in to.iter().enumerate() {
+                let (c, r) = (i / to_stride, i % to_stride);
+                let expected = if r < rows { from[r * from_stride + c] } else { u32::MAX };
+                assert_eq!(*word, expected, "{rows}, {cols}: {r}, {c}");
+            }
+        }
+    }
+
+    type Multiply = fn(&mut [f32], usize, Sides, usize, usize, bool);
+
+    /// The ways to multiply that this machine has.
+    fn ways() -> Vec<(&'static str, Multiply)> {
+        let mut ways: Vec<(&str, Multiply)> = vec![("widened", multiply_widened), ("narrow", widened_body::<FUSED>)];
+        if fast() {
+            ways.push(("tiles", multiply));
+        }
+        ways
+    }
+
+    #[test]
+    fn products_are_those_of_rounded_numbers_in_any_company_and_in_any_stretches() {
+        for (rows, m, cols) in [(1, 1, 1), (3, 40, 31), (16, 64, 32), (33, 100, 70), (50, 200, 33), (64, 129, 64), (97, 320, 90)] {
+            let pairs = of(m);
+            let (stride, out_stride) = (apart(pairs), cols + 6);
+            let (x, w, start) = (numbers(1, rows * m), numbers(2, cols * m), numbers(3, rows * out_stride));
+            let mut left = vec![0; rows * stride];
+            rows_into(&mut left, stride, &x, m, m);
+            let mut turned = vec![0; cols * pairs];
+            rows_into(&mut turned, pairs, &w, m, m);
+            let mut panels = vec![0; cols.div_ceil(WIDTH) * pairs * WIDTH];
+            for (p, panel) in panels.chunks_mut(pairs * WIDTH).enumerate() {
+                let cols = WIDTH.min(cols - p * WIDTH);
+                transpose(panel, WIDTH, &turned[p * WIDTH * pairs..], pairs, cols, pairs);
+            }
+            let sides = Sides { left: &left, left_stride: stride, panels: &panels, pairs };
+            for (name, multiply) in ways() {
+                for onto in [false, true] {
+                    let mut out = start.clone();
+                    multiply(&mut out, out_stride, sides, rows, cols, onto);
+                    let mut expected: Vec<f64> = start.iter().map(|&x| f64::from(x)).collect();
+                    for (r, c) in (0..rows).flat_map(|r| (0..cols).map(move |c| (r, c))) {
+                        let sum: f64 = (0..m)
+                            .map(|k| f64::from(rounded(x[r * m + k])) * f64::from(rounded(w[c * m + k])))
+                            .sum();
+                        let there = if onto { expected[r * out_stride + c] } else { 0.0 };
+                        expected[r * out_stride + c] = there + sum;
+                    }
+                    // At most 320 products in ±1, summed one after the other.
+                    assert_close(name, &out, &expected, 2e-5);
+                    // A row alone, and the sum in two stretches.
+                    let last = (rows - 1) * out_stride..(rows - 1) * out_stride + cols;
+                    let mut alone = start[last.clone()].to_vec();
+                    let one = Sides { left: &left[(rows - 1) * stride..], ..sides };
+                    multiply(&mut alone, cols, one, 1, cols, onto);
+                    assert_same_bits(name, &alone, &out[last]);
+                    if pairs > STEP && cols <= WIDTH {
+                        let mut both = start.clone();
+                        multiply(&mut both, out_stride, Sides { pairs: STEP, ..sides }, rows, cols, onto);
+                        let rest = Sides { left: &left[STEP..], panels: &panels[STEP * WIDTH..], pairs: pairs - STEP, ..sides };
+                        multiply(&mut both, out_stride, rest, rows, cols, true);
+                        assert_same_bits(name, &both, &out);
+                    }
+                }
+            }
+        }
+    }
+}
