@@ -7,13 +7,14 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use foveate_kernels::matrix::Compute;
 use foveate_kernels::sample;
 
 use crate::batch;
@@ -86,6 +87,32 @@ pub struct Step {
     micro_batch_tokens: usize,
     #[arg(long)]
     recompute: bool,
+    /// What products with the weights are computed in
+    #[arg(long, value_enum, default_value = "float32")]
+    dtype: DtypeName,
+}
+
+/// As the peer names them.
+#[derive(Clone, Copy, ValueEnum)]
+enum DtypeName {
+    Float32,
+    Bfloat16,
+}
+
+impl DtypeName {
+    fn compute(self) -> Compute {
+        match self {
+            DtypeName::Float32 => Compute::F32,
+            DtypeName::Bfloat16 => Compute::Bf16,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            DtypeName::Float32 => "float32",
+            DtypeName::Bfloat16 => "bfloat16",
+        }
+    }
 }
 
 /// A decoder of random weights.
@@ -110,6 +137,9 @@ pub struct Decoder {
     steps: usize,
     #[arg(long, default_value_t = 1)]
     warmup: usize,
+    /// What products with the weights are computed in
+    #[arg(long, value_enum, default_value = "float32")]
+    dtype: DtypeName,
 }
 
 #[derive(Args)]
@@ -177,7 +207,7 @@ impl Decoder {
         (text.mlp, text.sections) =
             (self.mlp, [half / 4, (half - half / 4) / 2, half - half / 4 - (half - half / 4) / 2]);
         config.vision.out_hidden = self.hidden;
-        Ok(presets::initialise(config, 1))
+        Ok(Vlm { compute: self.dtype.compute(), ..presets::initialise(config, 1) })
     }
 
     fn ids(&self, rng: &mut ChaCha8Rng, n: usize) -> Vec<u32> {
@@ -224,7 +254,7 @@ impl Train {
         }
         let seconds = median(times);
         Ok(json!({
-            "impl": "foveate", "dtype": "float32", "threads": rayon::current_num_threads(), "params": params,
+            "impl": "foveate", "dtype": decoder.dtype.name(), "threads": rayon::current_num_threads(), "params": params,
             "batch": decoder.batch, "tokens": tokens, "loss": loss, "seconds": round(seconds),
             "tokens_per_second": round((decoder.batch * tokens) as f64 / seconds), "peak_rss_mib": peak_rss() >> 20,
         }))
@@ -250,7 +280,7 @@ impl Speak {
         }
         let seconds = median(times);
         Ok(json!({
-            "impl": "foveate", "dtype": "float32", "threads": rayon::current_num_threads(),
+            "impl": "foveate", "dtype": decoder.dtype.name(), "threads": rayon::current_num_threads(),
             "batch": decoder.batch, "prompt": prompt, "new_tokens": new_tokens, "seconds": round(seconds),
             "new_tokens_per_second": round((decoder.batch * new_tokens) as f64 / seconds), "peak_rss_mib": peak_rss() >> 20,
         }))
@@ -335,6 +365,7 @@ impl Rig {
             path: step.model.clone(),
             micro_batch_tokens: step.micro_batch_tokens,
             recompute: step.recompute,
+            compute: step.dtype.compute(),
             ..Options::default()
         };
         let training = Training {
@@ -508,7 +539,7 @@ impl Rig {
         let part = |i: usize| round(median(times.iter().map(|t| t[i]).collect()));
         let total = round(median(times.iter().map(|t| t.iter().sum()).collect()));
         Ok(json!({
-            "impl": "foveate", "dtype": "float32", "threads": rayon::current_num_threads(),
+            "impl": "foveate", "dtype": step.dtype.name(), "threads": rayon::current_num_threads(),
             "prompts": step.prompts, "group": step.group, "new_tokens": self.lengths,
             "mean_sequence_tokens": length as u64, "params": self.engine.model.weights.layout().len,
             "seconds": {"turn1": part(0), "turn2": part(1), "ref": part(2), "update": part(3), "total": total},
@@ -539,7 +570,7 @@ impl Rig {
         }
         let seconds = median(times);
         Ok(json!({
-            "impl": "foveate", "dtype": "float32", "threads": rayon::current_num_threads(),
+            "impl": "foveate", "dtype": step.dtype.name(), "threads": rayon::current_num_threads(),
             "conversations": step.prompts * step.group, "tokens": tokens, "params": self.engine.model.weights.layout().len,
             "seconds": round(seconds), "tokens_per_second": round(tokens as f64 / seconds), "peak_rss_mib": peak_rss() >> 20,
         }))
@@ -557,7 +588,7 @@ impl Rig {
         let turn = |i: usize| median(times.iter().map(|t| t[i]).collect());
         let n = (step.prompts * step.group) as f64;
         Ok(json!({
-            "impl": "foveate", "dtype": "float32", "threads": rayon::current_num_threads(),
+            "impl": "foveate", "dtype": step.dtype.name(), "threads": rayon::current_num_threads(),
             "prompts": step.prompts, "group": step.group, "new_tokens": self.lengths,
             "seconds": {"turn1": round(turn(0)), "turn2": round(turn(1))},
             "new_tokens_per_second": {

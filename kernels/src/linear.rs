@@ -252,7 +252,7 @@ impl Rounded {
     }
 
     fn with<'a>(&'a self, panels: &'a [u32]) -> Sides<'a> {
-        Sides { left: &self.rows, left_stride: self.stride, panels, pairs: self.pairs }
+        Sides { left: &self.rows, left_stride: self.stride, panels, panel: self.pairs * WIDTH, pairs: self.pairs }
     }
 }
 
@@ -493,28 +493,35 @@ fn add_rounded(mut maps: Vec<Outer>, x: &[f32], t: usize, m: usize, threads: boo
     for Outer { db, dy, .. } in &mut maps {
         add_bias(db.as_deref_mut(), dy, dy.len() / t, threads);
     }
-    for t0 in (0..t).step_by(PAIRED_RUN) {
+    // x as panels for each run, which all threads read; a place for each, though the last run may be shorter.
+    let columns = m.div_ceil(WIDTH);
+    let place = WIDTH * pairs::of(PAIRED_RUN.min(t));
+    let mut panels = vec![0; t.div_ceil(PAIRED_RUN) * columns * place];
+    each(threads, panels.chunks_mut(place).enumerate(), || (), |(), (i, panel)| {
+        let (t0, first) = (i / columns * PAIRED_RUN, i % columns * WIDTH);
         let run = PAIRED_RUN.min(t - t0);
-        let pairs = pairs::of(run);
-        let mut panels = vec![0; m.div_ceil(WIDTH) * WIDTH * pairs];
-        each(threads, panels.chunks_mut(WIDTH * pairs).enumerate(), || (), |(), (p, panel)| {
-            let first = p * WIDTH;
-            pairs::columns_into(panel, WIDTH, &x[t0 * m + first..], m, run, WIDTH.min(m - first));
-        });
-        let stripes = maps.iter_mut().flat_map(|Outer { dw, dy, .. }| {
-            let dy: &[f32] = dy;
-            dw.chunks_mut(STRIPE * m).enumerate().map(move |(i, dw)| (dw, dy, i * STRIPE))
-        });
-        let apart = pairs::apart(pairs);
-        let start = || (vec![0; pairs * STRIPE], vec![0; STRIPE * apart]);
-        each(threads, stripes, start, |(tokens, left), (dw, dy, first)| {
-            let (n, rows) = (dy.len() / t, dw.len() / m);
+        pairs::columns_into(panel, WIDTH, &x[t0 * m + first..], m, run, WIDTH.min(m - first));
+    });
+    let stripes = maps.iter_mut().flat_map(|Outer { dw, dy, .. }| {
+        let dy: &[f32] = dy;
+        dw.chunks_mut(STRIPE * m).enumerate().map(move |(i, dw)| (dw, dy, i * STRIPE))
+    });
+    let most = pairs::of(PAIRED_RUN.min(t));
+    let start = || (vec![0; most * STRIPE], vec![0; STRIPE * pairs::apart(most)]);
+    each(threads, stripes, start, |(tokens, left), (dw, dy, first)| {
+        let (n, rows) = (dy.len() / t, dw.len() / m);
+        for (panels, t0) in panels.chunks(columns * place).zip((0..t).step_by(PAIRED_RUN)) {
+            let run = PAIRED_RUN.min(t - t0);
+            let pairs = pairs::of(run);
+            let apart = pairs::apart(pairs);
+            tokens[run / 2 * STRIPE..].fill(0);
             pairs::columns_into(tokens, STRIPE, &dy[t0 * n + first..], n, run, rows);
             pairs::transpose(left, apart, tokens, STRIPE, pairs, rows);
-            let sides = Sides { left: &*left, left_stride: apart, panels: &panels, pairs };
+            // Panels of a shorter run end with zeros, which meet zeros.
+            let sides = Sides { left: &*left, left_stride: apart, panels, panel: place, pairs };
             pairs::multiply(dw, m, sides, rows, m, true);
-        });
-    }
+        }
+    });
 }
 
 /// Some rows of a gradient, and the columns of dy `[T, N]` that make them.

@@ -87,7 +87,7 @@ impl<'a> Matrix<'a> {
     }
 
     /// The numbers in f32, where they lie or widened.
-    pub(crate) fn wide(self) -> Cow<'a, [f32]> {
+    pub fn wide(self) -> Cow<'a, [f32]> {
         match self.numbers {
             Numbers::F32(values) => Cow::Borrowed(values),
             Numbers::Bf16(values) => {
@@ -117,22 +117,15 @@ impl<'a> Matrix<'a> {
 
     /// The same as a panel of pairs [`pairs::of(k)`, `pairs::WIDTH`]; other columns stay.
     pub(crate) fn pair_into(self, panel: &mut [u32], from: usize, stride: usize, k: usize, cols: usize) {
-        let pairs = pairs::of(k);
-        let mut rows = vec![0; cols * pairs::apart(pairs)];
         match self.numbers {
-            Numbers::F32(values) => pairs::rows_into(&mut rows, pairs::apart(pairs), &values[from..], stride, k),
-            Numbers::Bf16(values) => {
-                for (row, values) in rows.chunks_mut(pairs::apart(pairs)).zip(values[from..].chunks(stride)) {
-                    let (whole, rest) = values[..k].as_chunks::<2>();
-                    let word = |first: [u8; 2], second: [u8; 2]| {
-                        u32::from(u16::from_le_bytes(first)) | u32::from(u16::from_le_bytes(second)) << 16
-                    };
-                    row.iter_mut().zip(whole).for_each(|(row, [first, second])| *row = word(*first, *second));
-                    rest.iter().for_each(|last| row[k / 2] = word(*last, [0, 0]));
-                }
+            Numbers::F32(values) => {
+                let pairs = pairs::of(k);
+                let mut rows = vec![0; cols * pairs::apart(pairs)];
+                pairs::rows_into(&mut rows, pairs::apart(pairs), &values[from..], stride, k);
+                pairs::transpose(panel, pairs::WIDTH, &rows, pairs::apart(pairs), cols, pairs);
             }
+            Numbers::Bf16(values) => pairs::stored_into(panel, pairs::WIDTH, &values[from..], stride, k, cols),
         }
-        pairs::transpose(panel, pairs::WIDTH, &rows, pairs::apart(pairs), cols, pairs);
     }
 }
 

@@ -111,14 +111,41 @@ fn transpose_body<const LEVEL: u8>(
     }
 }
 
+/// Rows of numbers that are bf16 already, turned round: to[i, r] holds numbers 2 i and 2 i + 1 of row r, the last step filled up with zeros. Other
+/// columns stay.
+pub(crate) fn stored_into(to: &mut [u32], to_stride: usize, rows: &[[u8; 2]], stride: usize, m: usize, count: usize) {
+    let word = |k: usize, pair: &[[u8; 2]]| {
+        let half = |k: usize| u32::from(u16::from_le_bytes(pair[k]));
+        if k + 1 < m { half(0) | half(1) << 16 } else { half(0) }
+    };
+    let mut done = (0, 0);
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx512f") {
+        done = (m / (2 * STEP) * STEP, count / 16 * 16);
+        for r in (0..done.1).step_by(16) {
+            for i in (0..done.0).step_by(STEP) {
+                // SAFETY: the processor has AVX-512.
+                unsafe { avx512::transpose_stored(&mut to[i * to_stride + r..], to_stride, &rows[r * stride + 2 * i..], stride) };
+            }
+        }
+    }
+    for i in 0..of(m) {
+        for r in if i < done.0 { done.1 } else { 0 }..count {
+            let k = 2 * i;
+            to[i * to_stride + r] = if k < m { word(k, &rows[r * stride + k..]) } else { 0 };
+        }
+    }
+}
+
 /// The left and the right side of a product.
 #[derive(Clone, Copy)]
 pub(crate) struct Sides<'a> {
     /// Rows of pairs.
     pub left: &'a [u32],
     pub left_stride: usize,
-    /// Panels `[pairs, WIDTH]`, one behind the other: panel p gives columns from `p · WIDTH` on.
+    /// Panels `[pairs, WIDTH]`: panel p starts at `p · panel` and gives columns from `p · WIDTH` on.
     pub panels: &'a [u32],
+    pub panel: usize,
     /// Whole steps.
     pub pairs: usize,
 }
@@ -131,11 +158,11 @@ pub(crate) fn multiply(out: &mut [f32], out_stride: usize, sides: Sides, rows: u
     if rows == 0 || cols == 0 {
         return;
     }
-    let Sides { left, left_stride, panels, pairs } = sides;
+    let Sides { left, left_stride, panels, panel, pairs } = sides;
     assert!(
         pairs.is_multiple_of(STEP)
             && left.len() >= (rows - 1) * left_stride + pairs
-            && panels.len() >= cols.div_ceil(WIDTH) * pairs * WIDTH
+            && panels.len() >= (cols.div_ceil(WIDTH) - 1) * panel + pairs * WIDTH
             && out.len() >= (rows - 1) * out_stride + cols,
         "pairs: a side is too short for [{rows}, {pairs}] and [{pairs}, {cols}]"
     );
@@ -170,7 +197,7 @@ fn widened_body<const LEVEL: u8>(
     onto: bool,
 ) {
     for (p, c) in (0..cols).step_by(WIDTH).enumerate() {
-        let panel = &sides.panels[p * sides.pairs * WIDTH..];
+        let panel = &sides.panels[p * sides.panel..];
         let cols = WIDTH.min(cols - c);
         let mut r = 0;
         macro_rules! take {
@@ -231,7 +258,7 @@ fn widened_tile<const LEVEL: u8, const R: usize>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::oracle::{assert_close, assert_same_bits, numbers};
+    use crate::oracle::{assert_close, assert_same_bits, halves, numbers};
 
     /// The value of a number once it is bf16.
     fn rounded(x: f32) -> f32 {
@@ -299,6 +326,21 @@ mod tests {
         }
     }
 
+    #[test]
+    fn what_is_stored_in_bf16_is_turned_round_as_it_is() {
+        for (count, m) in [(1, 1), (16, 32), (20, 75), (32, 64), (5, 33)] {
+            let stride = m + 3;
+            let (bytes, same) = halves(&numbers(1, count * stride));
+            let pairs = of(m);
+            let mut rows = vec![0; count * pairs];
+            rows_into(&mut rows, pairs, &same, stride, m);
+            let (mut expected, mut to) = (vec![7; pairs * WIDTH], vec![7; pairs * WIDTH]);
+            transpose(&mut expected, WIDTH, &rows, pairs, count, pairs);
+            stored_into(&mut to, WIDTH, &bytes, stride, m, count);
+            assert_eq!(to, expected, "{count}, {m}");
+        }
+    }
+
     type Multiply = fn(&mut [f32], usize, Sides, usize, usize, bool);
 
     /// The ways to multiply that this machine has.
@@ -325,7 +367,7 @@ mod tests {
                 let cols = WIDTH.min(cols - p * WIDTH);
                 transpose(panel, WIDTH, &turned[p * WIDTH * pairs..], pairs, cols, pairs);
             }
-            let sides = Sides { left: &left, left_stride: stride, panels: &panels, pairs };
+            let sides = Sides { left: &left, left_stride: stride, panels: &panels, panel: pairs * WIDTH, pairs };
             for (name, multiply) in ways() {
                 for onto in [false, true] {
                     let mut out = start.clone();

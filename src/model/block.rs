@@ -10,6 +10,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 
 use foveate_kernels::attention::{self, Keys, Span};
+use foveate_kernels::matrix::Compute;
 use foveate_kernels::rope::{self, Table};
 use foveate_kernels::{linear, memory, mlp, norm};
 use rayon::prelude::*;
@@ -117,9 +118,9 @@ impl Laid {
     }
 
     /// Of a block's maps for the gradients by their inputs.
-    fn turned(block: &Block, weights: &[f32]) -> Laid {
+    fn turned(block: &Block, values: Values) -> Laid {
         let maps = block.maps().into_iter();
-        Laid::each(maps, |map| linear::Packed::turned(&weights[map.w.clone()], map.inputs, map.outputs))
+        Laid::each(maps, |map| linear::Packed::turned(values.matrix(&map.w), map.inputs, map.outputs))
     }
 
     fn each<'a>(maps: impl Iterator<Item = &'a Affine>, lay: impl Fn(&Affine) -> linear::Packed + Sync) -> Laid {
@@ -166,11 +167,11 @@ impl Affine {
     }
 
     /// Writes (or adds, when `accumulate`) the gradient by the input.
-    pub fn backward_input(&self, dx: &mut [f32], dy: &[f32], weights: &[f32], accumulate: bool) {
+    pub fn backward_input(&self, dx: &mut [f32], dy: &[f32], values: Values, accumulate: bool) {
         let t = dy.len() / self.outputs;
-        linear::backward_input(dx, dy, &weights[self.w.clone()], t, self.inputs, self.outputs, accumulate);
+        linear::backward_input(dx, dy, values.matrix(&self.w), t, self.inputs, self.outputs, accumulate);
         if let Some(lora) = &self.lora {
-            lora.a.backward_input(dx, &lora.narrow_back(weights, dy), weights, true);
+            lora.a.backward_input(dx, &lora.narrow_back(values, dy), values, true);
         }
     }
 
@@ -206,9 +207,9 @@ impl Lora {
     ///
     /// # Shapes
     /// dy `[T, N]` -> `[T, R]`
-    fn narrow_back(&self, weights: &[f32], dy: &[f32]) -> Vec<f32> {
+    fn narrow_back(&self, values: Values, dy: &[f32]) -> Vec<f32> {
         let mut du = vec![0.0; dy.len() / self.b.outputs * self.b.inputs];
-        self.b.backward_input(&mut du, dy, weights, false);
+        self.b.backward_input(&mut du, dy, values, false);
         du.iter_mut().for_each(|du| *du *= self.scale);
         du
     }
@@ -232,21 +233,21 @@ impl<'a> Grads<'a> {
     }
 
     /// Adds the gradients of maps, each with its dy, that have the same input.
-    pub fn add(&mut self, maps: &[(&Affine, &[f32])], x: &[f32], weights: &[f32]) {
+    pub fn add(&mut self, maps: &[(&Affine, &[f32])], x: &[f32], values: Values) {
         if !self.adapters {
-            return backward_weights(self.arena, maps, x);
+            return backward_weights(self.arena, maps, x, values.compute);
         }
         for (map, dy) in maps {
             let Some(lora) = &map.lora else { continue };
-            let u = lora.narrow(Params::new(weights.into(), None), x);
-            backward_weights(self.arena, &[(&lora.b, dy)], &u);
-            backward_weights(self.arena, &[(&lora.a, &lora.narrow_back(weights, dy))], x);
+            let u = lora.narrow(Params::new(values, None), x);
+            backward_weights(self.arena, &[(&lora.b, dy)], &u, values.compute);
+            backward_weights(self.arena, &[(&lora.a, &lora.narrow_back(values, dy))], x, values.compute);
         }
     }
 }
 
 /// Adds the gradients by the weights and biases of maps, each with its dy, that have the same input.
-fn backward_weights(grads: &mut [f32], maps: &[(&Affine, &[f32])], x: &[f32]) {
+fn backward_weights(grads: &mut [f32], maps: &[(&Affine, &[f32])], x: &[f32], compute: Compute) {
     let inputs = maps[0].0.inputs;
     // The gradients lie apart in the arena, in whatever order.
     let mut places: Vec<(usize, &Range<usize>)> = Vec::new();
@@ -265,7 +266,7 @@ fn backward_weights(grads: &mut [f32], maps: &[(&Affine, &[f32])], x: &[f32]) {
     for (part, &(_, dy)) in parts.chunks_exact_mut(2).zip(maps) {
         outers.push(linear::Outer { dw: part[0].take().unwrap_or_default(), db: part[1].take(), dy });
     }
-    linear::backward_weights(outers, x, x.len() / inputs, inputs);
+    linear::backward_weights(outers, x, x.len() / inputs, inputs, compute);
 }
 
 /// RMS-normalised rows and their reciprocal root mean squares.
@@ -288,7 +289,7 @@ pub fn normed_backward(
     place: &Range<usize>,
     dy: &[f32],
     x: &[f32],
-    weights: &[f32],
+    values: Values,
     rstd: &[f32],
     accumulate: bool,
 ) {
@@ -301,7 +302,7 @@ pub fn normed_backward(
             &mut unused[..]
         }
     };
-    norm::backward(dx, dw, dy, x, &weights[place.clone()], rstd, d, accumulate);
+    norm::backward(dx, dw, dy, x, values.vector(place), rstd, d, accumulate);
 }
 
 /// Rows that one task takes through the row-wise parts of a block's backward pass: few enough that all it makes of them stays in
@@ -487,7 +488,7 @@ pub fn forward(
 pub fn backward(
     block: &Block,
     dims: &Dims,
-    weights: &[f32],
+    values: Values,
     dy: Vec<f32>,
     kept: Kept,
     rows: Rows,
@@ -495,10 +496,10 @@ pub fn backward(
 ) -> Vec<f32> {
     let Tape { x, q, k, v, o, lse, mid, mut gate, mut up } = match kept {
         Kept::All(tape) => *tape,
-        Kept::Input(x) => forward_all(block, dims, weights.into(), x, rows).1,
+        Kept::Input(x) => forward_all(block, dims, values, x, rows).1,
     };
     let Dims { hidden: d, mlp: wide, .. } = *dims;
-    let turned = Laid::turned(block, weights);
+    let turned = Laid::turned(block, values);
 
     // MLP: y = mid + down(h). Then attention: mid = x + o(attention).
     let n = mid.len() / d;
@@ -518,7 +519,7 @@ pub fn backward(
             block.gate.run_back(&mut dn, gate, &turned, false);
             block.up.run_back(&mut dn, up, &turned, true);
             let mut rstd = vec![0.0; mid.len() / d];
-            let weight = &weights[block.norm2.clone()];
+            let weight = values.vector(&block.norm2);
             norm::forward(n2, &mut rstd, mid, weight, d, dims.eps);
             dmid.copy_from_slice(dy);
             norm::backward(dmid, dnorm, &dn, mid, weight, &rstd, d, true);
@@ -527,9 +528,9 @@ pub fn backward(
     let (h, n2, mut dmid, mut d_o) = (h.done(), n2.done(), dmid.done(), d_o.done());
     let picked = rows.wanted.map(|wanted| pick(&o, wanted, dims.heads * dims.k));
     if let Some(g) = &mut grads {
-        g.add(&[(&block.down, &dy)], &h, weights);
-        g.add(&[(&block.gate, &gate), (&block.up, &up)], &n2, weights);
-        g.add(&[(&block.o, &dmid)], picked.as_ref().unwrap_or(&o), weights);
+        g.add(&[(&block.down, &dy)], &h, values);
+        g.add(&[(&block.gate, &gate), (&block.up, &up)], &n2, values);
+        g.add(&[(&block.o, &dmid)], picked.as_ref().unwrap_or(&o), values);
         if let Some(own) = g.own() {
             add_up(&mut own[block.norm2.clone()], &dnorm);
         }
@@ -562,13 +563,13 @@ pub fn backward(
             block.q.run_back(&mut dn, dq, &turned, false);
             block.k.run_back(&mut dn, dk, &turned, true);
             block.v.run_back(&mut dn, dv, &turned, true);
-            let weight = &weights[block.norm1.clone()];
+            let weight = values.vector(&block.norm1);
             norm::forward(n1, &mut rstd, x, weight, d, dims.eps);
             norm::backward(dx, dnorm, &dn, x, weight, &rstd, d, true);
         });
     if let Some(mut g) = grads {
         let n1 = n1.done();
-        g.add(&[(&block.q, &dq), (&block.k, &dk), (&block.v, &dv)], &n1, weights);
+        g.add(&[(&block.q, &dq), (&block.k, &dk), (&block.v, &dv)], &n1, values);
         if let Some(own) = g.own() {
             add_up(&mut own[block.norm1.clone()], &dnorm);
         }

@@ -277,7 +277,7 @@ impl Checkpoint {
             self.let_go(tensor);
             progress.step("");
         }
-        self.check_head(Matrix::F32(&arena.data[layout.text.head.clone()]))?;
+        self.check_head(arena.data[layout.text.head.clone()].into())?;
         self.files.clear();
         Ok(arena)
     }
@@ -288,7 +288,7 @@ impl Checkpoint {
         let progress = Progress::start("reading the weights", "tensor", 0, self.tensors.len() as u64);
         for (entry, tensor) in layout.entries.iter().zip(&self.tensors) {
             if is_matrix(entry) {
-                let matrix = Matrix::Bf16(self.bytes(tensor).as_chunks().0);
+                let matrix = Matrix::from(self.bytes(tensor).as_chunks::<2>().0);
                 ensure!(matrix.is_finite(), "{}", self.not_finite(tensor));
                 places.push(Place::File { file: tensor.file, bytes: tensor.bytes.clone() });
             } else {
@@ -301,7 +301,7 @@ impl Checkpoint {
         }
         let head = layout.entries.iter().position(|entry| entry.range == layout.text.head);
         if let Some(head) = head {
-            self.check_head(Matrix::Bf16(self.bytes(&self.tensors[head]).as_chunks().0))?;
+            self.check_head(self.bytes(&self.tensors[head]).as_chunks::<2>().0.into())?;
         }
         Ok(Mapped::new(layout, self.files.into_iter().map(|(_, map)| map).collect(), places, small))
     }
@@ -377,6 +377,7 @@ mod tests {
     use super::super::weights::{Dtype, save_sharded};
     use super::super::{Vlm, presets};
     use super::*;
+    use foveate_kernels::matrix::Numbers;
     use safetensors::tensor::TensorView;
 
     fn saved_with(change: impl Fn(&mut Vec<(String, Vec<usize>, Vec<f32>)>)) -> String {
@@ -413,7 +414,7 @@ mod tests {
             let (layout, arena) = (read.weights.layout(), read.weights.arena().unwrap());
             for entry in &layout.entries {
                 let there = mapped.weights.values().matrix(&entry.range);
-                assert_eq!(matches!(there, Matrix::Bf16(_)), entry.shape.len() == 2, "{}", entry.name);
+                assert_eq!(matches!(there.numbers, Numbers::Bf16(_)), entry.shape.len() == 2, "{}", entry.name);
                 let mut values = vec![0.0; entry.range.len()];
                 there.widen_into(&mut values, 0);
                 assert_eq!(values, arena.data[entry.range.clone()], "{}", entry.name);

@@ -14,6 +14,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
+use foveate_kernels::matrix::Compute;
 use foveate_kernels::{adamw, linear, logprob};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -219,6 +220,7 @@ impl DenseHead {
                 n,
                 d,
                 d,
+                Compute::F32,
             );
             for (&r, row) in rows.iter().zip(dx.chunks_exact(d)) {
                 dfeatures[r * d..(r + 1) * d].iter_mut().zip(row).for_each(|(a, b)| *a += b);
@@ -264,7 +266,7 @@ impl DenseHead {
         linear::backward_input(&mut dx, &dout, w, t, d, outputs, false);
         dfeatures.iter_mut().zip(dx).for_each(|(a, b)| *a += b);
         let (dw, db) = self.grads[QUESTIONS * d * d..].split_at_mut(outputs * d);
-        linear::backward_weight(dw, Some(db), &dout, features, t, d, outputs);
+        linear::backward_weight(dw, Some(db), &dout, features, t, d, outputs, Compute::F32);
         loss
     }
 

@@ -152,7 +152,7 @@ impl Vlm {
         let config = &self.config.text;
         let (d, dims) = (config.hidden, config.dims());
         let index = &self.weights.layout().text;
-        let values = self.weights.values();
+        let values = self.values();
         let mut ids = Vec::new();
         let mut axes = [const { Vec::new() }; 3];
         let mut features = Vec::new();
@@ -259,6 +259,6 @@ impl Vlm {
         let (d, v) = (self.config.text.hidden, self.config.text.vocab);
         let head = Affine { w: index.head.clone(), b: None, inputs: d, outputs: v, lora: None };
         let maps = || index.layers.iter().flat_map(Block::maps).chain([&head]);
-        (self.text_values() <= LAID_OUT).then(|| Laid::new(maps(), self.weights.values()))
+        (self.text_values() <= LAID_OUT).then(|| Laid::new(maps(), self.values()))
     }
 }

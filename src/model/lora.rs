@@ -9,6 +9,7 @@ mod peft;
 
 use anyhow::{Result, bail, ensure};
 use foveate_kernels::linear;
+use foveate_kernels::matrix::Compute;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
@@ -163,7 +164,7 @@ impl Vlm {
             for (n, row) in b.chunks_exact(rank).enumerate() {
                 row.iter().enumerate().for_each(|(r, b)| turned[r * outputs + n] = scale * b);
             }
-            linear::backward_weight(&mut own[w], None, &turned, a, rank, inputs, outputs);
+            linear::backward_weight(&mut own[w], None, &turned, a, rank, inputs, outputs, Compute::F32);
         }
         let layout = Layout::new(&self.config);
         data.truncate(layout.len);
@@ -172,7 +173,7 @@ impl Vlm {
             "with its adapter the model has weights that are not finite numbers"
         );
         let weights = Arena { layout, data: std::mem::take(data) };
-        Ok(Vlm { weights: weights.into(), config: self.config })
+        Ok(Vlm { weights: weights.into(), ..self })
     }
 
     /// The maps that have an adapter.

@@ -28,7 +28,7 @@ use std::sync::Arc;
 use anyhow::{Result, ensure};
 use foveate_kernels::attention::Span;
 use foveate_kernels::logprob;
-use foveate_kernels::matrix::Matrix;
+use foveate_kernels::matrix::{Compute, Matrix};
 
 pub use self::block::Keep;
 pub use self::checkpoint::{Hold, load_weights};
@@ -37,6 +37,7 @@ pub use self::layout::{Arena, Gradients, Group, Layout, Trainable};
 pub use self::positions::{Positions, positions, positions_from};
 pub use self::text::Early;
 use self::text::{FeatureRun, TextTape};
+use self::values::Values;
 pub use self::values::Weights;
 pub use self::vision::VisionTape;
 pub use self::weights::{Dtype, save_model};
@@ -47,6 +48,8 @@ use crate::geometry::Grid;
 pub struct Vlm {
     pub config: Config,
     pub weights: Weights,
+    /// How products with the weights are computed. Log-probs of sampling and of training agree only under the same.
+    pub compute: Compute,
 }
 
 /// An image among the packed rows.
@@ -265,6 +268,16 @@ struct Hidden {
 }
 
 impl Vlm {
+    /// A model that computes in f32.
+    pub fn new(config: Config, weights: Weights) -> Vlm {
+        Vlm { config, weights, compute: Compute::F32 }
+    }
+
+    /// The parameters as products take them.
+    fn values(&self) -> Values<'_> {
+        self.weights.values().computed(self.compute)
+    }
+
     /// Reads a model folder in Hugging Face layout into memory, so that it can be trained.
     pub fn load(dir: &Path) -> Result<Vlm> {
         Vlm::open(dir, Hold::Memory)
@@ -285,7 +298,7 @@ impl Vlm {
         }
         let config = Config::load(dir)?;
         let weights = checkpoint::open_weights(dir, &Layout::new(&config), hold)?;
-        Ok(Vlm { config, weights })
+        Ok(Vlm::new(config, weights))
     }
 
     /// Writes a model folder in Hugging Face layout; tokenizer, template and processor files are copied from `source`.
@@ -333,9 +346,9 @@ impl Vlm {
         train: Trainable,
         grads: &mut Gradients,
     ) -> Result<()> {
-        let Arena { layout, data } = self.weights.arena()?;
+        let layout = &self.weights.arena()?.layout;
         let (config, index) = (&self.config.vision, &layout.vision);
-        vision::backward(config, index, data, dfeatures, patches, tape, train, &mut grads.data);
+        vision::backward(config, index, self.values(), dfeatures, patches, tape, train, &mut grads.data);
         Ok(())
     }
 
@@ -343,8 +356,8 @@ impl Vlm {
         if grids.is_empty() {
             return (Vec::new(), None);
         }
-        let Vlm { config, weights } = self;
-        vision::forward(&config.vision, &weights.layout().vision, weights.values(), patches, grids, keep)
+        let Vlm { config, weights, .. } = self;
+        vision::forward(&config.vision, &weights.layout().vision, self.values(), patches, grids, keep)
     }
 
     /// Hidden states after the final norm, `[T, D]`.
@@ -376,7 +389,7 @@ impl Vlm {
         let (hidden, text_tape) = text::forward(
             &self.config.text,
             &self.weights.layout().text,
-            self.weights.values(),
+            self.values(),
             &packed.ids,
             packed.positions.each_ref().map(Vec::as_slice),
             &packed.spans,
@@ -399,7 +412,7 @@ impl Vlm {
 
     /// The matrix of the head `[V, D]` (the embedding where tied).
     pub fn head(&self) -> Matrix<'_> {
-        self.weights.values().matrix(&self.weights.layout().text.head)
+        self.values().matrix(&self.weights.layout().text.head)
     }
 
     /// Log-probs and entropies of the targets. `train` says which gradients [`Vlm::backward`] will be asked for: a
@@ -449,7 +462,7 @@ impl Vlm {
         if let Some(e) = entropy_weights {
             ensure!(e.len() == n, "{} entropy weights for {n} targets", e.len());
         }
-        let Arena { layout, data } = self.weights.arena()?;
+        let layout = &self.weights.arena()?.layout;
         ensure!(grads.layout.len == layout.len, "gradients of another model's layout");
         let given = packed.images.iter().filter(|i| i.features.is_some()).count();
         ensure!(
@@ -470,7 +483,7 @@ impl Vlm {
             entropy_weights,
             &head,
             &rows,
-            &data[layout.text.head.clone()],
+            self.head(),
             &tokens,
             temperature,
             &banned,
@@ -490,7 +503,7 @@ impl Vlm {
         let mut dfeatures = text::backward(
             &self.config.text,
             &layout.text,
-            data,
+            self.values(),
             &dhidden,
             &packed.ids,
             &packed.spans,

@@ -207,7 +207,7 @@ pub fn initialise(config: Config, seed: u64) -> Vlm {
     for entry in &random.layout.entries {
         random.fill(entry, &mut arena.data[entry.range.clone()]);
     }
-    Vlm { config: random.config, weights: arena.into() }
+    Vlm::new(random.config, arena.into())
 }
 
 /// [`initialise`] tensor by tensor, for a model that is to be written and would not fit into memory.

@@ -43,16 +43,16 @@ impl Early<'_> {
     fn backward(
         &self,
         x: &[f32],
-        weights: &[f32],
+        values: Values,
         index: &TextIndex,
         eps: f32,
         train: Trainable,
         grads: &mut [f32],
     ) -> Vec<f32> {
-        let (d, table) = (index.norm.len(), &weights[index.head.clone()]);
+        let (d, table) = (index.norm.len(), values.matrix(&index.head));
         let rows: Vec<f32> = self.asked.iter().flat_map(|t| &x[t.row * d..(t.row + 1) * d]).copied().collect();
         let tokens: Vec<u32> = self.asked.iter().map(|t| t.token).collect();
-        let (hidden, rstd) = block::normed(&rows, &weights[index.norm.clone()], eps);
+        let (hidden, rstd) = block::normed(&rows, values.vector(&index.norm), eps);
         let v = table.len() / d;
         let out = logprob::forward(&hidden, table, &tokens, 1.0, &[], d, v);
         self.said.set(self.said.get() + out.logprob.iter().map(|&l| f64::from(l)).sum::<f64>());
@@ -62,7 +62,7 @@ impl Early<'_> {
         logprob::backward(&mut dhidden, dtable, &slopes, None, &out, &hidden, table, &tokens, 1.0, &[], d, v);
         let mut dx = vec![0.0; rows.len()];
         // The norm belongs to the end of the model; what is asked here does not move it.
-        block::normed_backward(&mut dx, None, &index.norm, &dhidden, &rows, weights, &rstd, false);
+        block::normed_backward(&mut dx, None, &index.norm, &dhidden, &rows, values, &rstd, false);
         dx
     }
 }
@@ -156,7 +156,7 @@ pub fn forward(
 pub fn backward(
     config: &TextConfig,
     index: &TextIndex,
-    weights: &[f32],
+    values: Values,
     dhidden: &[f32],
     ids: &[u32],
     spans: &[Span],
@@ -170,19 +170,19 @@ pub fn backward(
     let dims = config.dims();
     let d = dims.hidden;
     let TextTape { table, mut layers, last } = tape;
-    let (_, rstd) = block::normed(&last, &weights[index.norm.clone()], dims.eps);
+    let (_, rstd) = block::normed(&last, values.vector(&index.norm), dims.eps);
     let mut dx = vec![0.0; last.len()];
     let norm = (train.text && !train.adapters).then_some(&mut *grads);
-    block::normed_backward(&mut dx, norm, &index.norm, dhidden, &last, weights, &rstd, false);
+    block::normed_backward(&mut dx, norm, &index.norm, dhidden, &last, values, &rstd, false);
     drop(last);
     for (i, layer) in index.layers.iter().enumerate().rev() {
         let Some(kept) = layers.pop() else { break };
         let here = early.iter().filter(|early| early.block == i && !early.asked.is_empty());
         let asked: Vec<(&Early, Vec<f32>)> =
-            here.map(|early| (early, early.backward(kept.input(), weights, index, dims.eps, train, grads))).collect();
+            here.map(|early| (early, early.backward(kept.input(), values, index, dims.eps, train, grads))).collect();
         let trained = Grads::of(grads, train.text, train);
         let rows = Rows { table: &table, spans, wanted: wanted.filter(|_| i + 1 == index.layers.len()) };
-        dx = block::backward(layer, &dims, weights, dx, kept, rows, trained);
+        dx = block::backward(layer, &dims, values, dx, kept, rows, trained);
         for (early, asked) in asked {
             for (target, drow) in early.asked.iter().zip(asked.chunks_exact(d)) {
                 dx[target.row * d..(target.row + 1) * d].iter_mut().zip(drow).for_each(|(a, b)| *a += b);

@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use anyhow::{Result, bail};
-use foveate_kernels::matrix::Matrix;
+use foveate_kernels::matrix::{Compute, Matrix, Numbers};
 use memmap2::Mmap;
 
 use super::checkpoint::Hold;
@@ -32,8 +32,8 @@ impl Weights {
 
     pub fn values(&self) -> Values<'_> {
         match self {
-            Weights::Memory(arena) => Values::Memory(&arena.data),
-            Weights::Mapped(mapped) => Values::Mapped(mapped),
+            Weights::Memory(arena) => arena.data.as_slice().into(),
+            Weights::Mapped(mapped) => Values { store: Store::Mapped(mapped), compute: Compute::F32 },
         }
     }
 
@@ -82,34 +82,45 @@ impl From<Arena> for Weights {
     }
 }
 
-/// Parameters by their places in the layout.
+/// Parameters by their places in the layout, and how products over them are computed.
 #[derive(Clone, Copy)]
-pub enum Values<'a> {
+pub struct Values<'a> {
+    store: Store<'a>,
+    pub(super) compute: Compute,
+}
+
+#[derive(Clone, Copy)]
+enum Store<'a> {
     Memory(&'a [f32]),
     Mapped(&'a Mapped),
 }
 
 impl<'a> Values<'a> {
+    pub fn computed(self, compute: Compute) -> Values<'a> {
+        Values { compute, ..self }
+    }
+
     /// A matrix, or some of its rows.
     pub fn matrix(self, place: &Range<usize>) -> Matrix<'a> {
-        match self {
-            Values::Memory(data) => Matrix::F32(&data[place.clone()]),
-            Values::Mapped(mapped) => mapped.get(place),
-        }
+        let matrix = match self.store {
+            Store::Memory(data) => Matrix::from(&data[place.clone()]),
+            Store::Mapped(mapped) => mapped.get(place),
+        };
+        matrix.computed(self.compute)
     }
 
     /// What is no matrix: the weights of a norm, a bias, the patch embedding.
     pub fn vector(self, place: &Range<usize>) -> &'a [f32] {
-        match self.matrix(place) {
-            Matrix::F32(values) => values,
-            Matrix::Bf16(_) => unreachable!("only matrices stay in their files"),
+        match self.matrix(place).numbers {
+            Numbers::F32(values) => values,
+            Numbers::Bf16(_) => unreachable!("only matrices stay in their files"),
         }
     }
 }
 
 impl<'a> From<&'a [f32]> for Values<'a> {
     fn from(data: &'a [f32]) -> Values<'a> {
-        Values::Memory(data)
+        Values { store: Store::Memory(data), compute: Compute::F32 }
     }
 }
 
@@ -163,8 +174,11 @@ impl Mapped {
         let i = entries.partition_point(|entry| entry.range.end <= place.start);
         let within = place.start - entries[i].range.start..place.end - entries[i].range.start;
         match &self.places[i] {
-            Place::File { file, bytes } => Matrix::Bf16(self.files[*file][bytes.clone()].as_chunks().0).part(within),
-            Place::Memory(range) => Matrix::F32(&self.small[range.clone()]).part(within),
+            Place::File { file, bytes } => {
+                let (values, _) = self.files[*file][bytes.clone()].as_chunks::<2>();
+                Matrix::from(values).part(within)
+            }
+            Place::Memory(range) => Matrix::from(&self.small[range.clone()]).part(within),
         }
     }
 }

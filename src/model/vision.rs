@@ -9,6 +9,7 @@
 //! `get_vision_window_index`.
 
 use foveate_kernels::attention::Span;
+use foveate_kernels::matrix::Matrix;
 use foveate_kernels::rope::{self, Table};
 use foveate_kernels::{linear, mlp};
 
@@ -138,7 +139,8 @@ pub fn forward(
 
     let mut embedded = vec![0.0; rows * dims.hidden];
     let folded = folded(config, values.vector(&index.patch.w));
-    linear::forward(&mut embedded, patches, &folded, None, false, rows, config.patch_values(), dims.hidden);
+    let folded = Matrix::from(&folded).computed(values.compute);
+    linear::forward(&mut embedded, patches, folded, None, false, rows, config.patch_values(), dims.hidden);
     let mut x = sorted(&embedded, &windows.order, unit * dims.hidden);
     drop(embedded);
     let mut blocks = Vec::new();
@@ -166,7 +168,7 @@ pub fn forward(
 pub fn backward(
     config: &VisionConfig,
     index: &VisionIndex,
-    weights: &[f32],
+    values: Values,
     dfeatures: &[f32],
     patches: &[f32],
     tape: VisionTape,
@@ -181,25 +183,25 @@ pub fn backward(
     let VisionTape { windows, table, mut blocks, last, merged } = tape;
 
     let dy = sorted(dfeatures, &windows.order, config.out_hidden);
-    let (normed, rstd) = block::normed(&last, &weights[index.merger_norm.clone()], dims.eps);
+    let (normed, rstd) = block::normed(&last, values.vector(&index.merger_norm), dims.eps);
     let mut active = vec![0.0; merged.len()];
     let mut merger = Grads::of(grads, train.merger, train);
     if let Some(merger) = &mut merger {
         mlp::gelu_forward(&mut active, &merged);
-        merger.add(&[(&index.merger_out, &dy)], &active, weights);
+        merger.add(&[(&index.merger_out, &dy)], &active, values);
     }
     let dactive = &mut active;
-    index.merger_out.backward_input(dactive, &dy, weights, false);
+    index.merger_out.backward_input(dactive, &dy, values, false);
     let mut dmerged = vec![0.0; merged.len()];
     mlp::gelu_backward(&mut dmerged, dactive, &merged);
     if let Some(merger) = &mut merger {
-        merger.add(&[(&index.merger_in, &dmerged)], &normed, weights);
+        merger.add(&[(&index.merger_in, &dmerged)], &normed, values);
     }
     let mut dnormed = normed;
-    index.merger_in.backward_input(&mut dnormed, &dmerged, weights, false);
+    index.merger_in.backward_input(&mut dnormed, &dmerged, values, false);
     let mut dx = vec![0.0; last.len()];
     let own = merger.as_mut().and_then(Grads::own);
-    block::normed_backward(&mut dx, own, &index.merger_norm, &dnormed, &last, weights, &rstd, false);
+    block::normed_backward(&mut dx, own, &index.merger_norm, &dnormed, &last, values, &rstd, false);
     drop((dnormed, dmerged, active, last));
     if !train.vision {
         return;
@@ -208,15 +210,15 @@ pub fn backward(
         let Some(kept) = blocks.pop() else { return };
         let spans = if config.full_blocks.contains(&i) { &windows.frames } else { &windows.windows };
         let rows = Rows { table: &table, spans, wanted: None };
-        dx = block::backward(b, &dims, weights, dx, kept, rows, Grads::of(grads, true, train));
+        dx = block::backward(b, &dims, values, dx, kept, rows, Grads::of(grads, true, train));
     }
     if train.adapters {
         return;
     }
     let dembedded = unsorted(&dx, &windows.order, unit * dims.hidden);
-    let (values, rows) = (config.patch_values(), patches.len() / config.patch_values());
-    let mut dfolded = vec![0.0; config.hidden * values];
-    linear::backward_weight(&mut dfolded, None, &dembedded, patches, rows, values, config.hidden);
+    let (inputs, rows) = (config.patch_values(), patches.len() / config.patch_values());
+    let mut dfolded = vec![0.0; config.hidden * inputs];
+    linear::backward_weight(&mut dfolded, None, &dembedded, patches, rows, inputs, config.hidden, values.compute);
     let square = config.patch * config.patch;
     let framed = grads[index.patch.w.clone()].chunks_exact_mut(config.temporal_patch * square);
     for (frames, dfolded) in framed.zip(dfolded.chunks_exact(square)) {

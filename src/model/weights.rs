@@ -9,7 +9,6 @@ use std::fs::{self, File};
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use foveate_kernels::matrix::Matrix;
 use half::bf16;
 use safetensors::tensor::{Dtype as Stored, View};
 use serde_json::{Value, json};
@@ -133,14 +132,7 @@ pub fn save_outgoing<'a>(model: &'a Outgoing<'a>, dir: &Path, dtype: Dtype, sour
 
 /// [`save_model`] in files of at most so many bytes, as far as single tensors allow.
 pub fn save_sharded(model: &Vlm, dir: &Path, dtype: Dtype, source: Option<&Path>, shard_bytes: u64) -> Result<()> {
-    let values = |entry: &Entry| match model.weights.values().matrix(&entry.range) {
-        Matrix::F32(values) => Cow::Borrowed(values),
-        matrix => {
-            let mut values = vec![0.0; matrix.len()];
-            matrix.widen_into(&mut values, 0);
-            Cow::Owned(values)
-        }
-    };
+    let values = |entry: &Entry| model.weights.values().matrix(&entry.range).wide();
     let outgoing = Outgoing { config: &model.config, layout: model.weights.layout(), values: &values };
     write_shards(&outgoing, dir, dtype, source, shard_bytes)
 }

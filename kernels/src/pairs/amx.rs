@@ -66,7 +66,7 @@ pub(super) unsafe fn multiply(out: &mut [f32], out_stride: usize, sides: Sides, 
         // SAFETY: tiles are allowed, and released below.
         unsafe { configure(at_once.min(ROWS)) };
         for (p, c) in (0..cols).step_by(WIDTH).enumerate() {
-            let panel = &sides.panels[p * sides.pairs * WIDTH..];
+            let panel = &sides.panels[p * sides.panel..];
             let cols = WIDTH.min(cols - c);
             for r in (r..until).step_by(at_once) {
                 let left = &sides.left[r * sides.left_stride..];

@@ -13,8 +13,29 @@ pub(super) fn transpose(to: &mut [u32], to_stride: usize, from: &[u32], from_str
         "pairs: a side is too short for a block"
     );
     // SAFETY: the assertion puts `SIDE` words behind each row's start.
-    let a: [__m512i; SIDE] =
-        std::array::from_fn(|r| unsafe { _mm512_loadu_si512(from.as_ptr().add(r * from_stride).cast()) });
+    let rows = std::array::from_fn(|r| unsafe { _mm512_loadu_si512(from.as_ptr().add(r * from_stride).cast()) });
+    // SAFETY: and behind each that is written.
+    unsafe { turn(to.as_mut_ptr(), to_stride, rows) };
+}
+
+/// The same of rows whose words lie at any address as pairs of bf16; `from_stride` counts these.
+#[target_feature(enable = "avx512f")]
+pub(super) fn transpose_stored(to: &mut [u32], to_stride: usize, from: &[[u8; 2]], from_stride: usize) {
+    let last = SIDE - 1;
+    assert!(
+        from.len() >= last * from_stride + 2 * SIDE && to.len() >= last * to_stride + SIDE,
+        "pairs: a side is too short for a block"
+    );
+    // SAFETY: the assertion puts `SIDE` words behind each row's start.
+    let rows = std::array::from_fn(|r| unsafe { _mm512_loadu_si512(from.as_ptr().add(r * from_stride).cast()) });
+    // SAFETY: and behind each that is written.
+    unsafe { turn(to.as_mut_ptr(), to_stride, rows) };
+}
+
+/// # Safety
+/// Behind `to` are `SIDE` rows of `SIDE` words, `to_stride` apart.
+#[target_feature(enable = "avx512f")]
+unsafe fn turn(to: *mut u32, to_stride: usize, a: [__m512i; SIDE]) {
     let b: [__m512i; SIDE] = std::array::from_fn(|i| {
         let (x, y) = (a[i / 2 * 2], a[i / 2 * 2 + 1]);
         if i % 2 == 0 { _mm512_unpacklo_epi32(x, y) } else { _mm512_unpackhi_epi32(x, y) }
@@ -35,8 +56,8 @@ pub(super) fn transpose(to: &mut [u32], to_stride: usize, from: &[u32], from_str
             _mm512_shuffle_i32x4::<0xdd>(odd[0], odd[1]),
         ];
         for (l, column) in columns.into_iter().enumerate() {
-            // SAFETY: the assertion puts `SIDE` words behind each row's start.
-            unsafe { _mm512_storeu_si512(to.as_mut_ptr().add((4 * l + j) * to_stride).cast(), column) };
+            // SAFETY: the caller has room for it.
+            unsafe { _mm512_storeu_si512(to.add((4 * l + j) * to_stride).cast(), column) };
         }
     }
 }

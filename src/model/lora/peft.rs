@@ -288,7 +288,7 @@ pub fn open(dir: &Path, options: &Options, train: Trainable, seed: u64) -> Resul
 fn beside(dir: &Path, config: Config, modules: &[Module]) -> Result<Vlm> {
     let layout = Layout::new(&config);
     let arena = checkpoint::load_beside(dir, &layout, &layout.adapted(modules))?;
-    Ok(Vlm { config, weights: arena.into() })
+    Ok(Vlm::new(config, arena.into()))
 }
 
 /// A model with the adapter of a folder beside its weights.
