@@ -16,6 +16,8 @@ if [[ $# -gt 0 && $1 != -- ]]; then rounds=$1; shift; fi
 threads=${THREADS:-2}
 # Two sequences at a time were the fastest of 2 and 8 (LOG.md).
 micro=${PEER_MICRO_BATCH:-2}
+# bfloat16: our products on the processor's tiles, the peer's model in bfloat16 as a whole.
+dtypes=${DTYPES:-float32 bfloat16}
 out=runs/bench
 mkdir -p "$out"
 
@@ -53,24 +55,29 @@ PY
 results=$out/$name.jsonl
 : > "$results"
 for _ in $(seq "$rounds"); do
-  "$foveate" bench step --threads "$threads" --model "$model" --rows "$out/rows.jsonl" --steps 2 "$@" >> "$results"
-  "$python" benches/peer.py --threads "$threads" --model "$model" --rows "$out/rows.jsonl" --steps 1 \
-    --micro-batch "$micro" "$@" 2>/dev/null >> "$results"
+  for dtype in $dtypes; do
+    "$foveate" bench step --threads "$threads" --model "$model" --rows "$out/rows.jsonl" --steps 2 --dtype "$dtype" "$@" >> "$results"
+    "$python" benches/peer.py --threads "$threads" --model "$model" --rows "$out/rows.jsonl" --steps 1 --dtype "$dtype" \
+      --micro-batch "$micro" "$@" 2>/dev/null >> "$results"
+  done
 done
 
 "$python" - "$results" <<'PY'
 import json, statistics, sys
 rows = [json.loads(line) for line in open(sys.argv[1])]
-ours = [r for r in rows if r["impl"] == "foveate"]
-peer = [r for r in rows if r["impl"] != "foveate"]
-first = ours[0]
+sides = {}
+for row in rows:
+    sides.setdefault((row["impl"], row["dtype"]), []).append(row)
+first = rows[0]
 print(f"{first['params'] / 1e6:.1f} M parameters, {first['prompts']} prompts x {first['group']}, new tokens {first['new_tokens']}, "
-      f"{first['threads']} threads, medians of {len(ours)} interleaved rounds")
-print(f"mean tokens of a conversation: foveate {first['mean_sequence_tokens']}, peer {peer[0]['mean_sequence_tokens']}")
-print(f"{'':8}{'foveate s':>12}{'peer s':>12}{'ratio':>9}")
-for part in ("turn1", "turn2", "ref", "update", "total"):
-    a, b = (statistics.median(r["seconds"][part] for r in side) for side in (ours, peer))
-    print(f"{part:8}{a:12.3f}{b:12.3f}{b / a if a else float('nan'):9.1f}")
-a, b = (max(r["peak_rss_mib"] for r in side) for side in (ours, peer))
-print(f"{'MiB':8}{a:12}{b:12}{b / a:9.1f}")
+      f"{first['threads']} threads, medians of {len(next(iter(sides.values())))} interleaved rounds; ratios are over transformers in float32")
+base = next(side for (impl, dtype), side in sides.items() if impl != "foveate" and dtype == "float32")
+print(f"{'':24}{'tokens':>8}" + "".join(f"{part + ' s':>10}{'ratio':>7}" for part in ("turn1", "turn2", "ref", "update", "total")) + f"{'MiB':>8}{'share':>7}")
+for (impl, dtype), side in sides.items():
+    line = f"{impl + ' ' + dtype:24}{side[0]['mean_sequence_tokens']:8}"
+    for part in ("turn1", "turn2", "ref", "update", "total"):
+        ours, theirs = (statistics.median(r["seconds"][part] for r in s) for s in (side, base))
+        line += f"{ours:10.3f}{theirs / ours if ours else float('nan'):7.1f}"
+    ours, theirs = (max(r["peak_rss_mib"] for r in s) for s in (side, base))
+    print(line + f"{ours:8}{ours / theirs:7.3f}")
 PY

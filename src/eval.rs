@@ -165,7 +165,7 @@ pub fn main(invocation: &Invocation) -> Result<()> {
         for Asked { name, samples, .. } in &asked {
             eprintln!("{name}: {} questions, {} answers each", samples.len(), plan.eval.samples);
         }
-        rows::say(&unasked);
+        rows::say(&unasked, asked.len());
         return Ok(());
     }
     let written_plan = config::to_toml(&plan)?;
@@ -177,7 +177,7 @@ pub fn main(invocation: &Invocation) -> Result<()> {
         rows::add(&mut unasked, rows::leave_out(name, samples, truths, &damaged, file)?);
     }
     notes.iter().for_each(|note| progress::say(note));
-    rows::say(&unasked);
+    rows::say(&unasked, asked.len());
     if plan.engine.is_embedded() {
         need::of_eval(&plan, &asked)?.ensure_fits(&plan.model)?;
     }
@@ -227,7 +227,7 @@ pub fn main(invocation: &Invocation) -> Result<()> {
     if rows.iter().any(|row| row.over.is_some()) {
         notes.push(OVER.to_owned());
     }
-    notes.extend(rows::notes(&unasked));
+    notes.extend(rows::notes(&unasked, asked.len()));
     let mut tables = vec![table(&title, &rows, &notes)];
     tables.extend(necessity);
     tables.extend(size::table(&rows));

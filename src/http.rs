@@ -13,6 +13,8 @@ use crate::config::BadConfig;
 pub const LONGEST_BACKOFF: Duration = Duration::from_secs(60);
 /// Characters of a body that an error shows.
 const SHOWN: usize = 200;
+/// How often a thread that has nothing to compute looks whether it should.
+const IDLE: Duration = Duration::from_millis(1);
 /// How often a wait looks whether it should end.
 pub const TICK: Duration = Duration::from_millis(20);
 
@@ -134,13 +136,19 @@ pub fn together<T: Sync, R: Send>(jobs: &[T], at_once: usize, work: impl Fn(&T) 
     };
     let mut all: Vec<(usize, Result<R>)> = std::thread::scope(|scope| {
         let mut threads = Vec::new();
-        for _ in 1..at_once.min(jobs.len()) {
+        for _ in 0..if jobs.len() > 1 { at_once.min(jobs.len()) } else { 0 } {
             // A machine that gives no more threads does the work with those it gave.
             let Ok(thread) = std::thread::Builder::new().name("waits".into()).spawn_scoped(scope, run) else { break };
             threads.push(thread);
         }
-        let mut all = run();
+        let mut all = if threads.is_empty() { run() } else { Vec::new() };
         for thread in threads {
+            // This thread may be the only one that computes: what the others ask of it meanwhile must not wait for them.
+            while !thread.is_finished() {
+                if rayon::yield_now() != Some(rayon::Yield::Executed) {
+                    std::thread::sleep(IDLE);
+                }
+            }
             match thread.join() {
                 Ok(done) => all.extend(done),
                 Err(panic) => std::panic::resume_unwind(panic),
@@ -168,6 +176,20 @@ pub fn together<T: Sync, R: Send>(jobs: &[T], at_once: usize, work: impl Fn(&T) 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The thread that asks is the only one of its pool, and the work computes in it.
+    #[test]
+    fn a_pool_of_one_thread_can_be_asked_by_many() {
+        use rayon::prelude::*;
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+        let jobs: Vec<usize> = (0..20).collect();
+        let squares = pool.install(|| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(1).use_current_thread().build();
+            drop(pool);
+            together(&jobs, 4, |&job| Ok((0..job).into_par_iter().map(|_| job).sum::<usize>()))
+        });
+        assert_eq!(squares.unwrap(), jobs.iter().map(|job| job * job).collect::<Vec<_>>());
+    }
 
     const NO_TIME: Duration = Duration::ZERO;
 

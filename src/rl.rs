@@ -162,7 +162,16 @@ fn train_on(
     for step in done + 1..=plan.train.steps {
         let mut watch_time = Stopwatch::start();
         let mut metrics = Metrics::new();
-        let episodes = context.step(engine, rows, &mut state, step, &mut watch_time, &mut metrics)?;
+        let before = state.clone();
+        let episodes = match context.step(engine, rows, &mut state, step, &mut watch_time, &mut metrics) {
+            Ok(episodes) => episodes,
+            // A server that went away is not asked to save.
+            Err(error) if !plan.engine.is_embedded() => return Err(error),
+            Err(error) => {
+                let save = |to: &Path| engine.save(to);
+                return Err(folder.rescue(step - 1, plan.train.keep_checkpoints, &before, save, error));
+            }
+        };
         let last_step = step == plan.train.steps;
         if plan.eval.every > 0 && (step % plan.eval.every == 0 || last_step) {
             let played = watch_time.time("eval", || context.evaluate(engine, held_out, &mut metrics))?;

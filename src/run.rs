@@ -55,13 +55,6 @@ pub enum Kind {
     Demo,
 }
 
-impl Kind {
-    /// Whether it goes on from recorded answers ([`ANSWERS`]) rather than from a checkpoint.
-    fn keeps_answers(self) -> bool {
-        matches!(self, Kind::Rollout | Kind::Eval)
-    }
-}
-
 impl fmt::Display for Kind {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         f.write_str(match self {
@@ -260,11 +253,35 @@ impl RunFolder {
     }
 }
 
+impl RunFolder {
+    /// What a step that failed leaves: the steps before it as a checkpoint, unless there is one already. Gives the error with what to do.
+    pub fn rescue<S: Serialize>(
+        &self,
+        done: u64,
+        keep: usize,
+        state: &S,
+        write: impl FnOnce(&Path) -> Result<()>,
+        error: anyhow::Error,
+    ) -> anyhow::Error {
+        let there = latest_checkpoint(&self.root).ok().flatten().is_some_and(|checkpoint| checkpoint.step == done);
+        if done == 0 || (!there && self.checkpoint(done, keep, state, write).is_err()) {
+            return error;
+        }
+        error.context(format!(
+            "step {} failed, and the checkpoint of those before it is written; when this is mended, go on with --resume",
+            done + 1
+        ))
+    }
+}
+
 /// Whether a folder holds what a run leaves behind: steps, episodes, answers or checkpoints. A plan alone is a start that failed.
 pub fn holds_run(root: &Path) -> bool {
     let has_entries = |folder| checkpoint::entries(&root.join(folder)).is_ok_and(|entries| !entries.is_empty());
-    let has_lines = |file| fs::metadata(root.join(file)).is_ok_and(|file| file.len() > 0);
-    has_lines(METRICS) || has_lines(ANSWERS) || has_entries(EPISODES) || has_entries(CHECKPOINTS)
+    has_lines(root, METRICS) || has_lines(root, ANSWERS) || has_entries(EPISODES) || has_entries(CHECKPOINTS)
+}
+
+fn has_lines(root: &Path, file: &str) -> bool {
+    fs::metadata(root.join(file)).is_ok_and(|file| file.len() > 0)
 }
 
 /// # Errors
@@ -275,7 +292,16 @@ fn refuse_another(root: &Path, kind: Kind) -> Result<()> {
     let saved = serde_json::from_str::<Environment>(&text).ok().and_then(|environment| environment.kind);
     let fits = match saved {
         Some(saved) => saved == kind,
-        None => kind.keeps_answers() == root.join(ANSWERS).exists(),
+        None => {
+            let plan: Option<toml::Table> =
+                fs::read_to_string(root.join(CONFIG)).ok().and_then(|plan| plan.parse().ok());
+            let evaluates = plan.is_some_and(|plan| plan.contains_key("tasks"));
+            match kind {
+                Kind::Eval => evaluates,
+                Kind::Rollout => !evaluates && has_lines(root, ANSWERS),
+                Kind::Rl | Kind::Sft | Kind::Demo => !evaluates && !has_lines(root, ANSWERS),
+            }
+        }
     };
     if fits {
         return Ok(());
@@ -544,9 +570,15 @@ mod tests {
         other(Kind::Rl).unwrap();
         // A folder that does not say.
         fs::remove_file(folder.path().join(ENVIRONMENT)).unwrap();
-        assert!(other(Kind::Eval).unwrap_err().to_string().contains("another command"));
+        assert!(other(Kind::Rollout).unwrap_err().to_string().contains("another command"));
+        fs::write(folder.path().join(ANSWERS), "").unwrap();
+        assert!(other(Kind::Rollout).is_err());
+        other(Kind::Rl).unwrap();
         fs::write(folder.path().join(ANSWERS), "{}\n").unwrap();
-        assert!(other(Kind::Rl).is_err());
+        assert!(other(Kind::Rl).is_err() && other(Kind::Eval).is_err());
+        other(Kind::Rollout).unwrap();
+        fs::write(folder.path().join(CONFIG), "[tasks.a]\njudge = \"text\"\n").unwrap();
+        assert!(other(Kind::Rl).is_err() && other(Kind::Rollout).is_err());
         other(Kind::Eval).unwrap();
     }
 

@@ -469,6 +469,7 @@ pub fn train(plan: &Plan, start: Start, interrupt: &Interrupt) -> Result<Metrics
     for step in done + 1..=plan.train.steps {
         let mut watch = Stopwatch::start();
         let mut metrics = Metrics::new();
+        let before_step = state.clone();
         let indices: Vec<u64> = (0..plan.train.batch)
             .map(|_| match &mut state.order {
                 Some(order) => order.next_row() as u64,
@@ -478,8 +479,15 @@ pub fn train(plan: &Plan, start: Start, interrupt: &Interrupt) -> Result<Metrics
                 }
             })
             .collect();
-        let mut examples: Vec<Example> = watch
-            .time("data", || indices.par_iter().map(|&i| source.example(&frontend, i, step)).collect::<Result<_>>())?;
+        let drawn = watch
+            .time("data", || indices.par_iter().map(|&i| source.example(&frontend, i, step)).collect::<Result<_>>());
+        let mut examples: Vec<Example> = match drawn {
+            Ok(examples) => examples,
+            Err(error) => {
+                let save = |to: &Path| save(&mut engine, head.as_ref(), to);
+                return Err(folder.rescue(step - 1, plan.train.keep_checkpoints, &before_step, save, error));
+            }
+        };
         let before = examples.len();
         examples.retain(|e| e.stream.len() <= plan.data.max_tokens);
         ensure!(
@@ -500,10 +508,7 @@ pub fn train(plan: &Plan, start: Start, interrupt: &Interrupt) -> Result<Metrics
         let asked = interrupt.asked();
         let due = plan.train.checkpoint_every > 0 && step % plan.train.checkpoint_every == 0;
         if asked || due || step == plan.train.steps {
-            folder.checkpoint(step, plan.train.keep_checkpoints, &state, |to| {
-                engine.save(to)?;
-                head.as_ref().map_or(Ok(()), |(_, head)| head.save(to))
-            })?;
+            folder.checkpoint(step, plan.train.keep_checkpoints, &state, |to| save(&mut engine, head.as_ref(), to))?;
         }
         if asked {
             return Err(Interrupted::after(step, &plan.train.out).into());
@@ -511,6 +516,11 @@ pub fn train(plan: &Plan, start: Start, interrupt: &Interrupt) -> Result<Metrics
     }
     bar.finish();
     Ok(last)
+}
+
+fn save(engine: &mut Embedded, head: Option<&(dense::Options, DenseHead)>, to: &Path) -> Result<()> {
+    engine.save(to)?;
+    head.map_or(Ok(()), |(_, head)| head.save(to))
 }
 
 /// The tokens in which the dense head answers.

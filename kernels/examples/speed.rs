@@ -90,24 +90,44 @@ fn main() {
         (64, 4, 4, 32, false),
         (4096, 6, 6, 64, false),
     ] {
-        let dims = Dims { heads, kv_heads, k };
-        let (q, kk, v) = (numbers(t * heads * k), numbers(t * kv_heads * k), numbers(t * kv_heads * k));
-        let (mut o, mut lse) = (vec![0.0; q.len()], vec![0.0; t * heads]);
-        let spans = [Span { queries: 0..t, shared: 0..0, own: 0..t, causal }];
-        let flops = 4 * t * t * heads * k / if causal { 2 } else { 1 };
-        line(
-            &format!("attention T={t} H={heads}/{kv_heads} K={k} causal={causal}"),
-            flops,
-            seconds(|| attention::forward(black_box(&mut o), &mut lse, &q, Keys::Rows(&kk), &v, &spans, dims)),
-        );
-        let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; kk.len()], vec![0.0; v.len()]);
-        line(
-            "  backward",
-            flops * 5 / 2,
-            seconds(|| {
-                attention::backward(black_box(&mut dq), &mut dk, &mut dv, &o, &o, &lse, &q, &kk, &v, &spans, dims)
-            }),
-        );
+        for compute in [Compute::F32, Compute::Bf16] {
+            if causal && compute == Compute::Bf16 {
+                continue;
+            }
+            let dims = Dims { heads, kv_heads, k };
+            let (q, kk, v) = (numbers(t * heads * k), numbers(t * kv_heads * k), numbers(t * kv_heads * k));
+            let (mut o, mut lse) = (vec![0.0; q.len()], vec![0.0; t * heads]);
+            let spans = [Span { queries: 0..t, shared: 0..0, own: 0..t, causal }];
+            let flops = 4 * t * t * heads * k / if causal { 2 } else { 1 };
+            line(
+                &format!("attention T={t} H={heads}/{kv_heads} K={k} causal={causal} {compute:?}"),
+                flops,
+                seconds(|| {
+                    attention::forward(black_box(&mut o), &mut lse, &q, Keys::Rows(&kk), &v, &spans, dims, compute)
+                }),
+            );
+            let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; kk.len()], vec![0.0; v.len()]);
+            line(
+                "  backward",
+                flops * 5 / 2,
+                seconds(|| {
+                    attention::backward(
+                        black_box(&mut dq),
+                        &mut dk,
+                        &mut dv,
+                        &o,
+                        &o,
+                        &lse,
+                        &q,
+                        &kk,
+                        &v,
+                        &spans,
+                        dims,
+                        compute,
+                    )
+                }),
+            );
+        }
     }
     // Decoding: 32 sequences of 400 cached keys, one query each, the first 300 keys shared.
     let dims = Dims { heads: 4, kv_heads: 2, k: 32 };
@@ -120,7 +140,9 @@ fn main() {
     line(
         "attention decode B=32 keys=400 H=4/2 K=32",
         4 * b * 400 * 4 * 32,
-        seconds(|| attention::forward(black_box(&mut o), &mut lse, &q, Keys::Rows(&kk), &kk, &spans, dims)),
+        seconds(|| {
+            attention::forward(black_box(&mut o), &mut lse, &q, Keys::Rows(&kk), &kk, &spans, dims, Compute::F32)
+        }),
     );
 
     let (t, d, v) = (256, 128, 4096);

@@ -7,14 +7,17 @@
 //! number; P·V is a run of multiply-adds over the keys in order. Keys after the last visible one add exact zeros. So the bits
 //! depend neither on the other queries, nor on where the keys lie, nor on the threads. Short spans with the same shared keys
 //! (members of a group that speak) meet these together, several rows at a time.
-//! The backward ([`backward`](self::backward())) is in a file of its own.
+//! The backward ([`backward`](self::backward())) is in a file of its own, and so are the products in bf16 that a vision tower may ask for (`rounded.rs`).
 
 mod backward;
+mod rounded;
 mod task;
 
 pub use self::backward::backward;
 
 use self::task::{Block, Prepared, blocks, transposed};
+use crate::matrix::Compute;
+use crate::pairs;
 use crate::panel::{self, Left, Onto, WIDTH};
 use crate::vector::{self, LANES, dispatch, exp2};
 use rayon::prelude::*;
@@ -97,11 +100,21 @@ pub fn store_keys(panels: &mut [f32], first: usize, k: &[f32], dims: Dims) {
 }
 
 /// Writes o and lse (log-sum-exp of the scaled scores, for the backward) of every query in a span; other rows stay. Spans come in
-/// the order of their queries.
+/// the order of their queries. In bf16, which is for rows of keys and for spans that share nothing and hide nothing, all products are of rounded numbers.
 ///
 /// # Shapes
 /// o, q `[Tq, H, K]`; lse `[Tq, H]`; v and the keys `[Tk, Hkv, K]`.
-pub fn forward(o: &mut [f32], lse: &mut [f32], q: &[f32], k: Keys, v: &[f32], spans: &[Span], dims: Dims) {
+#[allow(clippy::too_many_arguments)]
+pub fn forward(
+    o: &mut [f32],
+    lse: &mut [f32],
+    q: &[f32],
+    k: Keys,
+    v: &[f32],
+    spans: &[Span],
+    dims: Dims,
+    compute: Compute,
+) {
     let (Keys::Rows(all) | Keys::Panels(all)) = k;
     check(q, all, v, spans, dims);
     if let Keys::Panels(panels) = k {
@@ -112,7 +125,11 @@ pub fn forward(o: &mut [f32], lse: &mut [f32], q: &[f32], k: Keys, v: &[f32], sp
     }
     assert_eq!(o.len(), q.len(), "attention: o has {} numbers, q has {}", o.len(), q.len());
     assert_eq!(lse.len() * dims.k, q.len(), "attention: lse has {} numbers for q's {}", lse.len(), q.len());
-    let prepared = Prepared::new(k, v, spans, dims);
+    if compute == Compute::Bf16 {
+        rounded::check(spans);
+        assert!(matches!(k, Keys::Rows(_)), "attention in bf16 is for rows of keys");
+    }
+    let prepared = Prepared::new(k, v, spans, dims, compute);
     let blocks = blocks(spans, dims);
     let work: usize = blocks.iter().map(|b| b.work(dims)).sum();
     // Every block writes rows of its own.
@@ -153,6 +170,8 @@ struct Scratch {
     scores: Vec<f32>,
     /// Panels of own keys that were not prepared.
     own: Vec<f32>,
+    /// Rows of queries, and of the scores' exponentials, in pairs.
+    pairs: [Vec<u32>; 2],
 }
 
 /// Keys and values of a run as one head reads them.
@@ -168,6 +187,7 @@ struct Piece<'a> {
     values: &'a [f32],
     stride: usize,
     next: usize,
+    rounded: Option<&'a rounded::Run>,
 }
 
 dispatch! { fn attend(o: &mut [f32], lse: &mut [f32], q: &[f32], k: Keys, v: &[f32], prepared: &Prepared, block: &Block, scratch: &mut Scratch, dims: Dims) = attend_body }
@@ -188,7 +208,10 @@ fn attend_body<const LEVEL: u8>(
     let (row, width) = (dims.heads * kd, group * kd);
     let queries = block.queries();
     let rows = queries.len() * group;
-    let Scratch { q: my_q, visible, o: my_o, largest, sums, scores, own: own_panels } = scratch;
+    let Scratch { q: my_q, visible, o: my_o, largest, sums, scores, own: own_panels, pairs: [q_pairs, weights] } =
+        scratch;
+    let in_bf16 = prepared.in_bf16();
+    let _tiles = in_bf16.then(pairs::hold);
     scores.resize(STRIP * SCORES, 0.0);
     visible.clear();
     for (span, queries) in block.members() {
@@ -218,12 +241,14 @@ fn attend_body<const LEVEL: u8>(
                 Keys::Panels(k) => (&k[(run.start * width_all + head * kd * WIDTH).min(k.len())..], width_all * WIDTH),
                 Keys::Rows(_) => (ready.map_or(&[][..], |r| &r.keys), kd * WIDTH),
             };
-            Piece { first, keys: run.len(), panels, step, values, stride, next }
+            let rounded = ready.and_then(|ready| ready.rounded.as_ref());
+            Piece { first, keys: run.len(), panels, step, values, stride, next, rounded }
         };
         // Blocks of keys that all members share are met by all rows at once, the rest by each member's rows.
         let shared = piece(&block.spans[0].shared, 0);
         let common = if block.spans.len() > 1 { shared.keys / BLOCK * BLOCK } else { 0 };
-        let mut state = State { q: my_q, visible, o: my_o, largest, sums, scores, kd };
+        let q_pairs = in_bf16.then(|| rounded::Rows::of(q_pairs, my_q, kd, rows, kd));
+        let mut state = State { q: my_q, q_pairs, weights, visible, o: my_o, largest, sums, scores, kd };
         for keys in (0..common).step_by(BLOCK) {
             state.meet::<LEVEL>(0..rows, keys, &[shared]);
         }
@@ -232,7 +257,7 @@ fn attend_body<const LEVEL: u8>(
             let rows = first..first + queries.len() * group;
             first = rows.end;
             let mut own = piece(&span.own, span.shared.len());
-            if let (Keys::Rows(k), true) = (k, own.panels.is_empty()) {
+            if let (Keys::Rows(k), true) = (k, own.panels.is_empty() && !in_bf16) {
                 transposed(own_panels, k, span.own.clone(), head, dims);
                 own.panels = own_panels;
             }
@@ -258,6 +283,8 @@ fn attend_body<const LEVEL: u8>(
 /// The running softmax of some rows; scores are in units of ln 2.
 struct State<'a> {
     q: &'a [f32],
+    q_pairs: Option<rounded::Rows<'a>>,
+    weights: &'a mut Vec<u32>,
     visible: &'a [usize],
     o: &'a mut [f32],
     largest: &'a mut [f32],
@@ -284,6 +311,10 @@ impl State<'_> {
                 (from < to).then_some((piece, from, to))
             });
             for (piece, from, to) in parts.clone() {
+                if let (Some(q), Some(run)) = (self.q_pairs, piece.rounded) {
+                    run.scores(&mut self.scores[MARGIN..], SCORES, q.from(r0), from, to - from, strip);
+                    continue;
+                }
                 let (first, last) = ((from - piece.first) / WIDTH, (to - piece.first).div_ceil(WIDTH));
                 let out = &mut self.scores[MARGIN + piece.first + first * WIDTH - block..];
                 let panels = &piece.panels[first * piece.step..(last - 1) * piece.step + WIDTH * kd];
@@ -314,6 +345,16 @@ impl State<'_> {
             }
             for (piece, from, to) in parts {
                 let weights = &self.scores[MARGIN + from - block..];
+                if let Some(run) = piece.rounded {
+                    run.add_values(
+                        o,
+                        rounded::Rows::of(self.weights, weights, SCORES, strip, to - from),
+                        from,
+                        strip,
+                        kd,
+                    );
+                    continue;
+                }
                 let values = &piece.values[(from - piece.first) * piece.stride..];
                 // Where the numbers of a key lie side by side, all of them at once (a single key in panels does, too).
                 let at_once = if piece.next == WIDTH { kd } else { WIDTH };
@@ -454,7 +495,7 @@ mod tests {
 
     fn run(q: &[f32], k: &[f32], v: &[f32], spans: &[Span], dims: Dims) -> (Vec<f32>, Vec<f32>) {
         let (mut o, mut lse) = (vec![f32::NAN; q.len()], vec![f32::NAN; q.len() / dims.k]);
-        forward(&mut o, &mut lse, q, Keys::Rows(k), v, spans, dims);
+        forward(&mut o, &mut lse, q, Keys::Rows(k), v, spans, dims, Compute::F32);
         (o, lse)
     }
 
@@ -485,7 +526,7 @@ mod tests {
         }
         let (o, lse) = run(&q, &k, &v, &packed, dims);
         let (mut found, mut found_lse) = (vec![0.0; q.len()], vec![0.0; lse.len()]);
-        forward(&mut found, &mut found_lse, &q, Keys::Panels(&panels), &values, &cached, dims);
+        forward(&mut found, &mut found_lse, &q, Keys::Panels(&panels), &values, &cached, dims, Compute::F32);
         let all = first * dims.heads;
         assert_same_bits("o", &found[..all * dims.k], &o[..all * dims.k]);
         assert_same_bits("lse", &found_lse[..all], &lse[..all]);
@@ -533,7 +574,7 @@ mod tests {
             let d_o = numbers(4, q.len());
             let (o, lse) = run(&q, &k, &v, &case.spans, dims);
             let (mut dq, mut dk, mut dv) = (vec![f32::NAN; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
-            backward(&mut dq, &mut dk, &mut dv, &d_o, &o, &lse, &q, &k, &v, &case.spans, dims);
+            backward(&mut dq, &mut dk, &mut dv, &d_o, &o, &lse, &q, &k, &v, &case.spans, dims, Compute::F32);
             let (qs, ks, vs) = (wide(&q), wide(&k), wide(&v));
             let loss =
                 |q: &[f64], k: &[f64], v: &[f64]| weighted(&oracle::attention(q, k, v, &case.spans, dims).0, &d_o);
@@ -541,6 +582,65 @@ mod tests {
             assert_close(&format!("{} dq", case.name), &dq, &gradient(&qs, |q| loss(q, &ks, &vs)), 3e-6);
             assert_close(&format!("{} dk", case.name), &dk, &gradient(&ks, |k| loss(&qs, k, &vs)), 3e-6);
             assert_close(&format!("{} dv", case.name), &dv, &gradient(&vs, |v| loss(&qs, &ks, v)), 3e-6);
+        }
+    }
+
+    /// Windows and pictures in bf16: against the oracle, whose gradient by finite differences of the exact operation is the one that is meant; a query has
+    /// the same bits in any company.
+    #[test]
+    fn in_bf16_it_is_close_to_the_oracle_and_its_gradient() {
+        for (dims, lengths) in [
+            (Dims { heads: 2, kv_heads: 2, k: 32 }, vec![1, 9, 40]),
+            (Dims { heads: 4, kv_heads: 2, k: 20 }, vec![33, 64]),
+            (Dims { heads: 1, kv_heads: 1, k: 64 }, vec![800]),
+        ] {
+            let t = lengths.iter().sum::<usize>();
+            let mut first = 0;
+            let spans: Vec<Span> = lengths
+                .iter()
+                .map(|n| {
+                    first += n;
+                    span(first - n..first, 0..0, first - n..first, false)
+                })
+                .collect();
+            let (q, d_o) = (numbers(1, t * dims.heads * dims.k), numbers(4, t * dims.heads * dims.k));
+            let (k, v) = (numbers(2, t * dims.kv_heads * dims.k), numbers(3, t * dims.kv_heads * dims.k));
+            let (mut o, mut lse) = (vec![f32::NAN; q.len()], vec![f32::NAN; q.len() / dims.k]);
+            forward(&mut o, &mut lse, &q, Keys::Rows(&k), &v, &spans, dims, Compute::Bf16);
+            let (exact, exact_lse) = oracle::attention(&wide(&q), &wide(&k), &wide(&v), &spans, dims);
+            // Numbers in ±1 keep eight bits: an average of them is off by some 2^-9, a score of K products over sqrt(K) by as much.
+            assert_close("o", &o, &exact, 1e-2);
+            assert_close("lse", &lse, &exact_lse, 1e-2);
+            let some = |part: std::ops::Range<usize>| {
+                let (mut one, mut its) = (vec![f32::NAN; q.len()], vec![f32::NAN; lse.len()]);
+                let alone = [span(part.clone(), 0..0, spans[spans.len() - 1].own.clone(), false)];
+                forward(&mut one, &mut its, &q, Keys::Rows(&k), &v, &alone, dims, Compute::Bf16);
+                let width = dims.heads * dims.k;
+                assert_same_bits(
+                    "o",
+                    &one[part.start * width..part.end * width],
+                    &o[part.start * width..part.end * width],
+                );
+            };
+            some(t - 1..t);
+            some(t - lengths[lengths.len() - 1]..t);
+
+            let (mut dq, mut dk, mut dv) = (vec![f32::NAN; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
+            backward(&mut dq, &mut dk, &mut dv, &d_o, &o, &lse, &q, &k, &v, &spans, dims, Compute::Bf16);
+            let (mut qf, mut kf, mut vf) = (vec![f32::NAN; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
+            let (full, full_lse) = run(&q, &k, &v, &spans, dims);
+            backward(&mut qf, &mut kf, &mut vf, &d_o, &full, &full_lse, &q, &k, &v, &spans, dims, Compute::F32);
+            // Of the gradient in f32, which finite differences have seen.
+            for (name, found, exact) in [("dq", dq, qf), ("dk", dk, kf), ("dv", dv, vf)] {
+                let off: f64 = found.iter().zip(&exact).map(|(a, b)| f64::from(a - b).powi(2)).sum();
+                let size: f64 = exact.iter().map(|b| f64::from(*b).powi(2)).sum();
+                assert!(
+                    off <= (0.012f64).powi(2) * size,
+                    "{name} of {lengths:?}: off by {} of {}",
+                    off.sqrt(),
+                    size.sqrt()
+                );
+            }
         }
     }
 
@@ -603,7 +703,7 @@ mod tests {
         let grads = |spans: &[Span], q: &[f32], k: &[f32], v: &[f32], d_o: &[f32]| {
             let (o, lse) = run(q, k, v, spans, dims);
             let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
-            backward(&mut dq, &mut dk, &mut dv, d_o, &o, &lse, q, k, v, spans, dims);
+            backward(&mut dq, &mut dk, &mut dv, d_o, &o, &lse, q, k, v, spans, dims, Compute::F32);
             (dq, dk, dv)
         };
         let members = [span(p..p + n, 0..p, p..p + n, true), span(p + n..p + 2 * n, 0..p, p + n..p + 2 * n, true)];
@@ -638,7 +738,15 @@ mod tests {
         assert_threads_agree("forward and backward", || {
             let (o, lse) = run(&q, &k, &v, &spans, dims);
             let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
-            backward(&mut dq, &mut dk, &mut dv, &d_o, &o, &lse, &q, &k, &v, &spans, dims);
+            backward(&mut dq, &mut dk, &mut dv, &d_o, &o, &lse, &q, &k, &v, &spans, dims, Compute::F32);
+            [o, lse, dq, dk, dv].concat()
+        });
+        let spans = [span(0..t - 40, 0..0, 0..t - 40, false), span(t - 40..t, 0..0, t - 40..t, false)];
+        assert_threads_agree("in bf16", || {
+            let (mut o, mut lse) = (vec![0.0; q.len()], vec![0.0; q.len() / dims.k]);
+            forward(&mut o, &mut lse, &q, Keys::Rows(&k), &v, &spans, dims, Compute::Bf16);
+            let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
+            backward(&mut dq, &mut dk, &mut dv, &d_o, &o, &lse, &q, &k, &v, &spans, dims, Compute::Bf16);
             [o, lse, dq, dk, dv].concat()
         });
     }
@@ -651,7 +759,7 @@ mod tests {
         let spans = [span(0..40, 0..0, 0..40, true)];
         let (o, lse) = run(&q, &k, &v, &spans, dims);
         let (mut dq, mut dk, mut dv) = (vec![0.0; 160], vec![0.0; 160], vec![0.0; 160]);
-        backward(&mut dq, &mut dk, &mut dv, &o, &o, &lse, &q, &k, &v, &spans, dims);
+        backward(&mut dq, &mut dk, &mut dv, &o, &o, &lse, &q, &k, &v, &spans, dims, Compute::F32);
         for x in [o, lse, dq, dk, dv].iter().flatten() {
             assert!(x.is_finite());
         }

@@ -497,11 +497,16 @@ fn add_rounded(mut maps: Vec<Outer>, x: &[f32], t: usize, m: usize, threads: boo
     let columns = m.div_ceil(WIDTH);
     let place = WIDTH * pairs::of(PAIRED_RUN.min(t));
     let mut panels = vec![0; t.div_ceil(PAIRED_RUN) * columns * place];
-    each(threads, panels.chunks_mut(place).enumerate(), || (), |(), (i, panel)| {
-        let (t0, first) = (i / columns * PAIRED_RUN, i % columns * WIDTH);
-        let run = PAIRED_RUN.min(t - t0);
-        pairs::columns_into(panel, WIDTH, &x[t0 * m + first..], m, run, WIDTH.min(m - first));
-    });
+    each(
+        threads,
+        panels.chunks_mut(place).enumerate(),
+        || (),
+        |(), (i, panel)| {
+            let (t0, first) = (i / columns * PAIRED_RUN, i % columns * WIDTH);
+            let run = PAIRED_RUN.min(t - t0);
+            pairs::columns_into(panel, WIDTH, &x[t0 * m + first..], m, run, WIDTH.min(m - first));
+        },
+    );
     let stripes = maps.iter_mut().flat_map(|Outer { dw, dy, .. }| {
         let dy: &[f32] = dy;
         dw.chunks_mut(STRIPE * m).enumerate().map(move |(i, dw)| (dw, dy, i * STRIPE))
@@ -820,7 +825,8 @@ mod tests {
             let (mut dw, mut db) = (vec![1.0; n * m], vec![1.0; n]);
             backward_weight(&mut dw, Some(&mut db), &dy, &x, t, m, n, Compute::Bf16);
             for (i, dw) in dw.iter().enumerate() {
-                let exact = 1.0 + (0..t).map(|t| f64::from(dy[t * n + i / m]) * f64::from(x[t * m + i % m])).sum::<f64>();
+                let exact =
+                    1.0 + (0..t).map(|t| f64::from(dy[t * n + i / m]) * f64::from(x[t * m + i % m])).sum::<f64>();
                 assert!((f64::from(*dw) - exact).abs() < size(t), "dw {i} of [{t}, {m}, {n}]: {dw} against {exact}");
             }
             let exact: Vec<f64> = (0..n).map(|c| 1.0 + (0..t).map(|t| f64::from(dy[t * n + c])).sum::<f64>()).collect();

@@ -98,7 +98,12 @@ fn transpose_body<const LEVEL: u8>(
             if LEVEL == WIDE && r + B <= rows && c + B <= cols {
                 // SAFETY: this level is chosen on processors with AVX-512 only.
                 unsafe {
-                    avx512::transpose(&mut to[c * to_stride + r..], to_stride, &from[r * from_stride + c..], from_stride)
+                    avx512::transpose(
+                        &mut to[c * to_stride + r..],
+                        to_stride,
+                        &from[r * from_stride + c..],
+                        from_stride,
+                    )
                 };
                 continue;
             }
@@ -125,7 +130,14 @@ pub(crate) fn stored_into(to: &mut [u32], to_stride: usize, rows: &[[u8; 2]], st
         for r in (0..done.1).step_by(16) {
             for i in (0..done.0).step_by(STEP) {
                 // SAFETY: the processor has AVX-512.
-                unsafe { avx512::transpose_stored(&mut to[i * to_stride + r..], to_stride, &rows[r * stride + 2 * i..], stride) };
+                unsafe {
+                    avx512::transpose_stored(
+                        &mut to[i * to_stride + r..],
+                        to_stride,
+                        &rows[r * stride + 2 * i..],
+                        stride,
+                    )
+                };
             }
         }
     }
@@ -174,6 +186,19 @@ pub(crate) fn multiply(out: &mut [f32], out_stride: usize, sides: Sides, rows: u
     multiply_widened(out, out_stride, sides, rows, cols, onto);
 }
 
+/// For several products of one thread: as long as this lives the processor's tiles stay set up.
+pub(crate) struct Held {
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    _tiles: Option<amx::Held>,
+}
+
+pub(crate) fn hold() -> Held {
+    Held {
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        _tiles: amx::allowed().then(amx::Held::new),
+    }
+}
+
 /// Whether products in bf16 are faster than those in f32 here.
 pub fn fast() -> bool {
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
@@ -204,7 +229,15 @@ fn widened_body<const LEVEL: u8>(
             ($n:literal) => {
                 while rows - r >= $n {
                     let out = &mut out[r * out_stride + c..];
-                    widened_tile::<LEVEL, $n>(out, out_stride, &sides.left[r * sides.left_stride..], panel, sides, cols, onto);
+                    widened_tile::<LEVEL, $n>(
+                        out,
+                        out_stride,
+                        &sides.left[r * sides.left_stride..],
+                        panel,
+                        sides,
+                        cols,
+                        onto,
+                    );
                     r += $n;
                 }
             };
@@ -354,7 +387,9 @@ mod tests {
 
     #[test]
     fn products_are_those_of_rounded_numbers_in_any_company_and_in_any_stretches() {
-        for (rows, m, cols) in [(1, 1, 1), (3, 40, 31), (16, 64, 32), (33, 100, 70), (50, 200, 33), (64, 129, 64), (97, 320, 90)] {
+        for (rows, m, cols) in
+            [(1, 1, 1), (3, 40, 31), (16, 64, 32), (33, 100, 70), (50, 200, 33), (64, 129, 64), (97, 320, 90)]
+        {
             let pairs = of(m);
             let (stride, out_stride) = (apart(pairs), cols + 6);
             let (x, w, start) = (numbers(1, rows * m), numbers(2, cols * m), numbers(3, rows * out_stride));
@@ -374,9 +409,8 @@ mod tests {
                     multiply(&mut out, out_stride, sides, rows, cols, onto);
                     let mut expected: Vec<f64> = start.iter().map(|&x| f64::from(x)).collect();
                     for (r, c) in (0..rows).flat_map(|r| (0..cols).map(move |c| (r, c))) {
-                        let sum: f64 = (0..m)
-                            .map(|k| f64::from(rounded(x[r * m + k])) * f64::from(rounded(w[c * m + k])))
-                            .sum();
+                        let sum: f64 =
+                            (0..m).map(|k| f64::from(rounded(x[r * m + k])) * f64::from(rounded(w[c * m + k]))).sum();
                         let there = if onto { expected[r * out_stride + c] } else { 0.0 };
                         expected[r * out_stride + c] = there + sum;
                     }
@@ -391,7 +425,12 @@ mod tests {
                     if pairs > STEP && cols <= WIDTH {
                         let mut both = start.clone();
                         multiply(&mut both, out_stride, Sides { pairs: STEP, ..sides }, rows, cols, onto);
-                        let rest = Sides { left: &left[STEP..], panels: &panels[STEP * WIDTH..], pairs: pairs - STEP, ..sides };
+                        let rest = Sides {
+                            left: &left[STEP..],
+                            panels: &panels[STEP * WIDTH..],
+                            pairs: pairs - STEP,
+                            ..sides
+                        };
                         multiply(&mut both, out_stride, rest, rows, cols, true);
                         assert_same_bits(name, &both, &out);
                     }

@@ -6,7 +6,7 @@
 
 mod written;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
@@ -52,18 +52,21 @@ pub struct Check {
 
 impl Check {
     pub fn run(self) -> Result<()> {
-        let format = self.format.as_deref().map(Format::named).transpose()?;
-        let read_as = ReadAs { format, images: self.images.clone(), leave_out_bad: false };
-        if format.is_none() && self.task.is_none() && holds_dialogues(&self.file) {
-            return self.check_dialogues(&read_as);
+        let config = self.config.as_ref().map(|path| config::load(path, &self.overrides)).transpose()?;
+        let read_as = self.read_as(config.as_ref())?;
+        let learns =
+            config.as_ref().is_some_and(|config| !config.contains_key("task") && !config.contains_key("tasks"));
+        if read_as.format.is_none() && self.task.is_none() && (learns || holds_dialogues(&self.file)) {
+            return self.check_dialogues(&read_as, config.unwrap_or_default());
         }
         let read = read_as.check(&self.file)?;
         let asked = match &self.model {
-            Some(model) => self.ask(model, &read)?,
+            Some(model) => self.ask(model, &read, config)?,
             None => Vec::new(),
         };
         let report = &read.report;
-        let unaskable = asked.iter().map(|asked| asked.unaskable.len()).sum();
+        // A row that several tasks cannot ask is one row.
+        let unaskable = asked.iter().flat_map(|asked| &asked.unaskable_ids).collect::<HashSet<_>>().len();
         if self.json {
             let mut out = json!(report);
             if self.model.is_some() {
@@ -87,10 +90,18 @@ impl Check {
         Ok(())
     }
 
-    fn ask(&self, model: &std::path::Path, read: &Read) -> Result<Vec<Asked>> {
+    /// As the flags say, else as the config does.
+    fn read_as(&self, config: Option<&toml::Table>) -> Result<ReadAs> {
+        let said = |key: &str| config?.get("data")?.as_table()?.get(key)?.as_str();
+        let format = self.format.as_deref().or(said("format")).map(Format::named).transpose()?;
+        let images = self.images.clone().or(said("images").map(PathBuf::from));
+        Ok(ReadAs { format, images, leave_out_bad: false })
+    }
+
+    fn ask(&self, model: &std::path::Path, read: &Read, config: Option<toml::Table>) -> Result<Vec<Asked>> {
         let chat = Chat::load(model)?;
         let processor = Processor::load(model)?;
-        let (tasks, limits) = self.tasks(&read.samples)?;
+        let (tasks, limits) = self.tasks(&read.samples, config)?;
         let factor = processor.budget.factor;
         let ask = |(name, options): (String, TaskOptions)| {
             let task = options.task(factor).with_context(|| format!("[{name}]"))?;
@@ -102,8 +113,12 @@ impl Check {
     }
 
     /// The tasks by their names, and the limits of the rollout.
-    fn tasks(&self, rows: &[Sample]) -> Result<(Vec<(String, TaskOptions)>, rollout::Options)> {
-        let Some(path) = &self.config else {
+    fn tasks(
+        &self,
+        rows: &[Sample],
+        config: Option<toml::Table>,
+    ) -> Result<(Vec<(String, TaskOptions)>, rollout::Options)> {
+        let (Some(path), Some(mut config)) = (&self.config, config) else {
             let single = rows.iter().all(|row| row.images.len() == 1);
             let kind = self.task.clone().unwrap_or_else(|| if single { "crop" } else { "multi_image" }.into());
             // Judged by what the rows have: no row is at fault for a config that there is not.
@@ -113,7 +128,6 @@ impl Check {
                 .map_err(|_| BadConfig(format!("--task {kind}: expected crop or multi_image")))?;
             return Ok((vec![(kind, options)], rollout::Options::default()));
         };
-        let mut config: toml::Table = config::load(path, &self.overrides)?;
         let bad = |section: &str, error: toml::de::Error| {
             BadConfig(format!("[{section}] of the config: {}: {}", config::explain(&error.to_string()), path.display()))
         };
@@ -172,12 +186,15 @@ impl Rig<'_> {
 
     fn measure(&self, task: String, rows: &[Sample], limits: &rollout::Options) -> Asked {
         let each: Vec<Result<Tokens>> = rows.par_iter().map(|row| self.tokens(row)).collect();
-        let mut unaskable = Vec::new();
+        let (mut unaskable, mut unaskable_ids) = (Vec::new(), Vec::new());
         let mut good = Vec::new();
         for (row, tokens) in rows.iter().zip(each) {
             match tokens {
                 Ok(tokens) => good.push((row, tokens)),
-                Err(error) => unaskable.push(format!("{}: {error:#}", row.named())),
+                Err(error) => {
+                    unaskable.push(format!("{}: {error:#}", row.named()));
+                    unaskable_ids.push(row.id.clone());
+                }
             }
         }
         let of = |count: fn(&(&Sample, Tokens)) -> usize| Spread::of(good.iter().map(count).collect());
@@ -199,6 +216,7 @@ impl Rig<'_> {
             first_too_long: too_long.into_iter().take(10).collect(),
             histogram: histogram(good.iter().map(prompt).collect()),
             unaskable,
+            unaskable_ids,
         }
     }
 }
@@ -221,6 +239,8 @@ struct Asked {
     first_too_long: Vec<String>,
     histogram: Vec<Bin>,
     unaskable: Vec<String>,
+    #[serde(skip)]
+    unaskable_ids: Vec<String>,
 }
 
 #[derive(Default, Serialize)]

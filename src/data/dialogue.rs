@@ -1,17 +1,19 @@
 //! Written dialogues for SFT: a JSON object each, `{"messages": [{"role", "content": [{"type": "image", "image": PATH} |
-//! {"type": "text", "text": …}]}]}`, paths relative to the file. What must stay true: as with rows, every bad dialogue is named by its number and
-//! its reason, and that before the first step.
+//! {"type": "text", "text": …}]}]}`; or, as ShareGPT, LLaVA and LLaMA-Factory have them, texts with an `<image>` for each picture of a list beside the
+//! messages. Paths are relative to the file. What must stay true: as with rows, every bad dialogue is named by its number and its reason, and that
+//! before the first step; no picture is left out in silence.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use serde::Deserialize;
-use serde_json::{Map, Value};
+use serde_json::Value;
 
+use super::fields::{Fault, Given, describe, fault, said};
 use super::reading::{Look, Pictures};
-use super::{Problem, ReadAs, Report};
-use crate::chat::{Message, Part};
+use super::{Format, Problem, ReadAs, Report};
+use crate::chat::{Content, Message, Part};
 use crate::geometry::Size;
 use crate::progress::say;
 use crate::table;
@@ -36,19 +38,29 @@ pub struct Dialogues {
 }
 
 const MESSAGES: &str = "messages";
+const CONVERSATIONS: &str = "conversations";
+/// Where pictures stand beside the messages.
+const BESIDE: [&str; 2] = ["images", "image"];
+/// What stands in the texts for each of these.
+const PLACE: &str = "<image>";
 
-/// Whether the first row of a file is a dialogue. Conversations with their pictures beside the messages are rows of `sharegpt`.
+/// Whether the first row of a file that can be read is a dialogue and nothing else: conversations with their pictures beside the messages may also
+/// be asked, as rows of `sharegpt`.
 pub fn holds_dialogues(path: &Path) -> bool {
     let mut first = None;
     // Whoever reads the file tells what is wrong with it.
     let _ = path.is_file().then(|| {
         table::scan(path, &mut |record| {
-            first = record.ok().map(|record| record.values);
-            bail!("one row tells")
+            first = record.ok().map(|record| record.values).filter(|row| !row.is_empty());
+            if first.is_some() {
+                bail!("one row tells");
+            }
+            Ok(())
         })
     });
     first.is_some_and(|row| {
-        row.contains_key(MESSAGES) && !["image", "images", "prompt"].iter().any(|key| row.contains_key(*key))
+        let said = |key: &str| row.get(key).is_some_and(|value| !value.is_null() && *value != Value::Array(Vec::new()));
+        said(MESSAGES) && !BESIDE.iter().any(|key| said(key)) && !row.contains_key("prompt")
     })
 }
 
@@ -86,10 +98,12 @@ impl ReadAs {
         table::scan(path, &mut |record| {
             count += 1;
             match record {
-                Ok(record) => match dialogue(record.number, record.values, base) {
-                    Ok(dialogue) => found.push(dialogue),
-                    Err((key, reason)) => problems.push(problem(record.number, &key, reason)),
-                },
+                Ok(record) => {
+                    match dialogue(&Given { format: Format::Sharegpt, record: &record, base, ordinal: count }) {
+                        Ok(dialogue) => found.push(dialogue),
+                        Err((key, reason)) => problems.push(problem(record.number, &key, reason)),
+                    }
+                }
                 Err(bad) => problems.push(problem(bad.number, "", bad.reason)),
             }
             Ok(())
@@ -122,33 +136,126 @@ impl ReadAs {
     }
 }
 
+/// A dialogue and the keys of its pictures; or the key at fault and why.
+fn dialogue(given: &Given) -> Result<(Dialogue, Vec<String>), Fault> {
+    let (key, mut messages) = messages(given)?;
+    if let Some(reason) = cannot_be_learnt(&messages) {
+        return fault(key, reason);
+    }
+    let inside = messages.iter().any(|message| message.images() > 0);
+    let beside = |key: &&str| {
+        let cells = given.record.pictures.iter().any(|(column, cells)| column == key && !cells.is_empty());
+        cells || given.value(key).is_some_and(|value| *value != Value::Array(Vec::new()))
+    };
+    let (mut images, mut keys) = (Vec::new(), Vec::new());
+    if let Some(key) = BESIDE.iter().find(|key| beside(key)) {
+        if inside {
+            return fault(*key, "pictures stand here and in the messages, expected them in one of the two");
+        }
+        images = given.pictures(&[*key])?;
+        let places = messages.iter_mut().map(put_pictures).sum::<usize>();
+        if places != images.len() {
+            let reason = format!("found {}, and {places} {PLACE} in the messages to show them", images.len());
+            return fault(*key, reason);
+        }
+        keys = (0..images.len()).map(|k| format!("{key}[{k}]")).collect();
+    }
+    for (i, message) in messages.iter().enumerate().filter(|_| inside) {
+        for (j, part) in message.parts().into_iter().enumerate() {
+            let Part::Image { image } = part else { continue };
+            let key = format!("{key}[{i}].content[{j}].image");
+            let Some(image) = image else { return fault(key, "found nothing, expected the path of a picture") };
+            images.push(given.base.join(image));
+            keys.push(key);
+        }
+    }
+    if let Some(reason) = behind_the_last(&messages) {
+        return fault(key, reason);
+    }
+    Ok((Dialogue { number: given.record.number, messages, images }, keys))
+}
+
 #[derive(Deserialize)]
 struct Row {
     messages: Vec<Message>,
 }
 
-/// A dialogue and the keys of its pictures; or the key at fault and why.
-fn dialogue(
-    number: usize,
-    values: Map<String, Value>,
-    base: &Path,
-) -> Result<(Dialogue, Vec<String>), (String, String)> {
-    let Row { messages } = serde_json::from_value(Value::Object(values))
-        .map_err(|error| (MESSAGES.to_owned(), format!("{error}; expected a list of {{\"role\", \"content\"}}")))?;
-    if !messages.iter().any(|message| message.role == "assistant") {
-        return Err((MESSAGES.into(), "there is no message of the assistant, so there is nothing to train on".into()));
+/// The messages and the key they stand under: `messages`, or ShareGPT's `conversations`.
+fn messages(given: &Given) -> Result<(&'static str, Vec<Message>), Fault> {
+    let Some(turns) = given.value(CONVERSATIONS).filter(|_| given.value(MESSAGES).is_none()) else {
+        let row = Value::Object(given.values().clone());
+        let Row { messages } = serde_json::from_value(row)
+            .or_else(|error| fault(MESSAGES, format!("{error}; expected a list of {{\"role\", \"content\"}}")))?;
+        return Ok((MESSAGES, messages));
+    };
+    let spoken = |(i, turn): (usize, &Value)| {
+        let role = match turn["from"].as_str() {
+            Some("human" | "user") => "user",
+            Some("gpt" | "assistant") => "assistant",
+            Some("system") => "system",
+            _ => {
+                let found = describe(&turn["from"]);
+                return fault(
+                    format!("{CONVERSATIONS}[{i}].from"),
+                    format!("found {found}, expected human, gpt or system"),
+                );
+            }
+        };
+        let text = said("value", Some(turn["value"].clone()))
+            .or_else(|(_, reason)| fault(format!("{CONVERSATIONS}[{i}].value"), reason))?;
+        Ok(Message { role: role.into(), content: Content::Text(text) })
+    };
+    let turns = turns.as_array().map(Vec::as_slice).unwrap_or_default();
+    Ok((CONVERSATIONS, turns.iter().enumerate().map(spoken).collect::<Result<_, Fault>>()?))
+}
+
+/// Why nothing can be trained on messages in this order.
+fn cannot_be_learnt(messages: &[Message]) -> Option<String> {
+    let mut answers = messages.iter().enumerate().filter(|(_, message)| message.role == "assistant");
+    let Some((first, _)) = answers.next() else {
+        return Some("there is no message of the assistant, so there is nothing to train on".into());
+    };
+    let mut last = first;
+    for (i, _) in answers {
+        if i != last + 2 {
+            return Some(format!(
+                "{} messages stand between two of the assistant's, expected one of the user's",
+                i - last - 1
+            ));
+        }
+        last = i;
     }
-    let (mut images, mut keys) = (Vec::new(), Vec::new());
-    for (i, message) in messages.iter().enumerate() {
-        for (j, part) in message.parts().into_iter().enumerate() {
-            let Part::Image { image } = part else { continue };
-            let key = format!("{MESSAGES}[{i}].content[{j}].image");
-            let Some(image) = image else { return Err((key, "found nothing, expected the path of a picture".into())) };
-            images.push(base.join(image));
-            keys.push(key);
+    let shows = |message: &&Message| message.role == "assistant" && message.images() > 0;
+    messages
+        .iter()
+        .any(|m| shows(&m))
+        .then(|| "a message of the assistant holds an image; only others can show one".into())
+}
+
+/// Pictures that nothing is learnt from.
+fn behind_the_last(messages: &[Message]) -> Option<String> {
+    let behind = messages.iter().rev().take_while(|message| message.role != "assistant");
+    let images = behind.map(Message::images).sum::<usize>();
+    (images > 0).then(|| {
+        format!("{images} pictures stand behind the last message of the assistant, where nothing is learnt from them")
+    })
+}
+
+/// Makes each place for a picture in a text one; says how many there are. What the assistant says stays text.
+fn put_pictures(message: &mut Message) -> usize {
+    if message.role == "assistant" {
+        return 0;
+    }
+    let mut parts = Vec::new();
+    for part in message.parts() {
+        let Part::Text { text } = part else { continue };
+        for (k, text) in text.split(PLACE).enumerate() {
+            parts.extend((k > 0).then(Part::image));
+            parts.extend((!text.is_empty()).then(|| Part::text(text)));
         }
     }
-    Ok((Dialogue { number, messages, images }, keys))
+    message.content = Content::Parts(parts);
+    message.images()
 }
 
 #[cfg(test)]
@@ -200,8 +307,56 @@ mod tests {
 
         std::fs::write(&path, "\n").unwrap();
         assert!(ReadAs::default().dialogues(&path).unwrap_err().to_string().contains("there are no dialogues"));
-        // Pictures beside the messages: rows of sharegpt.
-        std::fs::write(&path, r#"{"messages": [], "images": ["a.png"]}"#).unwrap();
+        // Pictures beside the messages: rows of sharegpt too. A row that cannot be read tells nothing.
+        std::fs::write(&path, r#"{"messages": [{"role": "user", "content": "?"}], "images": ["a.png"]}"#).unwrap();
         assert!(!holds_dialogues(&path));
+        std::fs::write(&path, format!("{{\n{{}}\n{good}")).unwrap();
+        assert!(holds_dialogues(&path));
+    }
+
+    /// As ShareGPT, LLaVA and LLaMA-Factory write them: the pictures stand where the texts say.
+    #[test]
+    fn pictures_beside_the_messages_are_put_in() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["a.png", "b.png"] {
+            save(&RgbImage::new(30, 20), &dir.path().join(name)).unwrap();
+        }
+        let path = dir.path().join("d.jsonl");
+        let read = |line: &str| {
+            std::fs::write(&path, line).unwrap();
+            ReadAs::default().dialogues(&path)
+        };
+        let lines = [
+            r#"{"messages": [{"role": "user", "content": "<image>One, <image>two?"}, {"role": "assistant", "content": "<image>!"}], "images": ["a.png", "b.png"]}"#,
+            r#"{"conversations": [{"from": "human", "value": "<image>One, <image>two?"}, {"from": "gpt", "value": "<image>!"}], "image": ["a.png", "b.png"]}"#,
+        ];
+        for line in lines {
+            let [dialogue] = &read(line).unwrap()[..] else { panic!("one row") };
+            assert_eq!(dialogue.images, [dir.path().join("a.png"), dir.path().join("b.png")]);
+            let parts = [Part::image(), Part::text("One, "), Part::image(), Part::text("two?")];
+            assert_eq!(dialogue.messages[0], Message { role: "user".into(), content: Content::Parts(parts.to_vec()) });
+            assert_eq!(dialogue.messages[1], Message::assistant("<image>!"));
+            let error = format!("{:#}", read(&line.replace(", \"b.png\"", "")).unwrap_err());
+            assert!(error.contains("found 1, and 2 <image> in the messages"), "{error}");
+        }
+        let inside = r#"[{"type": "image", "image": "a.png"}, {"type": "text", "text": "?"}]"#;
+        for (rest, reason) in [
+            (format!(r#"{{"role": "user", "content": {inside}}}, {{"role": "assistant", "content": "!"}}], "images": ["a.png""#), "in one of the two"),
+            (format!(r#"{{"role": "user", "content": "?"}}, {{"role": "assistant", "content": {inside}}}"#), "only others can show one"),
+            (
+                r#"{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}, {"role": "assistant", "content": "!"}"#.into(),
+                "0 messages stand between two of the assistant's",
+            ),
+            (
+                format!(r#"{{"role": "user", "content": "?"}}, {{"role": "assistant", "content": "!"}}, {{"role": "user", "content": {inside}}}"#),
+                "1 pictures stand behind the last message of the assistant",
+            ),
+        ] {
+            let error = format!("{:#}", read(&format!("{{\"messages\": [{rest}]}}")).unwrap_err());
+            assert!(error.contains(reason), "{error}");
+        }
+        let none = r#"{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}], "images": null}"#;
+        assert!(read(none).unwrap()[0].images.is_empty());
+        assert!(holds_dialogues(&path));
     }
 }

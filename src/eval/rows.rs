@@ -18,8 +18,11 @@ use crate::tasks::Task;
 /// A row that was not asked.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub(super) struct Unasked {
-    /// Its number and key in the file, or its id in quotes.
+    /// Its number in the file, or its id in quotes.
     pub row: String,
+    /// Where in the row, if it is known.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub key: String,
     pub reason: String,
     /// The rows of the table whose tasks could not ask it; where there are none, nobody could.
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -28,21 +31,22 @@ pub(super) struct Unasked {
 
 impl Unasked {
     fn by(task: &str, row: &Sample, reason: String) -> Unasked {
-        Unasked { row: format!("row {:?}", row.id), reason, tasks: vec![task.to_owned()] }
+        Unasked { row: format!("row {:?}", row.id), key: String::new(), reason, tasks: vec![task.to_owned()] }
     }
 
     fn line(&self) -> String {
         let tasks = if self.tasks.is_empty() { String::new() } else { self.tasks.join(", ") + ": " };
-        format!("{tasks}{}: {}", self.row, self.reason)
+        let key = if self.key.is_empty() { String::new() } else { format!(", key {:?}", self.key) };
+        format!("{tasks}{}{key}: {}", self.row, self.reason)
     }
 }
 
 /// Adds `more` to `all`; what several tasks say of one row for one reason becomes one entry.
 pub(super) fn add(all: &mut Vec<Unasked>, more: Vec<Unasked>) {
-    let places: HashMap<(String, String), usize> =
-        all.iter().enumerate().map(|(k, one)| ((one.row.clone(), one.reason.clone()), k)).collect();
+    let name = |one: &Unasked| (one.row.clone(), one.key.clone(), one.reason.clone());
+    let places: HashMap<_, usize> = all.iter().enumerate().map(|(k, one)| (name(one), k)).collect();
     for one in more {
-        match places.get(&(one.row.clone(), one.reason.clone())) {
+        match places.get(&name(&one)) {
             Some(&k) => all[k].tasks.extend(one.tasks),
             None => all.push(one),
         }
@@ -53,9 +57,9 @@ pub(super) fn add(all: &mut Vec<Unasked>, more: Vec<Unasked>) {
 pub(super) fn bad(report: &Report) -> Vec<Unasked> {
     let of = |problem: &crate::data::Problem| {
         let part = problem.file.as_ref().map(|file| format!("{}, ", file.display())).unwrap_or_default();
-        let key = if problem.key.is_empty() { String::new() } else { format!(", key {:?}", problem.key) };
-        let row = if problem.row == 0 { "the file".to_owned() } else { format!("row {}{key}", problem.row) };
-        Unasked { row: part + &row, reason: problem.reason.clone(), tasks: Vec::new() }
+        let row = if problem.row == 0 { "the file".to_owned() } else { format!("row {}", problem.row) };
+        let (key, reason) = (problem.key.clone(), problem.reason.clone());
+        Unasked { row: part + &row, key, reason, tasks: Vec::new() }
     };
     report.problems.iter().map(of).collect()
 }
@@ -126,14 +130,14 @@ pub(super) fn leave_out(
 /// How many of them are told of in notes and on stderr; the JSON has all.
 const SHOWN: usize = 10;
 
-/// For the table: how many, and the first of them.
-pub(super) fn notes(unasked: &[Unasked]) -> Vec<String> {
+/// For the table, which has so many rows: how many, and the first of them.
+pub(super) fn notes(unasked: &[Unasked], tasks: usize) -> Vec<String> {
     if unasked.is_empty() {
         return Vec::new();
     }
     let rows = unasked.iter().map(|one| &one.row).collect::<HashSet<_>>().len();
     let rows = if rows == 1 { "1 row was".to_owned() } else { format!("{rows} rows were") };
-    let by_some = unasked.iter().any(|one| !one.tasks.is_empty());
+    let by_some = unasked.iter().any(|one| !one.tasks.is_empty() && one.tasks.len() < tasks);
     let mut notes = vec![format!("{rows} not asked{}:", if by_some { ", or not by every task" } else { "" })];
     notes.extend(unasked.iter().take(SHOWN).map(Unasked::line));
     if unasked.len() > SHOWN {
@@ -142,8 +146,8 @@ pub(super) fn notes(unasked: &[Unasked]) -> Vec<String> {
     notes
 }
 
-pub(super) fn say(unasked: &[Unasked]) {
-    notes(unasked).iter().for_each(|note| progress::say(note));
+pub(super) fn say(unasked: &[Unasked], tasks: usize) {
+    notes(unasked, tasks).iter().for_each(|note| progress::say(note));
 }
 
 #[cfg(test)]
@@ -152,19 +156,22 @@ mod tests {
 
     #[test]
     fn a_row_that_several_tasks_cannot_ask_is_one_row() {
-        let by = |task: &str, row: &str| Unasked { row: row.into(), reason: "thin".into(), tasks: vec![task.into()] };
-        let mut all = vec![Unasked { row: "row 3".into(), reason: "torn".into(), tasks: vec![] }];
-        assert_eq!(notes(&all), ["1 row was not asked:", "row 3: torn"]);
+        let by = |task: &str, row: &str| Unasked {
+            row: row.into(),
+            key: String::new(),
+            reason: "thin".into(),
+            tasks: vec![task.into()],
+        };
+        let torn = |key: &str| Unasked { row: "row 3".into(), key: key.into(), reason: "torn".into(), tasks: vec![] };
+        let mut all = vec![torn("images[0]"), torn("images[1]")];
+        let lines = ["row 3, key \"images[0]\": torn", "row 3, key \"images[1]\": torn"];
+        assert_eq!(notes(&all, 2), [&["1 row was not asked:"], &lines[..]].concat());
         add(&mut all, vec![by("a", "row \"x\"")]);
         add(&mut all, vec![by("b", "row \"x\""), by("b", "row \"y\"")]);
-        assert_eq!(
-            notes(&all),
-            [
-                "3 rows were not asked, or not by every task:",
-                "row 3: torn",
-                "a, b: row \"x\": thin",
-                "b: row \"y\": thin"
-            ]
-        );
+        let more = ["a, b: row \"x\": thin", "b: row \"y\": thin"];
+        let heading = ["3 rows were not asked, or not by every task:"];
+        assert_eq!(notes(&all, 2), [&heading[..], &lines[..], &more[..]].concat());
+        all.pop();
+        assert_eq!(notes(&all, 2)[0], "2 rows were not asked:");
     }
 }

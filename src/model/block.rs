@@ -55,6 +55,8 @@ pub struct Rows<'a> {
     /// The rows whose result is wanted, ascending; all when `None`. In the last block only rows with a target are: the
     /// others have done their part once their keys and values are there, and skip the output projection and the MLP.
     pub wanted: Option<&'a [usize]>,
+    /// What attention's own products are computed in: bf16 is for spans that share nothing and hide nothing.
+    pub attention: Compute,
 }
 
 /// What the backward pass of a block needs. Shapes: `x` `[T, D]`; `q`, `o` `[T, H, K]`; `k`, `v` `[T, Hkv, K]`
@@ -445,7 +447,16 @@ fn attend(block: &Block, dims: &Dims, values: Values, x: &[f32], rows: Rows) -> 
     let qkv = project(block, dims, Params::new(values, None), x, rows.table);
     let mut o = vec![0.0; qkv.q.len()];
     let mut lse = vec![0.0; x.len() / dims.hidden * dims.heads];
-    attention::forward(&mut o, &mut lse, &qkv.q, Keys::Rows(&qkv.k), &qkv.v, rows.spans, dims.attention());
+    attention::forward(
+        &mut o,
+        &mut lse,
+        &qkv.q,
+        Keys::Rows(&qkv.k),
+        &qkv.v,
+        rows.spans,
+        dims.attention(),
+        rows.attention,
+    );
     let picked = rows.wanted.map(|wanted| [pick(x, wanted, dims.hidden), pick(&o, wanted, dims.heads * dims.k)]);
     Attended { qkv, o, lse, picked }
 }
@@ -542,7 +553,20 @@ pub fn backward(
     }
 
     let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
-    attention::backward(&mut dq, &mut dk, &mut dv, &d_o, &o, &lse, &q, &k, &v, rows.spans, dims.attention());
+    attention::backward(
+        &mut dq,
+        &mut dk,
+        &mut dv,
+        &d_o,
+        &o,
+        &lse,
+        &q,
+        &k,
+        &v,
+        rows.spans,
+        dims.attention(),
+        rows.attention,
+    );
     drop((d_o, o, q, k, v));
     let mut n1 = memory::Rows::new(x.len());
     let mut dnorm = vec![0.0; (x.len() / d).div_ceil(CHUNK) * d];

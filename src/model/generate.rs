@@ -13,6 +13,7 @@ use std::sync::Arc;
 use anyhow::{Result, ensure};
 use foveate_kernels::attention::{self, Keys, PANEL, Span};
 use foveate_kernels::logprob;
+use foveate_kernels::matrix::Compute;
 
 use super::Vlm;
 use super::block::{self, Laid, Params, Qkv};
@@ -219,7 +220,7 @@ impl Vlm {
             let mut o = vec![0.0; q.len()];
             let mut lse = vec![0.0; q.len() / dims.k];
             let keys = Keys::Panels(&cache.k[l]);
-            attention::forward(&mut o, &mut lse, &q, keys, &cache.v[l], &spans, dims.attention());
+            attention::forward(&mut o, &mut lse, &q, keys, &cache.v[l], &spans, dims.attention(), Compute::F32);
             x = block::finish(layer, &dims, params, &x, &o);
         }
         for e in extensions {

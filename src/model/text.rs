@@ -9,6 +9,7 @@
 use std::cell::Cell;
 
 use foveate_kernels::attention::Span;
+use foveate_kernels::matrix::Compute;
 use foveate_kernels::rope::{self, Table};
 use foveate_kernels::{embed, logprob};
 
@@ -138,7 +139,12 @@ pub fn forward(
     let mut x = inputs(index, values, ids, features, runs, dims.hidden);
     let mut layers = Vec::new();
     for (i, layer) in index.layers.iter().enumerate() {
-        let rows = Rows { table: &table, spans, wanted: wanted.filter(|_| i + 1 == index.layers.len()) };
+        let rows = Rows {
+            table: &table,
+            spans,
+            wanted: wanted.filter(|_| i + 1 == index.layers.len()),
+            attention: Compute::F32,
+        };
         let (y, kept) = block::forward(layer, &dims, values, x, rows, keep);
         layers.extend(kept);
         x = y;
@@ -181,7 +187,12 @@ pub fn backward(
         let asked: Vec<(&Early, Vec<f32>)> =
             here.map(|early| (early, early.backward(kept.input(), values, index, dims.eps, train, grads))).collect();
         let trained = Grads::of(grads, train.text, train);
-        let rows = Rows { table: &table, spans, wanted: wanted.filter(|_| i + 1 == index.layers.len()) };
+        let rows = Rows {
+            table: &table,
+            spans,
+            wanted: wanted.filter(|_| i + 1 == index.layers.len()),
+            attention: Compute::F32,
+        };
         dx = block::backward(layer, &dims, values, dx, kept, rows, trained);
         for (early, asked) in asked {
             for (target, drow) in early.asked.iter().zip(asked.chunks_exact(d)) {

@@ -146,7 +146,14 @@ pub fn forward(
     let mut blocks = Vec::new();
     for (i, b) in index.blocks.iter().enumerate() {
         let spans = if config.full_blocks.contains(&i) { &windows.frames } else { &windows.windows };
-        let (y, kept) = block::forward(b, &dims, values, x, Rows { table: &table, spans, wanted: None }, keep);
+        let (y, kept) = block::forward(
+            b,
+            &dims,
+            values,
+            x,
+            Rows { table: &table, spans, wanted: None, attention: values.compute },
+            keep,
+        );
         blocks.extend(kept);
         x = y;
     }
@@ -209,7 +216,7 @@ pub fn backward(
     for (i, b) in index.blocks.iter().enumerate().rev() {
         let Some(kept) = blocks.pop() else { return };
         let spans = if config.full_blocks.contains(&i) { &windows.frames } else { &windows.windows };
-        let rows = Rows { table: &table, spans, wanted: None };
+        let rows = Rows { table: &table, spans, wanted: None, attention: values.compute };
         dx = block::backward(b, &dims, values, dx, kept, rows, Grads::of(grads, true, train));
     }
     if train.adapters {

@@ -11,7 +11,7 @@ use crate::config::BadConfig;
 
 /// Keys (or sections, with a dot behind) that change nothing in the steps to come; but a falling learning rate falls over
 /// `train.steps`, and so more slowly in a longer run.
-const FREE: [&str; 20] = [
+const FREE: [&str; 23] = [
     "train.out",
     "train.steps",
     "train.checkpoint_every",
@@ -32,6 +32,9 @@ const FREE: [&str; 20] = [
     "engine.timeout_s",
     "engine.pause_s",
     "engine.patience_s",
+    "engine.max_retries",
+    "engine.requests_per_minute",
+    "engine.calls",
 ];
 
 /// A run may go on at another server, from a checkpoint of its own; what one server answered is no answer of another.

@@ -7,7 +7,9 @@
 //! the constants here, never on the threads.
 
 use super::task::{Task, tasks, transposed};
-use super::{Dims, Span, WORTH_THREADS, check};
+use super::{Dims, Span, WORTH_THREADS, check, rounded};
+use crate::matrix::Compute;
+use crate::pairs;
 use crate::panel::{self, Left, Onto, WIDTH};
 use crate::threads::each;
 use crate::vector::{self, dispatch, exp2, mul_add};
@@ -55,6 +57,7 @@ struct Scratch {
     /// Probabilities and their derivatives of a tile, `[rows, WIDTH]`.
     p: Vec<f32>,
     ds: Vec<f32>,
+    rounded: rounded::Scratch,
 }
 
 /// The buffers that a backward reads.
@@ -68,6 +71,7 @@ struct Inputs<'a> {
     /// `[Tq, H]`
     delta: &'a [f32],
     dims: Dims,
+    compute: Compute,
 }
 
 /// Gradients from d_o: dq written (zero for queries in no span), dk and dv accumulated.
@@ -89,8 +93,12 @@ pub fn backward(
     v: &[f32],
     spans: &[Span],
     dims: Dims,
+    compute: Compute,
 ) {
     check(q, k, v, spans, dims);
+    if compute == Compute::Bf16 {
+        rounded::check(spans);
+    }
     assert!(
         dq.len() == q.len() && d_o.len() == q.len() && o.len() == q.len(),
         "attention: dq, d_o, o have {}, {}, {} numbers, q has {}",
@@ -122,7 +130,7 @@ pub fn backward(
             products(delta, o, d_o, dims.k);
         },
     );
-    let inputs = Inputs { q, k, v, d_o, lse, delta: &delta, dims };
+    let inputs = Inputs { q, k, v, d_o, lse, delta: &delta, dims, compute };
     dq.fill(0.0);
     let mut places: Vec<f32> = Vec::new();
     let mut rest = &units[..];
@@ -277,7 +285,10 @@ fn fill(place: &mut [f32], unit: &Unit, tasks: &[Task], inputs: &Inputs, scratch
     let dims = inputs.dims;
     let (dk, rest) = place.split_at_mut(unit.keys.len() * dims.k);
     let (dv, mut dq) = rest.split_at_mut(unit.keys.len() * dims.k);
-    for (to, from) in [(&mut scratch.k_t, inputs.k), (&mut scratch.v_t, inputs.v)] {
+    let in_bf16 = inputs.compute == Compute::Bf16;
+    let _tiles = in_bf16.then(pairs::hold);
+    let stretch = in_bf16.then(|| rounded::Stretch::new(inputs.k, inputs.v, &unit.keys, unit.kv_head, dims));
+    for (to, from) in [(&mut scratch.k_t, inputs.k), (&mut scratch.v_t, inputs.v)].into_iter().filter(|_| !in_bf16) {
         transposed(to, from, unit.keys.clone(), unit.kv_head, dims);
     }
     for &(task, number) in &unit.seen_by {
@@ -288,7 +299,11 @@ fn fill(place: &mut [f32], unit: &Unit, tasks: &[Task], inputs: &Inputs, scratch
         dq = others;
         let at_once = (TILE / dims.k).max(1).next_multiple_of(8);
         for first in (0..rows).step_by(at_once) {
-            add_rows(mine, dk, dv, scratch, first..rows.min(first + at_once), unit, number, inputs);
+            let rows = first..rows.min(first + at_once);
+            match &stretch {
+                Some(stretch) => add_rounded(mine, dk, dv, scratch, rows, stretch, number, inputs),
+                None => add_rows(mine, dk, dv, scratch, rows, unit, number, inputs),
+            }
         }
     }
 }
@@ -334,7 +349,7 @@ fn add_rows(
 ) {
     let dims = inputs.dims;
     let (kd, stride) = (dims.k, dims.kv_heads * dims.k);
-    let Scratch { k_t, v_t, q, d_o, lse, delta, visible, p, ds } = scratch;
+    let Scratch { k_t, v_t, q, d_o, lse, delta, visible, p, ds, rounded: _ } = scratch;
     p.resize(rows.len() * WIDTH, 0.0);
     ds.resize(rows.len() * WIDTH, 0.0);
     for tile in (0..unit.keys.len()).step_by(WIDTH) {
@@ -359,6 +374,28 @@ fn add_rows(
         let k = &inputs.k[(unit.keys.start + tile) * stride + unit.kv_head * kd..];
         panel::multiply(&mut dq[values], kd, Left::rows(ds, WIDTH), k, stride, n, count, kd, Onto::Start);
     }
+}
+
+/// The same where products are computed in bf16: every row sees all keys.
+#[allow(clippy::too_many_arguments)]
+fn add_rounded(
+    dq: &mut [f32],
+    dk: &mut [f32],
+    dv: &mut [f32],
+    scratch: &mut Scratch,
+    rows: Range<usize>,
+    stretch: &rounded::Stretch,
+    number: usize,
+    inputs: &Inputs,
+) {
+    let Dims { k: kd, .. } = inputs.dims;
+    let Scratch { q, d_o, lse, delta, visible, p, ds, rounded, .. } = scratch;
+    let values = rows.start * kd..rows.end * kd;
+    let of_rows = (&lse[rows.clone()], &delta[rows.clone()], &visible[rows]);
+    let make =
+        |p: &mut [f32], ds: &mut [f32], first| probabilities(p, ds, of_rows, number + first, inputs.dims.scale());
+    let sides = [&q[values.clone()], &d_o[values.clone()]];
+    rounded::add_rows([&mut dq[values], dk, dv], sides, [p, ds], stretch, rounded, kd, make);
 }
 
 dispatch! {

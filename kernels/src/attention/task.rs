@@ -3,7 +3,8 @@
 //!
 //! Hides where rows lie in the [T, H, K] buffers. How spans are cut must not depend on the number of threads.
 
-use super::{Dims, Keys, Span};
+use super::{Dims, Keys, Span, rounded};
+use crate::matrix::Compute;
 use crate::panel::{self, WIDTH};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -147,16 +148,24 @@ pub(super) struct Run {
     pub(super) keys: Vec<f32>,
     /// Panels `[K / WIDTH, keys, WIDTH]`; empty where so few rows read them that copying costs more than reading them where they are.
     pub(super) values: Vec<f32>,
+    /// Both in pairs, in place of the others, where products are computed in bf16.
+    pub(super) rounded: Option<rounded::Run>,
 }
 
 impl Prepared {
-    pub(super) fn new(k: Keys, v: &[f32], spans: &[Span], dims: Dims) -> Self {
+    pub(super) fn new(k: Keys, v: &[f32], spans: &[Span], dims: Dims, compute: Compute) -> Self {
         // Each run that some span reads: whether it is to be laid out, and whether many rows read it.
         let mut read: Vec<(&Range<usize>, bool, bool)> = Vec::with_capacity(2 * spans.len());
         for span in spans {
             let rows = span.queries.len() * dims.group();
             let many = rows > FEW_ROWS;
-            let (shared, own) = if matches!(k, Keys::Rows(_)) { (true, rows > ROWS) } else { (many, many) };
+            let (shared, own) = if compute == Compute::Bf16 {
+                (true, true)
+            } else if matches!(k, Keys::Rows(_)) {
+                (true, rows > ROWS)
+            } else {
+                (many, many)
+            };
             read.push((&span.shared, shared, many));
             read.push((&span.own, own, many));
         }
@@ -172,10 +181,14 @@ impl Prepared {
         distinct.retain(|(_, wanted, _)| *wanted);
         let of_head = |(run, _, many): &(&Range<usize>, bool, bool), head: usize| {
             let mut keys = Vec::new();
+            if let (Keys::Rows(k), Compute::Bf16) = (k, compute) {
+                let rounded = Some(rounded::Run::new(k, v, run, head, dims));
+                return Run { keys, values: Vec::new(), rounded };
+            }
             if let Keys::Rows(k) = k {
                 transposed(&mut keys, k, (*run).clone(), head, dims);
             }
-            Run { keys, values: if *many { value_panels(v, run, head, dims) } else { Vec::new() } }
+            Run { keys, values: if *many { value_panels(v, run, head, dims) } else { Vec::new() }, rounded: None }
         };
         let numbers: usize = distinct.iter().map(|(run, ..)| run.len() * dims.kv_heads * dims.k).sum();
         let each = 0..distinct.len() * dims.kv_heads;
@@ -183,6 +196,10 @@ impl Prepared {
         let heads: Vec<Run> =
             if numbers < WORTH_THREADS { each.map(one).collect() } else { each.into_par_iter().map(one).collect() };
         Self { runs: distinct.into_iter().map(|(run, ..)| run.clone()).collect(), heads, kv_heads: dims.kv_heads }
+    }
+
+    pub(super) fn in_bf16(&self) -> bool {
+        self.heads.first().is_some_and(|run| run.rounded.is_some())
     }
 
     /// The run of keys as one head reads it, if it was prepared.

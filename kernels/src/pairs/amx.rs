@@ -1,12 +1,14 @@
 //! The product on the processor's tiles (Intel AMX): eight registers of sixteen rows of sixteen words, and an instruction that multiplies two of
 //! them onto a third.
 //!
-//! Their instructions are written out, because the compiler has none for them yet. What must stay true: tiles are configured and released
-//! within one call, so that no thread leaves them in use.
+//! Their instructions are written out, because the compiler has none for them yet. What must stay true: tiles are released with the call that set
+//! them up, or with the [`Held`] around several, so that no thread leaves them in use.
 
 use super::{STEP, Sides, WIDTH};
 use std::arch::asm;
 use std::arch::x86_64::__cpuid_count;
+use std::cell::Cell;
+use std::marker::PhantomData;
 use std::sync::OnceLock;
 
 /// Rows of a tile.
@@ -40,11 +42,48 @@ struct Shapes {
     rows: [u8; 16],
 }
 
+thread_local! {
+    /// Rows that the tiles of this thread are set up for, 0 when they are not.
+    static ROWS_NOW: Cell<usize> = const { Cell::new(0) };
+    static HOLDERS: Cell<usize> = const { Cell::new(0) };
+}
+
+/// Tiles that stay set up between products.
+pub(super) struct Held {
+    /// Of this thread alone.
+    _here: PhantomData<*const ()>,
+}
+
+impl Held {
+    pub(super) fn new() -> Held {
+        HOLDERS.set(HOLDERS.get() + 1);
+        Held { _here: PhantomData }
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        HOLDERS.set(HOLDERS.get() - 1);
+        release();
+    }
+}
+
+/// Gives the tiles back, unless somebody holds them.
+fn release() {
+    if HOLDERS.get() == 0 && ROWS_NOW.replace(0) > 0 {
+        // SAFETY: they are set up, so they are allowed.
+        unsafe { asm!("tilerelease", options(nostack, nomem)) };
+    }
+}
+
 /// Tiles 0 to 3 are the result, 4 and 5 rows of the left side, 6 and 7 the panel. `rows`: of a tile of the result and of the left side.
 ///
 /// # Safety
-/// [`allowed`]; the tiles are released on the same thread.
+/// [`allowed`]; [`release`] follows on the same thread.
 unsafe fn configure(rows: usize) {
+    if ROWS_NOW.replace(rows) == rows {
+        return;
+    }
     let mut shapes = Shapes { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
     for tile in 0..8 {
         shapes.row_bytes[tile] = ROW as u16;
@@ -77,8 +116,7 @@ pub(super) unsafe fn multiply(out: &mut [f32], out_stride: usize, sides: Sides, 
         }
         r = until;
     }
-    // SAFETY: tiles are allowed.
-    unsafe { asm!("tilerelease", options(nostack, nomem)) };
+    release();
 }
 
 /// Some rows of a panel's columns.
@@ -118,15 +156,7 @@ unsafe fn block(
 /// # Safety
 /// As [`block`]; `out` has `rows` rows of `WIDTH` numbers, `stride` apart.
 #[inline]
-unsafe fn tiles(
-    out: *mut f32,
-    stride: usize,
-    left: &[u32],
-    panel: &[u32],
-    sides: Sides,
-    rows: usize,
-    onto: bool,
-) {
+unsafe fn tiles(out: *mut f32, stride: usize, left: &[u32], panel: &[u32], sides: Sides, rows: usize, onto: bool) {
     let (steps, stride, left_stride) = (sides.pairs / STEP, 4 * stride, 4 * sides.left_stride);
     let two = rows > ROWS;
     // SAFETY: the caller has sides and a result that are long enough: a tile of the left side is `ROWS` rows (fewer where so configured) of `STEP`
@@ -134,7 +164,9 @@ unsafe fn tiles(
     unsafe {
         let lower = out.byte_add(if two { ROWS * stride } else { 0 });
         match (onto, two) {
-            (false, _) => asm!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3", options(nostack, nomem)),
+            (false, _) => {
+                asm!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3", options(nostack, nomem))
+            }
             (true, _) => asm!(
                 "tileloadd tmm0, [{out} + {stride}]",
                 "tileloadd tmm1, [{out} + {stride} + 64]",

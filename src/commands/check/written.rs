@@ -34,9 +34,10 @@ struct Written {
 }
 
 impl Check {
-    pub(super) fn check_dialogues(&self, read_as: &ReadAs) -> Result<()> {
+    pub(super) fn check_dialogues(&self, read_as: &ReadAs, config: toml::Table) -> Result<()> {
+        let data = self.sft_data(config)?;
         let read = read_as.check_dialogues(&self.file)?;
-        let written = self.model.as_ref().map(|model| self.measure_dialogues(model, &read)).transpose()?;
+        let written = self.model.as_ref().map(|model| measure(model, &data, &read)).transpose()?;
         if self.json {
             let mut out = json!(read.report);
             out["format"] = "dialogues".into();
@@ -51,54 +52,8 @@ impl Check {
         self.ensure_good(&read.report, written.map_or(0, |written| written.unusable.len()), "cannot be learnt")
     }
 
-    fn measure_dialogues(&self, model: &Path, read: &Dialogues) -> Result<Written> {
-        let (chat, processor) = (Chat::load(model)?, Processor::load(model)?);
-        let data = self.sft_data()?;
-        let budget = data.budget(processor.budget);
-        let stream = |dialogue| {
-            sft::stream_of_dialogue(&chat, &processor, dialogue, budget, |path| {
-                read.sizes
-                    .get(path)
-                    .copied()
-                    .with_context(|| format!("a picture was not looked at: {}", path.display()))
-            })
-        };
-        let each: Vec<Result<Stream>> = read.rows.par_iter().map(stream).collect();
-        let (mut good, mut unusable) = (Vec::new(), Vec::new());
-        for (dialogue, stream) in read.rows.iter().zip(each) {
-            match stream {
-                Ok(stream) => good.push((dialogue.number, stream)),
-                Err(error) => unusable.push(format!("{error:#}")),
-            }
-        }
-        let of = |count: &dyn Fn(&Stream) -> usize| Spread::of(good.iter().map(|(_, stream)| count(stream)).collect());
-        let visual =
-            |stream: &Stream| stream.images.iter().map(|image| image.grid.tokens(processor.merge)).sum::<usize>();
-        let long: Vec<String> = good
-            .iter()
-            .filter(|(_, stream)| stream.len() > data.max_tokens)
-            .map(|(number, _)| format!("row {number}"))
-            .collect();
-        Ok(Written {
-            dialogues: good.len(),
-            tokens: of(&|stream| stream.len()),
-            trained: of(&|stream| stream.sampled_count()),
-            visual: of(&visual),
-            pictures: of(&|stream| stream.images.len()),
-            max_tokens: data.max_tokens,
-            too_long: long.len(),
-            first_too_long: long.into_iter().take(10).collect(),
-            histogram: histogram(good.iter().map(|(_, stream)| stream.len()).collect()),
-            unusable,
-        })
-    }
-
     /// `[data]` of the config, or what it is without one.
-    fn sft_data(&self) -> Result<sft::DataOptions> {
-        let mut config: toml::Table = match &self.config {
-            Some(path) => config::load(path, &self.overrides)?,
-            None => toml::Table::new(),
-        };
+    fn sft_data(&self, mut config: toml::Table) -> Result<sft::DataOptions> {
         ensure!(
             !config.contains_key("task") && !config.contains_key("tasks"),
             BadConfig("the config has a task, which asks rows; these are dialogues, which ask nothing (configs/sft_dialogues.toml)".into())
@@ -108,6 +63,43 @@ impl Check {
             BadConfig(format!("[data] of the config: {}", config::explain(&error.to_string())))
         })?)
     }
+}
+
+fn measure(model: &Path, data: &sft::DataOptions, read: &Dialogues) -> Result<Written> {
+    let (chat, processor) = (Chat::load(model)?, Processor::load(model)?);
+    let budget = data.budget(processor.budget);
+    let stream = |dialogue| {
+        sft::stream_of_dialogue(&chat, &processor, dialogue, budget, |path| {
+            read.sizes.get(path).copied().with_context(|| format!("a picture was not looked at: {}", path.display()))
+        })
+    };
+    let each: Vec<Result<Stream>> = read.rows.par_iter().map(stream).collect();
+    let (mut good, mut unusable) = (Vec::new(), Vec::new());
+    for (dialogue, stream) in read.rows.iter().zip(each) {
+        match stream {
+            Ok(stream) => good.push((dialogue.number, stream)),
+            Err(error) => unusable.push(format!("{error:#}")),
+        }
+    }
+    let of = |count: &dyn Fn(&Stream) -> usize| Spread::of(good.iter().map(|(_, stream)| count(stream)).collect());
+    let visual = |stream: &Stream| stream.images.iter().map(|image| image.grid.tokens(processor.merge)).sum::<usize>();
+    let long: Vec<String> = good
+        .iter()
+        .filter(|(_, stream)| stream.len() > data.max_tokens)
+        .map(|(number, _)| format!("row {number}"))
+        .collect();
+    Ok(Written {
+        dialogues: good.len(),
+        tokens: of(&|stream| stream.len()),
+        trained: of(&|stream| stream.sampled_count()),
+        visual: of(&visual),
+        pictures: of(&|stream| stream.images.len()),
+        max_tokens: data.max_tokens,
+        too_long: long.len(),
+        first_too_long: long.into_iter().take(10).collect(),
+        histogram: histogram(good.iter().map(|(_, stream)| stream.len()).collect()),
+        unusable,
+    })
 }
 
 impl Written {
