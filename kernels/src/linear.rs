@@ -14,6 +14,7 @@ use crate::panel::{self, Left, Onto, WIDTH};
 use crate::threads::each;
 use crate::vector::dispatch;
 use rayon::prelude::*;
+use std::cell::Cell;
 
 /// Longest run of multiply-adds: a panel of so many rows stays in the first cache (24 KiB).
 const BLOCK: usize = 192;
@@ -233,6 +234,17 @@ fn paired(m: usize, n: usize, lay: impl Fn(&mut [u32], usize, usize) + Sync) -> 
     Panels::Bf16(panels)
 }
 
+thread_local! {
+    /// For the next [`Rounded`] of the thread: rows are written over, and clearing them first would cost as much as a small product.
+    static KEPT: Cell<Vec<u32>> = const { Cell::new(Vec::new()) };
+}
+
+impl Drop for Rounded {
+    fn drop(&mut self) {
+        KEPT.set(std::mem::take(&mut self.rows));
+    }
+}
+
 /// Rows of the left side in pairs.
 struct Rounded {
     rows: Vec<u32>,
@@ -246,7 +258,8 @@ impl Rounded {
     fn new(x: &[f32], stride: usize, t: usize, m: usize) -> Rounded {
         let pairs = pairs::of(m);
         let apart = pairs::apart(pairs);
-        let mut rows = vec![0; t * apart];
+        let mut rows = KEPT.take();
+        rows.resize(t * apart, 0);
         pairs::rows_into(&mut rows, apart, x, stride, m);
         Rounded { rows, stride: apart, pairs }
     }

@@ -46,6 +46,11 @@ dispatch! {
 }
 #[inline(always)]
 fn rows_into_body<const LEVEL: u8>(to: &mut [u32], to_stride: usize, x: &[f32], x_stride: usize, m: usize) {
+    #[cfg(target_arch = "x86_64")]
+    if LEVEL == WIDE && is_x86_feature_detected!("avx512bf16") {
+        // SAFETY: the processor has what it takes.
+        return unsafe { avx512::rows_into(to, to_stride, x, x_stride, m) };
+    }
     for (to, x) in to.chunks_mut(to_stride).zip(x.chunks(x_stride)) {
         let (whole, rest) = x[..m].as_chunks::<2>();
         to[..of(m)][m / 2..].fill(0);
@@ -67,6 +72,11 @@ fn columns_into_body<const LEVEL: u8>(
     rows: usize,
     cols: usize,
 ) {
+    #[cfg(target_arch = "x86_64")]
+    if LEVEL == WIDE && is_x86_feature_detected!("avx512bf16") {
+        // SAFETY: the processor has what it takes.
+        return unsafe { avx512::columns_into(to, to_stride, x, x_stride, rows, cols) };
+    }
     for (i, to) in to.chunks_mut(to_stride).take(rows.div_ceil(2)).enumerate() {
         let first = &x[2 * i * x_stride..][..cols];
         if 2 * i + 1 < rows {
@@ -292,6 +302,23 @@ fn widened_tile<const LEVEL: u8, const R: usize>(
 mod tests {
     use super::*;
     use crate::oracle::{assert_close, assert_same_bits, halves, numbers};
+
+    /// The instructions for it round as the loops do.
+    #[test]
+    fn all_ways_round_the_same() {
+        let x = numbers(1, 6 * 90);
+        for (rows, m) in [(6, 90), (5, 31), (1, 64), (3, 33)] {
+            let stride = apart(of(m));
+            let (mut a, mut b) = (vec![7; rows * stride], vec![7; rows * stride]);
+            rows_into(&mut a, stride, &x, 90, m);
+            rows_into_body::<PLAIN>(&mut b, stride, &x[..rows * 90], 90, m);
+            assert_eq!(a, b, "{rows}, {m}");
+            let (mut a, mut b) = (vec![7; 3 * 95], vec![7; 3 * 95]);
+            columns_into(&mut a, 95, &x, 90, rows, m);
+            columns_into_body::<PLAIN>(&mut b, 95, &x, 90, rows, m);
+            assert_eq!(a, b, "columns {rows}, {m}");
+        }
+    }
 
     /// The value of a number once it is bf16.
     fn rounded(x: f32) -> f32 {

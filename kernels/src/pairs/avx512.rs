@@ -1,5 +1,6 @@
-//! Sixteen rows of sixteen words turned round with AVX-512.
+//! Sixteen rows of sixteen words turned round with AVX-512, and f32 rounded to pairs with AVX512-BF16.
 
+use super::{of, pair};
 use std::arch::x86_64::*;
 
 const SIDE: usize = 16;
@@ -58,6 +59,59 @@ unsafe fn turn(to: *mut u32, to_stride: usize, a: [__m512i; SIDE]) {
         for (l, column) in columns.into_iter().enumerate() {
             // SAFETY: the caller has room for it.
             unsafe { _mm512_storeu_si512(to.add((4 * l + j) * to_stride).cast(), column) };
+        }
+    }
+}
+
+/// [`super::rows_into`]; subnormal numbers become 0, as the products take them.
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+pub(super) fn rows_into(to: &mut [u32], to_stride: usize, x: &[f32], x_stride: usize, m: usize) {
+    const AT_ONCE: usize = 2 * SIDE;
+    for (to, x) in to.chunks_mut(to_stride).zip(x.chunks(x_stride)) {
+        let (to, x) = (&mut to[..of(m)], &x[..m]);
+        let (whole, rest) = x.as_chunks::<AT_ONCE>();
+        let (words, last) = to.as_chunks_mut::<SIDE>();
+        for (to, x) in words.iter_mut().zip(whole) {
+            // SAFETY: both are arrays of as many numbers as are read and written.
+            unsafe {
+                let (lower, upper) = (_mm512_loadu_ps(x.as_ptr()), _mm512_loadu_ps(x.as_ptr().add(SIDE)));
+                let both: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(upper, lower));
+                _mm512_storeu_si512(to.as_mut_ptr().cast(), both);
+            }
+        }
+        debug_assert!(last.is_empty(), "steps are whole");
+        if let Some(to) = words.get_mut(whole.len()) {
+            to.fill(0);
+            let number = |k: usize| rest.get(k).copied().unwrap_or(0.0);
+            to.iter_mut().take(rest.len().div_ceil(2)).enumerate().for_each(|(i, to)| *to = pair(number(2 * i), number(2 * i + 1)));
+        }
+    }
+}
+
+/// [`super::columns_into`].
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+pub(super) fn columns_into(to: &mut [u32], to_stride: usize, x: &[f32], x_stride: usize, rows: usize, cols: usize) {
+    // Halves 0 to 15 are the first row's, 16 to 31 the second's: a word takes one of each.
+    let mut places = [0u16; 2 * SIDE];
+    places.iter_mut().enumerate().for_each(|(i, place)| *place = (i / 2 + i % 2 * SIDE) as u16);
+    // SAFETY: an array of 64 bytes.
+    let places = unsafe { _mm512_loadu_si512(places.as_ptr().cast()) };
+    for (i, to) in to.chunks_mut(to_stride).take(rows.div_ceil(2)).enumerate() {
+        let first = &x[2 * i * x_stride..][..cols];
+        let second = if 2 * i + 1 < rows { Some(&x[(2 * i + 1) * x_stride..][..cols]) } else { None };
+        let to = &mut to[..cols];
+        let whole = cols / SIDE * SIDE;
+        for c in (0..whole).step_by(SIDE) {
+            // SAFETY: all three have `SIDE` numbers from c on.
+            unsafe {
+                let lower = _mm512_loadu_ps(first.as_ptr().add(c));
+                let upper = second.map_or(_mm512_setzero_ps(), |second| _mm512_loadu_ps(second.as_ptr().add(c)));
+                let both: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(upper, lower));
+                _mm512_storeu_si512(to.as_mut_ptr().add(c).cast(), _mm512_permutexvar_epi16(places, both));
+            }
+        }
+        for c in whole..cols {
+            to[c] = pair(first[c], second.map_or(0.0, |second| second[c]));
         }
     }
 }
