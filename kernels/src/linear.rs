@@ -9,6 +9,7 @@
 //! sum starts from what comes first and takes the M inputs in order, a pair at a time.
 
 use crate::matrix::{Compute, Matrix};
+use crate::memory::{Chunk, Rows};
 use crate::pairs::{self, Sides};
 use crate::panel::{self, Left, Onto, WIDTH};
 use crate::threads::each;
@@ -227,11 +228,10 @@ impl Packed {
 /// Lays out panels of pairs of `m` inputs for `n` outputs; `lay` is given each with its first column and how many it has.
 fn paired(m: usize, n: usize, lay: impl Fn(&mut [u32], usize, usize) + Sync) -> Panels {
     let size = WIDTH * pairs::of(m);
-    let mut panels = vec![0; n.div_ceil(WIDTH) * size];
-    if m > 0 {
-        panels.par_chunks_mut(size).enumerate().for_each(|(p, panel)| lay(panel, p * WIDTH, WIDTH.min(n - p * WIDTH)));
-    }
-    Panels::Bf16(panels)
+    let mut panels = Rows::new(n.div_ceil(WIDTH) * size);
+    let each = panels.chunks(size.max(1)).enumerate();
+    each.for_each(|(p, panel)| lay(panel.clear(), p * WIDTH, WIDTH.min(n - p * WIDTH)));
+    Panels::Bf16(panels.done())
 }
 
 thread_local! {
@@ -509,17 +509,15 @@ fn add_rounded(mut maps: Vec<Outer>, x: &[f32], t: usize, m: usize, threads: boo
     // x as panels for each run, which all threads read; a place for each, though the last run may be shorter.
     let columns = m.div_ceil(WIDTH);
     let place = WIDTH * pairs::of(PAIRED_RUN.min(t));
-    let mut panels = vec![0; t.div_ceil(PAIRED_RUN) * columns * place];
-    each(
-        threads,
-        panels.chunks_mut(place).enumerate(),
-        || (),
-        |(), (i, panel)| {
-            let (t0, first) = (i / columns * PAIRED_RUN, i % columns * WIDTH);
-            let run = PAIRED_RUN.min(t - t0);
-            pairs::columns_into(panel, WIDTH, &x[t0 * m + first..], m, run, WIDTH.min(m - first));
-        },
-    );
+    let mut panels = Rows::new(t.div_ceil(PAIRED_RUN) * columns * place);
+    let lay = |(i, panel): (usize, Chunk<u32>)| {
+        let (t0, first) = (i / columns * PAIRED_RUN, i % columns * WIDTH);
+        let run = PAIRED_RUN.min(t - t0);
+        pairs::columns_into(panel.clear(), WIDTH, &x[t0 * m + first..], m, run, WIDTH.min(m - first));
+    };
+    let at_once = if threads { 1 } else { usize::MAX };
+    panels.chunks(place).enumerate().with_min_len(at_once).for_each(lay);
+    let panels = panels.done();
     let stripes = maps.iter_mut().flat_map(|Outer { dw, dy, .. }| {
         let dy: &[f32] = dy;
         dw.chunks_mut(STRIPE * m).enumerate().map(move |(i, dw)| (dw, dy, i * STRIPE))
