@@ -14,7 +14,7 @@ use rayon::prelude::*;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use foveate_kernels::matrix::Compute;
+use crate::model::Compute;
 use foveate_kernels::sample;
 
 use crate::batch;

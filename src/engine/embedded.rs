@@ -8,8 +8,8 @@ use std::cell::Cell;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use crate::model::Compute;
 use anyhow::{Context, Result, bail, ensure};
-use foveate_kernels::matrix::Compute;
 use foveate_kernels::pairs;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};

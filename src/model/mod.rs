@@ -28,7 +28,8 @@ use std::sync::Arc;
 use anyhow::{Result, ensure};
 use foveate_kernels::attention::Span;
 use foveate_kernels::logprob;
-use foveate_kernels::matrix::{Compute, Matrix};
+pub use foveate_kernels::matrix::Compute;
+use foveate_kernels::matrix::Matrix;
 
 pub use self::block::Keep;
 pub use self::checkpoint::{Hold, load_weights};

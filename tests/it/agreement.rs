@@ -7,8 +7,10 @@ use foveate::data::{self, Sample};
 use foveate::engine::embedded::{Embedded, Options};
 use foveate::engine::{Group, Scores, Trainer, Training, Weights, Who};
 use foveate::episode::Episode;
+use foveate::geometry::Grid;
 use foveate::image;
-use foveate::model::Vlm;
+use foveate::model::block::Keep;
+use foveate::model::{Compute, Gradients, Head, Packed, Slopes, Trainable, Vlm};
 use foveate::optim::Optim;
 use foveate::rollout::{self, Stage};
 use foveate::tasks::crop::Crop;
@@ -94,8 +96,11 @@ fn sampling_and_training_agree_to_the_last_bit() {
     let dir = tempfile::tempdir().unwrap();
     let samples = samples(dir.path());
     let model = tiny::model(5);
-    for freeze in [vec![], vec!["vision".to_owned(), "merger".to_owned()]] {
-        let mut engine = engine(&model, |o| o.freeze = freeze.clone());
+    let tower = || vec!["vision".to_owned(), "merger".to_owned()];
+    for (freeze, compute) in
+        [(vec![], Compute::F32), (tower(), Compute::F32), (vec![], Compute::Bf16), (tower(), Compute::Bf16)]
+    {
+        let mut engine = engine(&model, |o| (o.freeze, o.compute) = (freeze.clone(), compute));
         let episodes = play(&mut engine, &samples);
         assert_eq!(episodes.len(), 6);
         let two_turns = episodes.iter().filter(|e| e.stream.images.len() == 2).count();
@@ -221,23 +226,61 @@ fn features_do_not_depend_on_company() {
     assert_eq!(together, apart);
 }
 
+/// What bf16 costs on the bundled model, whose numbers then keep eight bits (2^-9 of each): the figures measured, with room.
+#[test]
+fn bf16_is_close_to_f32() {
+    let plain = Vlm::load(&tiny::nano()).unwrap();
+    let rounded = Vlm { compute: Compute::Bf16, ..plain.clone() };
+    let both = [&plain, &rounded];
+    let off = |[a, b]: [&[f32]; 2]| {
+        let square = |x: &mut dyn Iterator<Item = f32>| x.map(|x| f64::from(x).powi(2)).sum::<f64>();
+        (square(&mut a.iter().zip(b).map(|(a, b)| a - b)) / square(&mut a.iter().copied())).sqrt()
+    };
+
+    // A picture of noise.
+    let grid = Grid { t: 1, h: 16, w: 20 };
+    let patches: Vec<f32> = (0..320 * plain.config.vision.patch_values()).map(|i| (i as f32 * 0.7).sin()).collect();
+    let [a, b] = both.map(|model| model.encode(&patches, &[grid]).unwrap());
+    let features = off([&a, &b]);
+    assert!(features > 1e-4 && features < 0.03, "features are off by {features}");
+
+    // Words that it has not been taught to say: log-probs of some nats.
+    let text = "The fox stands beside plate 7, the bear beside plate 3. What number is on the plate under the bear? \\boxed{3}";
+    let ids = tiny::chat().plain_ids(text).unwrap();
+    let packed = Packed::single(&ids, &[], Vec::new(), &plain.config).unwrap().every_next_token();
+    let slopes = vec![1.0; packed.targets.len()];
+    let [(a, da), (b, db)] = both.map(|model| {
+        let e = model.evaluate(&packed, Head::PLAIN, Keep::Everything, Trainable::ALL).unwrap();
+        let mut grads = Gradients::zeros(model.weights.layout());
+        model.backward(&packed, e.tape.unwrap(), &Slopes::of(&slopes), Trainable::ALL, &mut grads).unwrap();
+        (e.logprobs, grads.data)
+    });
+    let most = a.iter().zip(&b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(a.iter().sum::<f32>() < -10.0 && most > 0.0 && most < 0.3, "log-probs {a:?} are off by up to {most}");
+    let gradient = off([&da, &db]);
+    assert!(gradient < 0.05, "the gradient is off by {gradient}");
+    println!("features {features:.4}, log-probs at most {most:.4}, gradient {gradient:.4}");
+}
+
 #[test]
 fn one_thread_and_two_give_the_same_bits() {
     let dir = tempfile::tempdir().unwrap();
     let samples = samples(dir.path());
     let model = tiny::model(5);
-    let run = |threads| {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        pool.install(|| {
-            let mut engine = engine(&model, |_| ());
-            let episodes = play(&mut engine, &samples);
-            let ids: Vec<Vec<u32>> = episodes.iter().map(|e| e.stream.ids.clone()).collect();
-            let logprobs: Vec<Vec<f32>> = episodes.iter().map(sampled).collect();
-            (ids, logprobs, gradient(&mut engine, &groups(&episodes)))
-        })
-    };
-    let (one, two) = (run(1), run(2));
-    assert_eq!(one.0, two.0);
-    assert_eq!(one.1, two.1);
-    assert!(one.2 == two.2, "the gradients differ by {:?}", apart(&model, &one.2, &two.2));
+    for compute in [Compute::F32, Compute::Bf16] {
+        let run = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| {
+                let mut engine = engine(&model, |o| o.compute = compute);
+                let episodes = play(&mut engine, &samples);
+                let ids: Vec<Vec<u32>> = episodes.iter().map(|e| e.stream.ids.clone()).collect();
+                let logprobs: Vec<Vec<f32>> = episodes.iter().map(sampled).collect();
+                (ids, logprobs, gradient(&mut engine, &groups(&episodes)))
+            })
+        };
+        let (one, two) = (run(1), run(2));
+        assert_eq!(one.0, two.0);
+        assert_eq!(one.1, two.1);
+        assert!(one.2 == two.2, "the gradients differ by {:?}", apart(&model, &one.2, &two.2));
+    }
 }

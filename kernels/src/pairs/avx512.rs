@@ -83,7 +83,10 @@ pub(super) fn rows_into(to: &mut [u32], to_stride: usize, x: &[f32], x_stride: u
         if let Some(to) = words.get_mut(whole.len()) {
             to.fill(0);
             let number = |k: usize| rest.get(k).copied().unwrap_or(0.0);
-            to.iter_mut().take(rest.len().div_ceil(2)).enumerate().for_each(|(i, to)| *to = pair(number(2 * i), number(2 * i + 1)));
+            to.iter_mut()
+                .take(rest.len().div_ceil(2))
+                .enumerate()
+                .for_each(|(i, to)| *to = pair(number(2 * i), number(2 * i + 1)));
         }
     }
 }
