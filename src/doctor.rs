@@ -5,6 +5,8 @@ use std::path::Path;
 use anyhow::Result;
 use serde_json::json;
 
+use foveate_kernels::pairs;
+
 use crate::commands::gib;
 use crate::config;
 use crate::data::{ReadAs, Sample};
@@ -35,6 +37,9 @@ pub fn main(path: Option<&Path>, overrides: &[String], as_json: bool) -> Result<
     }
     println!("processor         {}", machine.cpu);
     println!("instruction sets  {}", simd.join(" "));
+    let tiles =
+        if pairs::fast() { "faster than f32 (model.compute)" } else { "no faster than f32: no tiles (Intel AMX)" };
+    println!("products in bf16  {tiles}");
     println!("threads           {}", rayon::current_num_threads());
     println!("memory            {}", machine.memory.map_or("unknown".into(), gib));
     println!("engines           embedded (CPU)");
@@ -120,6 +125,9 @@ fn instruction_sets() -> Vec<&'static str> {
             if there {
                 found.push(name);
             }
+        }
+        if pairs::fast() {
+            found.push("amx_bf16");
         }
     }
     #[cfg(target_arch = "aarch64")]

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use crate::model::Compute;
 use anyhow::{Context, Result, bail, ensure};
+use clap::ValueEnum;
 use foveate_kernels::pairs;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -61,12 +62,21 @@ pub struct Options {
     pub lora: Option<lora::Options>,
 }
 
-/// The kernels' choice under the names that a config has for it.
-#[derive(Serialize, Deserialize)]
+/// The kernels' choice under the names that configs and commands have for it.
+#[derive(Clone, Copy, Serialize, Deserialize, ValueEnum)]
 #[serde(remote = "Compute", rename_all = "snake_case")]
-enum ComputeName {
+pub enum ComputeName {
     F32,
     Bf16,
+}
+
+impl From<ComputeName> for Compute {
+    fn from(name: ComputeName) -> Compute {
+        match name {
+            ComputeName::F32 => Compute::F32,
+            ComputeName::Bf16 => Compute::Bf16,
+        }
+    }
 }
 
 fn in_f32(compute: &Compute) -> bool {
@@ -350,7 +360,8 @@ impl Embedded {
     pub fn about(&self) -> String {
         let Vlm { weights, .. } = &self.model;
         let millions = weights.layout().len as f64 / 1e6;
-        format!("{}: {millions:.1} M parameters, {}", self.options.path.display(), weights.held())
+        let products = if self.options.compute == Compute::Bf16 { ", products in bf16" } else { "" };
+        format!("{}: {millions:.1} M parameters, {}{products}", self.options.path.display(), weights.held())
     }
 
     /// Continues conversations in their lanes, or deals them out to new ones. Where somebody listens, the lanes speak one after the other.

@@ -20,6 +20,7 @@ use crate::chat::{Chat, Convention};
 use crate::config::BadConfig;
 use crate::episode::Stream;
 use crate::image::{PictureCache, Processor};
+use crate::model::Compute;
 use crate::optim::Optim;
 use crate::progress;
 
@@ -50,6 +51,11 @@ impl Options {
     /// What this engine cannot do of what the rest of the config asks: `freeze` and `lora` of the model, the `temperature` that is trained at,
     /// and the entropy bonus.
     pub fn validate(&self, model: &embedded::Options, temperature: f32, entropy_coef: f64) -> Result<()> {
+        if !self.is_embedded() && model.compute != Compute::F32 {
+            bail!(BadConfig(
+                "model.compute is for the embedded engine; a server decides itself how it computes".into()
+            ));
+        }
         match self {
             Options::Embedded {} => return Ok(()),
             Options::Openai(options) => return options.validate(),
