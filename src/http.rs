@@ -177,20 +177,6 @@ pub fn together<T: Sync, R: Send>(jobs: &[T], at_once: usize, work: impl Fn(&T) 
 mod tests {
     use super::*;
 
-    /// The thread that asks is the only one of its pool, and the work computes in it.
-    #[test]
-    fn a_pool_of_one_thread_can_be_asked_by_many() {
-        use rayon::prelude::*;
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
-        let jobs: Vec<usize> = (0..20).collect();
-        let squares = pool.install(|| {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(1).use_current_thread().build();
-            drop(pool);
-            together(&jobs, 4, |&job| Ok((0..job).into_par_iter().map(|_| job).sum::<usize>()))
-        });
-        assert_eq!(squares.unwrap(), jobs.iter().map(|job| job * job).collect::<Vec<_>>());
-    }
-
     const NO_TIME: Duration = Duration::ZERO;
 
     #[test]

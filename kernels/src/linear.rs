@@ -8,14 +8,15 @@
 //! Where the matrix says so ([`Compute::Bf16`]), both sides of all three products are rounded to bf16 first and go through `pairs`. Then the
 //! sum starts from what comes first and takes the M inputs in order, a pair at a time.
 
+mod rounded;
+
+use self::rounded::{Rounded, paired};
 use crate::matrix::{Compute, Matrix};
-use crate::memory::{Chunk, Rows};
-use crate::pairs::{self, Sides};
+use crate::pairs;
 use crate::panel::{self, Left, Onto, WIDTH};
 use crate::threads::each;
 use crate::vector::dispatch;
 use rayon::prelude::*;
-use std::cell::Cell;
 
 /// Longest run of multiply-adds: a panel of so many rows stays in the first cache (24 KiB).
 const BLOCK: usize = 192;
@@ -28,8 +29,6 @@ const SLAB: usize = 2048;
 /// Most rows of a weight's gradient that one task takes, and the tokens it sums in one run.
 const STRIPE: usize = 128;
 const RUN: usize = 256;
-/// Tokens that a weight's gradient sums in one run where they are paired: what a run reads stays in the second cache.
-const PAIRED_RUN: usize = 512;
 /// Columns of a weight's gradient that a task makes of one run: what they read of x stays in the second cache (512 KiB).
 const INPUTS: usize = 512;
 /// Rows of the product's tile.
@@ -225,50 +224,6 @@ impl Packed {
     }
 }
 
-/// Lays out panels of pairs of `m` inputs for `n` outputs; `lay` is given each with its first column and how many it has.
-fn paired(m: usize, n: usize, lay: impl Fn(&mut [u32], usize, usize) + Sync) -> Panels {
-    let size = WIDTH * pairs::of(m);
-    let mut panels = Rows::new(n.div_ceil(WIDTH) * size);
-    let each = panels.chunks(size.max(1)).enumerate();
-    each.for_each(|(p, panel)| lay(panel.clear(), p * WIDTH, WIDTH.min(n - p * WIDTH)));
-    Panels::Bf16(panels.done())
-}
-
-thread_local! {
-    /// For the next [`Rounded`] of the thread: rows are written over, and clearing them first would cost as much as a small product.
-    static KEPT: Cell<Vec<u32>> = const { Cell::new(Vec::new()) };
-}
-
-impl Drop for Rounded {
-    fn drop(&mut self) {
-        KEPT.set(std::mem::take(&mut self.rows));
-    }
-}
-
-/// Rows of the left side in pairs.
-struct Rounded {
-    rows: Vec<u32>,
-    stride: usize,
-    pairs: usize,
-}
-
-impl Rounded {
-    /// # Shapes
-    /// x: `t` rows of `stride` numbers, `m` of them used.
-    fn new(x: &[f32], stride: usize, t: usize, m: usize) -> Rounded {
-        let pairs = pairs::of(m);
-        let apart = pairs::apart(pairs);
-        let mut rows = KEPT.take();
-        rows.resize(t * apart, 0);
-        pairs::rows_into(&mut rows, apart, x, stride, m);
-        Rounded { rows, stride: apart, pairs }
-    }
-
-    fn with<'a>(&'a self, panels: &'a [u32]) -> Sides<'a> {
-        Sides { left: &self.rows, left_stride: self.stride, panels, panel: self.pairs * WIDTH, pairs: self.pairs }
-    }
-}
-
 fn sum_if(there: bool) -> Onto {
     if there { Onto::Sum } else { Onto::Nothing }
 }
@@ -318,7 +273,7 @@ fn few_rows(y: &mut [f32], x: &[f32], w: Weights<'_>, b: Option<&[f32]>, onto: b
             start(out, width, &b[first..first + cols], onto);
         }
         match &rounded {
-            Some(left) => few_rounded(out, width, left, w, first, t, m, n, cols, onto || b.is_some()),
+            Some(left) => rounded::few_rounded(out, width, left, w, first, t, m, n, cols, onto || b.is_some()),
             None => few_plain(out, x, w, first, t, m, n, cols, onto || b.is_some()),
         }
     };
@@ -369,41 +324,6 @@ fn few_plain(
         let left = Left::rows(&x[k0..], m);
         panel::multiply(out, WIDTH, left, panel, stride, t, k, cols, sum_if(begun || k0 > 0));
     }
-}
-
-/// Some panels of pairs: the columns of the result from `first` on.
-#[allow(clippy::too_many_arguments)]
-fn few_rounded(
-    out: &mut [f32],
-    stride: usize,
-    left: &Rounded,
-    w: Weights<'_>,
-    first: usize,
-    t: usize,
-    m: usize,
-    n: usize,
-    cols: usize,
-    begun: bool,
-) {
-    let size = left.pairs * WIDTH;
-    let mut scratch = Vec::new();
-    let panels = match w {
-        Weights::Laid(Panels::Bf16(panels)) => &panels[first * left.pairs..],
-        Weights::Laid(Panels::F32(_)) => unreachable!("f32 is multiplied as such"),
-        Weights::Rows(_) | Weights::Turned(..) => {
-            scratch.resize(cols.div_ceil(WIDTH) * size, 0);
-            for (panel, c) in scratch.chunks_exact_mut(size.max(1)).zip((0..cols).step_by(WIDTH)) {
-                let (first, cols) = (first + c, WIDTH.min(cols - c));
-                match w {
-                    Weights::Rows(w) => w.pair_into(panel, first * m, m, m, cols),
-                    Weights::Turned(w, _) => pairs::columns_into(panel, WIDTH, &w[first..], n, m, cols),
-                    Weights::Laid(_) => {}
-                }
-            }
-            &scratch[..]
-        }
-    };
-    pairs::multiply(out, stride, left.with(panels), t, cols, begun);
 }
 
 /// # Shapes
@@ -473,7 +393,7 @@ pub fn backward_weights(maps: Vec<Outer>, x: &[f32], t: usize, m: usize, compute
     let outputs: usize = maps.iter().map(|map| map.dw.len() / m).sum();
     let threads = t * m * outputs >= WORTH_THREADS;
     if compute == Compute::Bf16 {
-        return add_rounded(maps, x, t, m, threads);
+        return rounded::add_rounded(maps, x, t, m, threads);
     }
     // Each thread makes some rows of the gradients, from all tokens in order: which rows changes no bit.
     let share = if threads { outputs.div_ceil(rayon::current_num_threads()).next_multiple_of(TILE) } else { outputs };
@@ -499,45 +419,6 @@ fn add_bias(db: Option<&mut [f32]>, dy: &[f32], n: usize, threads: bool) {
     // Each thread sums some columns over all rows, in order.
     let sum = |(c, db): (usize, &mut [f32])| add_columns(db, dy, c * COLUMNS, n);
     each(threads, db.chunks_mut(COLUMNS).enumerate(), || (), |(), part| sum(part));
-}
-
-/// The gradients by products of pairs of tokens, run after run of [`PAIRED_RUN`].
-fn add_rounded(mut maps: Vec<Outer>, x: &[f32], t: usize, m: usize, threads: bool) {
-    for Outer { db, dy, .. } in &mut maps {
-        add_bias(db.as_deref_mut(), dy, dy.len() / t, threads);
-    }
-    // x as panels for each run, which all threads read; a place for each, though the last run may be shorter.
-    let columns = m.div_ceil(WIDTH);
-    let place = WIDTH * pairs::of(PAIRED_RUN.min(t));
-    let mut panels = Rows::new(t.div_ceil(PAIRED_RUN) * columns * place);
-    let lay = |(i, panel): (usize, Chunk<u32>)| {
-        let (t0, first) = (i / columns * PAIRED_RUN, i % columns * WIDTH);
-        let run = PAIRED_RUN.min(t - t0);
-        pairs::columns_into(panel.clear(), WIDTH, &x[t0 * m + first..], m, run, WIDTH.min(m - first));
-    };
-    let at_once = if threads { 1 } else { usize::MAX };
-    panels.chunks(place).enumerate().with_min_len(at_once).for_each(lay);
-    let panels = panels.done();
-    let stripes = maps.iter_mut().flat_map(|Outer { dw, dy, .. }| {
-        let dy: &[f32] = dy;
-        dw.chunks_mut(STRIPE * m).enumerate().map(move |(i, dw)| (dw, dy, i * STRIPE))
-    });
-    let most = pairs::of(PAIRED_RUN.min(t));
-    let start = || (vec![0; most * STRIPE], vec![0; STRIPE * pairs::apart(most)]);
-    each(threads, stripes, start, |(tokens, left), (dw, dy, first)| {
-        let (n, rows) = (dy.len() / t, dw.len() / m);
-        for (panels, t0) in panels.chunks(columns * place).zip((0..t).step_by(PAIRED_RUN)) {
-            let run = PAIRED_RUN.min(t - t0);
-            let pairs = pairs::of(run);
-            let apart = pairs::apart(pairs);
-            tokens[run / 2 * STRIPE..].fill(0);
-            pairs::columns_into(tokens, STRIPE, &dy[t0 * n + first..], n, run, rows);
-            pairs::transpose(left, apart, tokens, STRIPE, pairs, rows);
-            // Panels of a shorter run end with zeros, which meet zeros.
-            let sides = Sides { left: &*left, left_stride: apart, panels, panel: place, pairs };
-            pairs::multiply(dw, m, sides, rows, m, true);
-        }
-    });
 }
 
 /// Some rows of a gradient, and the columns of dy `[T, N]` that make them.

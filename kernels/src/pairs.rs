@@ -12,8 +12,9 @@ mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 
-/// Columns of a panel.
-pub(crate) const WIDTH: usize = 32;
+/// Columns of a panel: two tiles side by side.
+pub(crate) const WIDTH: usize = crate::panel::WIDTH;
+const _: () = assert!(WIDTH == 32);
 /// Pairs of one step: sides are filled up with zeros to whole steps.
 pub(crate) const STEP: usize = 16;
 

@@ -219,6 +219,13 @@ fn a_served_model_answers_as_it_does_here_token_for_token() {
     good(dir, &[&served[..], &more, &["eval.out=again"]].concat());
     assert_eq!(one.calls() + two.calls(), before);
     assert_eq!(episodes(&dir.join("again"))[3].ids, there[3].ids);
+    // The one thread that computes must not wait for those that wait for it.
+    let alone = Server::start(|_| Act::Good);
+    let url = format!("engine.urls=[{:?}]", alone.url());
+    let one_thread =
+        ["--threads", "1", "eval", "eval.toml", "engine.kind=openai", "engine.model=nano", &url, "eval.out=alone"];
+    good(dir, &one_thread);
+    assert_eq!(episodes(&dir.join("alone"))[3].ids, there[3].ids);
     let calls = std::fs::read_to_string(dir.join("calls.jsonl")).unwrap();
     assert!(calls.contains("sha256:") && !calls.contains("base64"), "pictures are recorded by their digests");
 
