@@ -1,6 +1,7 @@
 //! What every client of a server has to know of HTTP: addresses as people write them, keys, pauses between attempts, and how much of a
 //! body an error shows. Who is asked what, and what an answer means, stands with the clients (`openai.rs`, `engine/tinker/`).
 
+use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -119,7 +120,7 @@ pub fn chance() -> f64 {
     f64::from(now.subsec_nanos() % 1_000_003) / 1_000_003.0
 }
 
-/// Does some work for each job, so many at once, on threads that mostly wait. In the order of the jobs; of several errors the first to come.
+/// Does some work for each job, so many at once, on threads that mostly wait. In the order of the jobs; of several errors the first to come. A panic, like an error, stops the others.
 pub fn together<T: Sync, R: Send>(jobs: &[T], at_once: usize, work: impl Fn(&T) -> Result<R> + Sync) -> Result<Vec<R>> {
     let next = AtomicUsize::new(0);
     let failed = AtomicBool::new(false);
@@ -128,9 +129,12 @@ pub fn together<T: Sync, R: Send>(jobs: &[T], at_once: usize, work: impl Fn(&T) 
         while !failed.load(Ordering::SeqCst) {
             let i = next.fetch_add(1, Ordering::SeqCst);
             let Some(job) = jobs.get(i) else { break };
-            let result = work(job);
-            failed.fetch_or(result.is_err(), Ordering::SeqCst);
-            done.push((i, result));
+            let result = std::panic::catch_unwind(AssertUnwindSafe(|| work(job)));
+            failed.fetch_or(!matches!(result, Ok(Ok(_))), Ordering::SeqCst);
+            match result {
+                Ok(result) => done.push((i, result)),
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
         }
         done
     };

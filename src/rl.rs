@@ -23,7 +23,7 @@ pub use play_only::main as rollout_main;
 use crate::config;
 use crate::data::{Order, ReadAs, Sample};
 use crate::engine::{self, Frontend, Group, Sampler, Scores, Trainer, Weights, Who};
-use crate::episode::{Episode, Stop, Update};
+use crate::episode::{Episode, Record, Stop, Update};
 use crate::eval;
 use crate::image::Processor;
 use crate::need;
@@ -162,29 +162,34 @@ fn train_on(
     for step in done + 1..=plan.train.steps {
         let mut watch_time = Stopwatch::start();
         let mut metrics = Metrics::new();
-        let before = state.clone();
+        let before = (state.clone(), engine.updates());
+        // A server that went away is not asked to save.
+        let rescue = |engine: &mut dyn Trainer, done, state: &State, error| match plan.engine.is_embedded() {
+            true => folder.rescue(done, plan.train.keep_checkpoints, state, |to| engine.save(to), error),
+            false => error,
+        };
         let episodes = match context.step(engine, rows, &mut state, step, &mut watch_time, &mut metrics) {
             Ok(episodes) => episodes,
-            // A server that went away is not asked to save.
-            Err(error) if !plan.engine.is_embedded() => return Err(error),
-            Err(error) => {
-                let save = |to: &Path| engine.save(to);
-                return Err(folder.rescue(step - 1, plan.train.keep_checkpoints, &before, save, error));
-            }
+            // Of a step of several updates some may be made.
+            Err(error) if engine.updates() != before.1 => return Err(error),
+            Err(error) => return Err(rescue(engine, step - 1, &before.0, error)),
         };
         let last_step = step == plan.train.steps;
-        if plan.eval.every > 0 && (step % plan.eval.every == 0 || last_step) {
-            let played = watch_time.time("eval", || context.evaluate(engine, held_out, &mut metrics))?;
-            let records: Vec<_> = played.iter().map(Episode::record).collect();
-            folder.write_validation(step, &records)?;
+        let due = |every: u64| every > 0 && (step % every == 0 || last_step);
+        let mut written = Ok(());
+        if due(plan.eval.every) {
+            let played = watch_time.time("eval", || context.evaluate(engine, held_out, &mut metrics));
+            written = played.and_then(|played| folder.write_validation(step, &records(&played)));
         }
         watch_time.write(&mut metrics);
         metrics.insert("perf/max_memory_gb".into(), json!(peak_rss() as f64 / 1e9));
-        if plan.train.episodes_every > 0 && (step % plan.train.episodes_every == 0 || last_step) {
-            let records: Vec<_> = episodes.iter().map(Episode::record).collect();
-            folder.write_episodes(step, &records)?;
+        if due(plan.train.episodes_every) {
+            written = written.and(folder.write_episodes(step, &records(&episodes)));
         }
-        log.append(step, &metrics)?;
+        written = written.and(log.append(step, &metrics));
+        if let Err(error) = written {
+            return Err(rescue(engine, step, &state, error));
+        }
         let number = |key: &str| metrics.get(key).and_then(|v| v.as_f64()).unwrap_or(f64::NAN);
         let found = match metrics.contains_key("rewards/joint/mean") {
             true => ("right picture and place", "rewards/joint/mean"),
@@ -194,8 +199,7 @@ fn train_on(
         watch(step, &metrics);
         last = metrics;
         let asked = interrupt.asked();
-        let due = plan.train.checkpoint_every > 0 && step % plan.train.checkpoint_every == 0;
-        if asked || due || last_step {
+        if asked || due(plan.train.checkpoint_every) || last_step {
             folder.checkpoint(step, plan.train.keep_checkpoints, &state, |to| engine.save(to))?;
         }
         if asked {
@@ -417,6 +421,10 @@ fn looked_at(old: &[f32], scores: &Scores, advantages: Vec<f32>) -> Update {
 fn sequence_advantages(advantages: &Advantages, i: usize) -> Vec<f32> {
     let tokens = advantages.token.as_ref().and_then(|tokens| tokens.get(i));
     tokens.map(|tokens| tokens.iter().map(|&a| a as f32).collect()).unwrap_or_default()
+}
+
+fn records(episodes: &[Episode]) -> Vec<Record> {
+    episodes.iter().map(Episode::record).collect()
 }
 
 /// Indices of the episodes of each group, in order.

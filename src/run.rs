@@ -254,7 +254,7 @@ impl RunFolder {
 }
 
 impl RunFolder {
-    /// What a step that failed leaves: the steps before it as a checkpoint, unless there is one already. Gives the error with what to do.
+    /// What a run that fails leaves: the steps that are done as a checkpoint, unless there is one already. Gives the error with what to do.
     pub fn rescue<S: Serialize>(
         &self,
         done: u64,
@@ -268,8 +268,7 @@ impl RunFolder {
             return error;
         }
         error.context(format!(
-            "step {} failed, and the checkpoint of those before it is written; when this is mended, go on with --resume",
-            done + 1
+            "the run stopped behind step {done}, whose checkpoint is written; when this is mended, go on with --resume"
         ))
     }
 }

@@ -481,27 +481,28 @@ pub fn train(plan: &Plan, start: Start, interrupt: &Interrupt) -> Result<Metrics
             .collect();
         let drawn = watch
             .time("data", || indices.par_iter().map(|&i| source.example(&frontend, i, step)).collect::<Result<_>>());
-        let mut examples: Vec<Example> = match drawn {
-            Ok(examples) => examples,
-            Err(error) => {
-                let save = |to: &Path| save(&mut engine, head.as_ref(), to);
-                return Err(folder.rescue(step - 1, plan.train.keep_checkpoints, &before_step, save, error));
-            }
-        };
-        let before = examples.len();
-        examples.retain(|e| e.stream.len() <= plan.data.max_tokens);
-        ensure!(
-            !examples.is_empty(),
-            "every dialogue of step {step} is longer than data.max_tokens = {}; raise it or lower the pixel budget",
-            plan.data.max_tokens
-        );
-        metrics.insert("data/left_out".into(), json!(before - examples.len()));
         let started = std::time::Instant::now();
-        update(&mut engine, &examples, step, plan.train.loss, head.as_mut(), &mut metrics)?;
+        let learnt = drawn.and_then(|mut examples: Vec<Example>| {
+            examples.retain(|e| e.stream.len() <= plan.data.max_tokens);
+            ensure!(
+                !examples.is_empty(),
+                "every dialogue of step {step} is longer than data.max_tokens = {}; raise it or lower the pixel budget",
+                plan.data.max_tokens
+            );
+            metrics.insert("data/left_out".into(), json!(plan.train.batch - examples.len()));
+            update(&mut engine, &examples, step, plan.train.loss, head.as_mut(), &mut metrics)
+        });
+        if let Err(error) = learnt {
+            let save = |to: &Path| save(&mut engine, head.as_ref(), to);
+            return Err(folder.rescue(step - 1, plan.train.keep_checkpoints, &before_step, save, error));
+        }
         watch.add("update", started.elapsed());
         watch.write(&mut metrics);
         metrics.insert("perf/max_memory_gb".into(), json!(peak_rss() as f64 / 1e9));
-        log.append(step, &metrics)?;
+        if let Err(error) = log.append(step, &metrics) {
+            let save = |to: &Path| save(&mut engine, head.as_ref(), to);
+            return Err(folder.rescue(step, plan.train.keep_checkpoints, &state, save, error));
+        }
         let number = |key: &str| metrics.get(key).and_then(|v| v.as_f64()).unwrap_or(f64::NAN);
         bar.step(format!("loss {:.3} · right tokens {:.2}", number("loss"), number("accuracy")));
         last = metrics;

@@ -59,6 +59,11 @@ impl Dims {
     fn scale(&self) -> f32 {
         1.0 / (self.k as f32).sqrt()
     }
+
+    /// What makes of q·k a score in units of ln 2.
+    fn scale_in_log2(&self) -> f32 {
+        self.scale() * std::f32::consts::LOG2_E
+    }
 }
 
 /// Rows and keys whose scores exist at once in the forward: 24 KiB, next to the keys and values of the block in the cache.
@@ -217,7 +222,7 @@ fn attend_body<const LEVEL: u8>(
     for (span, queries) in block.members() {
         visible.extend(queries.flat_map(|i| std::iter::repeat_n(span.visible(i), group)));
     }
-    let scale = dims.scale() * std::f32::consts::LOG2_E;
+    let scale = dims.scale_in_log2();
     for head in 0..dims.kv_heads {
         my_q.clear();
         for query in q[queries.start * row..queries.end * row].chunks_exact(row) {
@@ -642,6 +647,21 @@ mod tests {
                 );
             }
         }
+    }
+
+    /// The backward makes its probabilities anew: of scores that are rounded otherwise than the forward's, large ones add up to something else than 1.
+    #[test]
+    fn in_bf16_probabilities_add_up_to_1_in_the_backward_too() {
+        let (dims, t) = (Dims { heads: 1, kv_heads: 1, k: 32 }, 200);
+        let spans = [span(0..t, 0..0, 0..t, false)];
+        let q: Vec<f32> = numbers(1, t * dims.k).iter().map(|q| q * 40.0).collect();
+        let (k, v, d_o) = (numbers(2, t * dims.k), numbers(3, t * dims.k), vec![1.0; t * dims.k]);
+        let (mut o, mut lse) = (vec![f32::NAN; q.len()], vec![f32::NAN; t]);
+        forward(&mut o, &mut lse, &q, Keys::Rows(&k), &v, &spans, dims, Compute::Bf16);
+        let (mut dq, mut dk, mut dv) = (vec![f32::NAN; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
+        backward(&mut dq, &mut dk, &mut dv, &d_o, &o, &lse, &q, &k, &v, &spans, dims, Compute::Bf16);
+        let sum = dv.iter().step_by(dims.k).map(|x| f64::from(*x)).sum::<f64>() / t as f64;
+        assert!((sum - 1.0).abs() < 1e-3, "they add up to {sum}");
     }
 
     #[test]

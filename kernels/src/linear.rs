@@ -321,8 +321,9 @@ fn few_plain(
             Weights::Laid(Panels::F32(panels)) => (&panels[first * m + k0 * WIDTH..], WIDTH),
             Weights::Laid(Panels::Bf16(_)) => unreachable!("pairs are multiplied as such"),
         };
-        let left = Left::rows(&x[k0..], m);
-        panel::multiply(out, WIDTH, left, panel, stride, t, k, cols, sum_if(begun || k0 > 0));
+        // Weights that were laid out once come from afar, each for these few rows alone.
+        let product = if matches!(w, Weights::Laid(_)) { panel::multiply_far } else { panel::multiply };
+        product(out, WIDTH, Left::rows(&x[k0..], m), panel, stride, t, k, cols, sum_if(begun || k0 > 0));
     }
 }
 

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 pub struct OnLines;
 
 /// Bytes of a cache line and of a wide vector.
-const LINE: usize = 64;
+pub(crate) const LINE: usize = 64;
 /// Bytes from which on a block is worth it.
 const LARGE: usize = 4096;
 

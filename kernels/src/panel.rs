@@ -13,6 +13,8 @@ mod avx512;
 
 /// Columns of a panel.
 pub(crate) const WIDTH: usize = 32;
+/// Rows of a panel between what is multiplied and what is asked for: 3 KiB.
+const AHEAD: usize = 24;
 
 /// What a product meets in `out`.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -66,7 +68,21 @@ dispatch! {
         k: usize,
         cols: usize,
         onto: Onto,
-    ) = multiply_body
+    ) = multiply_near
+}
+dispatch! {
+    /// [`multiply`] with a panel that lies in no near cache and is met once: it is asked for before it is needed.
+    pub(crate) fn multiply_far(
+        out: &mut [f32],
+        out_stride: usize,
+        a: Left,
+        panel: &[f32],
+        panel_stride: usize,
+        rows: usize,
+        k: usize,
+        cols: usize,
+        onto: Onto,
+    ) = multiply_ahead
 }
 dispatch! {
     /// [`multiply`] with each of some panels [k, WIDTH]; panel p starts at `p · step` and gives columns from `p · WIDTH` on.
@@ -108,7 +124,7 @@ fn multiply_panels_body<const LEVEL: u8>(
     }
     for (p, panel) in panels.chunks(step).enumerate() {
         let out = &mut out[p * WIDTH..];
-        multiply_body::<LEVEL>(out, out_stride, a, panel, WIDTH, rows, k, WIDTH, Onto::Nothing);
+        multiply_body::<LEVEL, 0>(out, out_stride, a, panel, WIDTH, rows, k, WIDTH, Onto::Nothing);
     }
 }
 
@@ -141,7 +157,40 @@ fn side_by_side<const LEVEL: u8, const R: usize, const P: usize>(
 
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
-fn multiply_body<const LEVEL: u8>(
+fn multiply_near<const LEVEL: u8>(
+    out: &mut [f32],
+    out_stride: usize,
+    a: Left,
+    panel: &[f32],
+    panel_stride: usize,
+    rows: usize,
+    k: usize,
+    cols: usize,
+    onto: Onto,
+) {
+    multiply_body::<LEVEL, 0>(out, out_stride, a, panel, panel_stride, rows, k, cols, onto);
+}
+
+#[inline(always)]
+#[allow(clippy::too_many_arguments)]
+fn multiply_ahead<const LEVEL: u8>(
+    out: &mut [f32],
+    out_stride: usize,
+    a: Left,
+    panel: &[f32],
+    panel_stride: usize,
+    rows: usize,
+    k: usize,
+    cols: usize,
+    onto: Onto,
+) {
+    multiply_body::<LEVEL, AHEAD>(out, out_stride, a, panel, panel_stride, rows, k, cols, onto);
+}
+
+/// A: rows of the panel that it is asked for before they are needed, 0 for none.
+#[inline(always)]
+#[allow(clippy::too_many_arguments)]
+fn multiply_body<const LEVEL: u8, const A: usize>(
     out: &mut [f32],
     out_stride: usize,
     a: Left,
@@ -156,30 +205,30 @@ fn multiply_body<const LEVEL: u8>(
     // Wide registers take a block of 32 columns as two vectors; narrow ones 16 at a time, or the tile would spill.
     // Few rows more, because a run of multiply-adds waits for itself.
     while LEVEL == WIDE && rows < 4 && c + 64 <= cols {
-        columns::<LEVEL, 64>(&mut out[c..], out_stride, a, &panel[c..], panel_stride, rows, k, onto);
+        columns::<LEVEL, 64, A>(&mut out[c..], out_stride, a, &panel[c..], panel_stride, rows, k, onto);
         c += 64;
     }
     while LEVEL == WIDE && c + 32 <= cols {
-        columns::<LEVEL, 32>(&mut out[c..], out_stride, a, &panel[c..], panel_stride, rows, k, onto);
+        columns::<LEVEL, 32, A>(&mut out[c..], out_stride, a, &panel[c..], panel_stride, rows, k, onto);
         c += 32;
     }
     while c + 16 <= cols {
-        columns::<LEVEL, 16>(&mut out[c..], out_stride, a, &panel[c..], panel_stride, rows, k, onto);
+        columns::<LEVEL, 16, A>(&mut out[c..], out_stride, a, &panel[c..], panel_stride, rows, k, onto);
         c += 16;
     }
     while c + 8 <= cols {
-        columns::<LEVEL, 8>(&mut out[c..], out_stride, a, &panel[c..], panel_stride, rows, k, onto);
+        columns::<LEVEL, 8, A>(&mut out[c..], out_stride, a, &panel[c..], panel_stride, rows, k, onto);
         c += 8;
     }
     while c < cols {
-        columns::<LEVEL, 1>(&mut out[c..], out_stride, a, &panel[c..], panel_stride, rows, k, onto);
+        columns::<LEVEL, 1, A>(&mut out[c..], out_stride, a, &panel[c..], panel_stride, rows, k, onto);
         c += 1;
     }
 }
 
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
-fn columns<const LEVEL: u8, const W: usize>(
+fn columns<const LEVEL: u8, const W: usize, const A: usize>(
     out: &mut [f32],
     out_stride: usize,
     a: Left,
@@ -193,7 +242,15 @@ fn columns<const LEVEL: u8, const W: usize>(
     macro_rules! take {
         ($n:literal) => {
             while rows - r >= $n {
-                tile::<LEVEL, $n, W>(&mut out[r * out_stride..], out_stride, a.from(r), panel, panel_stride, k, onto);
+                tile::<LEVEL, $n, W, A>(
+                    &mut out[r * out_stride..],
+                    out_stride,
+                    a.from(r),
+                    panel,
+                    panel_stride,
+                    k,
+                    onto,
+                );
                 r += $n;
             }
         };
@@ -211,7 +268,7 @@ fn columns<const LEVEL: u8, const W: usize>(
 
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
-fn tile<const LEVEL: u8, const R: usize, const W: usize>(
+fn tile<const LEVEL: u8, const R: usize, const W: usize, const A: usize>(
     out: &mut [f32],
     out_stride: usize,
     a: Left,
@@ -233,6 +290,9 @@ fn tile<const LEVEL: u8, const R: usize, const W: usize>(
         assert!(last < a.len() && (k - 1) * panel_stride + W <= panel.len(), "panel: a side is too short");
     }
     for kk in 0..k {
+        if A > 0 {
+            ask_for::<W>(panel.as_ptr().wrapping_add((kk + A) * panel_stride));
+        }
         // SAFETY: the assertion puts the last row of the panel, W numbers wide, inside it.
         let b = unsafe { &*panel.as_ptr().add(kk * panel_stride).cast::<[f32; W]>() };
         for (r, acc) in acc.iter_mut().enumerate() {
@@ -249,6 +309,18 @@ fn tile<const LEVEL: u8, const R: usize, const W: usize>(
             Onto::Sum => out.iter_mut().zip(acc).for_each(|(out, acc)| *out += acc),
             _ => out.copy_from_slice(acc),
         }
+    }
+}
+
+/// Has W numbers brought into the first cache, if there are any at that address; elsewhere the processor is left to itself.
+#[inline(always)]
+#[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))]
+fn ask_for<const W: usize>(at: *const f32) {
+    #[cfg(target_arch = "x86_64")]
+    for line in 0..(W * size_of::<f32>()).div_ceil(crate::memory::LINE) {
+        use std::arch::x86_64::*;
+        // SAFETY: every processor of this kind has the instruction, and it reads nothing that the program could see.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast::<i8>().wrapping_add(line * crate::memory::LINE)) };
     }
 }
 
@@ -379,10 +451,10 @@ mod tests {
                         };
                         // Both levels that fuse agree, whatever their tiles.
                         let wide = narrow(&|out| {
-                            multiply_body::<WIDE>(out, out_stride, left, &panel, stride, rows, k, cols, onto)
+                            multiply_body::<WIDE, 0>(out, out_stride, left, &panel, stride, rows, k, cols, onto)
                         });
                         let fused = narrow(&|out| {
-                            multiply_body::<FUSED>(out, out_stride, left, &panel, stride, rows, k, cols, onto)
+                            multiply_body::<FUSED, 0>(out, out_stride, left, &panel, stride, rows, k, cols, onto)
                         });
                         assert_same_bits("wide", &wide, &expected);
                         assert_same_bits("fused", &fused, &expected);

@@ -16,7 +16,7 @@ use super::{Format, Problem, ReadAs, Report};
 use crate::chat::{Content, Message, Part};
 use crate::geometry::Size;
 use crate::progress::say;
-use crate::table;
+use crate::table::{self, Record};
 
 /// A conversation with its pictures in order of appearance.
 #[derive(Clone, Debug, PartialEq)]
@@ -48,19 +48,21 @@ const PLACE: &str = "<image>";
 /// be asked, as rows of `sharegpt`.
 pub fn holds_dialogues(path: &Path) -> bool {
     let mut first = None;
+    let in_table = |record: &Record| record.pictures.iter().any(|(_, cells)| !cells.is_empty());
     // Whoever reads the file tells what is wrong with it.
     let _ = path.is_file().then(|| {
         table::scan(path, &mut |record| {
-            first = record.ok().map(|record| record.values).filter(|row| !row.is_empty());
+            first = record.ok().filter(|record| in_table(record) || !record.values.is_empty());
             if first.is_some() {
                 bail!("one row tells");
             }
             Ok(())
         })
     });
-    first.is_some_and(|row| {
+    first.is_some_and(|record| {
+        let row = &record.values;
         let said = |key: &str| row.get(key).is_some_and(|value| !value.is_null() && *value != Value::Array(Vec::new()));
-        said(MESSAGES) && !BESIDE.iter().any(|key| said(key)) && !row.contains_key("prompt")
+        said(MESSAGES) && !BESIDE.iter().any(|key| said(key)) && !row.contains_key("prompt") && !in_table(&record)
     })
 }
 
@@ -147,18 +149,32 @@ fn dialogue(given: &Given) -> Result<(Dialogue, Vec<String>), Fault> {
         let cells = given.record.pictures.iter().any(|(column, cells)| column == key && !cells.is_empty());
         cells || given.value(key).is_some_and(|value| *value != Value::Array(Vec::new()))
     };
+    let given_beside: Vec<&str> = BESIDE.into_iter().filter(|key| beside(key)).collect();
     let (mut images, mut keys) = (Vec::new(), Vec::new());
-    if let Some(key) = BESIDE.iter().find(|key| beside(key)) {
-        if inside {
-            return fault(*key, "pictures stand here and in the messages, expected them in one of the two");
+    match given_beside[..] {
+        [first, second] => return fault(second, format!("pictures stand here and in {first}, expected them in one")),
+        [key] if inside => {
+            return fault(key, "pictures stand here and in the messages, expected them in one of the two");
         }
-        images = given.pictures(&[*key])?;
-        let places = messages.iter_mut().map(put_pictures).sum::<usize>();
-        if places != images.len() {
-            let reason = format!("found {}, and {places} {PLACE} in the messages to show them", images.len());
-            return fault(*key, reason);
+        [key] => {
+            images = given.pictures(&[key])?;
+            let places = messages.iter_mut().map(put_pictures).sum::<usize>();
+            if places != images.len() {
+                let reason = format!("found {}, and {places} {PLACE} in the messages to show them", images.len());
+                return fault(key, reason);
+            }
+            keys = (0..images.len()).map(|k| format!("{key}[{k}]")).collect();
         }
-        keys = (0..images.len()).map(|k| format!("{key}[{k}]")).collect();
+        _ => {
+            let places = messages.iter().map(places).sum::<usize>();
+            let expected = match inside {
+                true => "as parts of the messages stand the pictures, so their texts need none".to_owned(),
+                false => format!("there is no picture to show, expected a list of them as {:?}", BESIDE[0]),
+            };
+            if places > 0 {
+                return fault(key, format!("found {places} {PLACE} in the texts; {expected}"));
+            }
+        }
     }
     for (i, message) in messages.iter().enumerate().filter(|_| inside) {
         for (j, part) in message.parts().into_iter().enumerate() {
@@ -215,13 +231,18 @@ fn cannot_be_learnt(messages: &[Message]) -> Option<String> {
     let Some((first, _)) = answers.next() else {
         return Some("there is no message of the assistant, so there is nothing to train on".into());
     };
+    if first == 0 {
+        return Some("the assistant speaks first, expected a message of the user's before".into());
+    }
     let mut last = first;
     for (i, _) in answers {
-        if i != last + 2 {
-            return Some(format!(
-                "{} messages stand between two of the assistant's, expected one of the user's",
-                i - last - 1
-            ));
+        let reason = match &messages[last + 1..i] {
+            [one] if one.role == "user" => None,
+            [one] => Some(format!("one of role {:?} stands", one.role)),
+            several => Some(format!("{} messages stand", several.len())),
+        };
+        if let Some(reason) = reason {
+            return Some(format!("{reason} between two of the assistant's, expected one of the user's"));
         }
         last = i;
     }
@@ -241,9 +262,14 @@ fn behind_the_last(messages: &[Message]) -> Option<String> {
     })
 }
 
-/// Makes each place for a picture in a text one; says how many there are. What the assistant says stays text.
+/// Places for pictures in the texts of a message. What the assistant says stays text.
+fn places(message: &Message) -> usize {
+    if message.role == "assistant" { 0 } else { message.text().matches(PLACE).count() }
+}
+
+/// Makes each of these places a picture; says how many there are.
 fn put_pictures(message: &mut Message) -> usize {
-    if message.role == "assistant" {
+    if places(message) == 0 {
         return 0;
     }
     let mut parts = Vec::new();
@@ -346,6 +372,23 @@ mod tests {
             (
                 r#"{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}, {"role": "assistant", "content": "!"}"#.into(),
                 "0 messages stand between two of the assistant's",
+            ),
+            (
+                r#"{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}, {"role": "system", "content": "."}, {"role": "assistant", "content": "!"}"#.into(),
+                "one of role \"system\" stands between two of the assistant's",
+            ),
+            (r#"{"role": "assistant", "content": "!"}, {"role": "user", "content": "?"}"#.into(), "the assistant speaks first"),
+            (
+                r#"{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "!"}], "image_list": ["a.png""#.into(),
+                "found 1 <image> in the texts; there is no picture to show, expected a list of them as \"images\"",
+            ),
+            (
+                format!(r#"{{"role": "user", "content": {}}}, {{"role": "assistant", "content": "!"}}"#, inside.replace('?', "<image>?")),
+                "found 1 <image> in the texts; as parts of the messages stand the pictures",
+            ),
+            (
+                r#"{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "!"}], "image": "a.png", "images": ["a.png""#.into(),
+                "pictures stand here and in images",
             ),
             (
                 format!(r#"{{"role": "user", "content": "?"}}, {{"role": "assistant", "content": "!"}}, {{"role": "user", "content": {inside}}}"#),

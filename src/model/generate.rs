@@ -49,9 +49,9 @@ pub struct Cache {
 /// Values of the language model up to which its weights are laid out once more for decoding: 128 Mi f32 are 512 MiB.
 pub const LAID_OUT: usize = 128 << 20;
 
-/// Values up to which conversations are dealt out to the threads ([`Vlm::lanes`]): 4 Mi f32 are 16 MiB. Of a larger model each thread would
-/// fetch all weights from memory for itself.
-const OWN_WEIGHTS: usize = 4 << 20;
+/// Values up to which conversations are dealt out to the threads ([`Vlm::lanes`]): 8 Mi f32 are 32 MiB, which still lie in a last cache. Of a larger
+/// model each thread would fetch all weights from memory for itself.
+const OWN_WEIGHTS: usize = 8 << 20;
 
 /// New tokens of one sequence.
 #[derive(Clone, Copy, Debug)]

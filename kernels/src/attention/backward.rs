@@ -47,6 +47,8 @@ struct Scratch {
     v_t: Vec<f32>,
     /// A task's rows, `[R, K]`.
     q: Vec<f32>,
+    /// Some of them as the forward multiplies them in bf16.
+    scaled: Vec<f32>,
     d_o: Vec<f32>,
     /// `[R]`, in units of ln 2.
     lse: Vec<f32>,
@@ -349,7 +351,7 @@ fn add_rows(
 ) {
     let dims = inputs.dims;
     let (kd, stride) = (dims.k, dims.kv_heads * dims.k);
-    let Scratch { k_t, v_t, q, d_o, lse, delta, visible, p, ds, rounded: _ } = scratch;
+    let Scratch { k_t, v_t, q, scaled: _, d_o, lse, delta, visible, p, ds, rounded: _ } = scratch;
     p.resize(rows.len() * WIDTH, 0.0);
     ds.resize(rows.len() * WIDTH, 0.0);
     for tile in (0..unit.keys.len()).step_by(WIDTH) {
@@ -366,7 +368,7 @@ fn add_rows(
             panel::multiply(out, WIDTH, Left::rows(left, kd), panel, WIDTH, n, kd, WIDTH, Onto::Nothing);
         }
         let of_rows = (&lse[rows.clone()], &delta[rows.clone()], &visible[rows]);
-        probabilities(p, ds, of_rows, number + tile, dims.scale());
+        probabilities(p, ds, of_rows, number + tile, (dims.scale_in_log2(), dims.scale()));
         for (sum, weights, right) in [(&mut *dv, &*p, &d_o), (&mut *dk, &*ds, &q)] {
             let (sum, right) = (&mut sum[tile * kd..], &right[values.clone()]);
             panel::multiply(sum, kd, Left::turned(weights, WIDTH), right, kd, count, n, kd, Onto::Start);
@@ -389,19 +391,22 @@ fn add_rounded(
     inputs: &Inputs,
 ) {
     let Dims { k: kd, .. } = inputs.dims;
-    let Scratch { q, d_o, lse, delta, visible, p, ds, rounded, .. } = scratch;
+    let Scratch { q, scaled, d_o, lse, delta, visible, p, ds, rounded, .. } = scratch;
     let values = rows.start * kd..rows.end * kd;
     let of_rows = (&lse[rows.clone()], &delta[rows.clone()], &visible[rows]);
-    let make =
-        |p: &mut [f32], ds: &mut [f32], first| probabilities(p, ds, of_rows, number + first, inputs.dims.scale());
-    let sides = [&q[values.clone()], &d_o[values.clone()]];
+    let make = |p: &mut [f32], ds: &mut [f32], first| {
+        probabilities(p, ds, of_rows, number + first, (1.0, inputs.dims.scale()));
+    };
+    scaled.clear();
+    scaled.extend(q[values.clone()].iter().map(|q| q * inputs.dims.scale_in_log2()));
+    let sides = [&q[values.clone()], scaled, &d_o[values.clone()]];
     rounded::add_rows([&mut dq[values], dk, dv], sides, [p, ds], stretch, rounded, kd, make);
 }
 
 dispatch! {
     /// p: scores in, probabilities out (0 where hidden); ds: d_o·vᵀ in, scale·dS out. The first key is number `first`; of each row
-    /// come the log-sum-exp, delta, and how many keys it sees.
-    fn probabilities(p: &mut [f32], ds: &mut [f32], rows: (&[f32], &[f32], &[usize]), first: usize, scale: f32) = probabilities_body
+    /// come the log-sum-exp, delta, and how many keys it sees. The first factor makes the scores those of the forward, in units of ln 2.
+    fn probabilities(p: &mut [f32], ds: &mut [f32], rows: (&[f32], &[f32], &[usize]), first: usize, factors: (f32, f32)) = probabilities_body
 }
 #[inline(always)]
 fn probabilities_body<const LEVEL: u8>(
@@ -409,9 +414,8 @@ fn probabilities_body<const LEVEL: u8>(
     ds: &mut [f32],
     rows: (&[f32], &[f32], &[usize]),
     first: usize,
-    scale: f32,
+    (in_log2, scale): (f32, f32),
 ) {
-    let in_log2 = scale * std::f32::consts::LOG2_E;
     let (lse, delta, visible) = rows;
     let tile = p.as_chunks_mut::<WIDTH>().0.iter_mut().zip(ds.as_chunks_mut::<WIDTH>().0);
     for ((p, ds), ((lse, delta), visible)) in tile.zip(lse.iter().zip(delta).zip(visible)) {

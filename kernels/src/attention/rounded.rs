@@ -13,7 +13,8 @@ use std::ops::Range;
 /// Spans that are not of that kind, which is a programming error.
 pub(super) fn check(spans: &[Span]) {
     let whole = spans.iter().all(|span| span.shared.is_empty() && !span.causal);
-    assert!(whole, "attention in bf16 is for spans that share nothing and hide nothing");
+    let apart = spans.windows(2).all(|pair| pair[0].own.end <= pair[1].own.start);
+    assert!(whole && apart, "attention in bf16 is for spans that share nothing and hide nothing, one behind the other");
 }
 
 /// Keys and values of a run for one head.
@@ -132,11 +133,12 @@ pub(super) struct Scratch {
 }
 
 /// Adds what some rows of q and d_o `[rows, K]` and the keys of a stretch give to dq `[rows, K]`, dk and dv `[keys, K]`. `probabilities` makes p and ds of
-/// scores and of d_o·vᵀ, `[rows, WIDTH]` for the keys from a number of the stretch on.
+/// scores and of d_o·vᵀ, `[rows, WIDTH]` for the keys from a number of the stretch on. `scaled` is q times what the forward multiplies it with: only
+/// rounded as it was there does it give the scores that the log-sum-exp is of.
 #[allow(clippy::too_many_arguments)]
 pub(super) fn add_rows(
     [dq, dk, dv]: [&mut [f32]; 3],
-    [q, d_o]: [&[f32]; 2],
+    [q, scaled, d_o]: [&[f32]; 3],
     [p, ds]: [&mut Vec<f32>; 2],
     stretch: &Stretch,
     scratch: &mut Scratch,
@@ -146,7 +148,7 @@ pub(super) fn add_rows(
     let (rows, keys) = (q.len() / kd, dk.len() / kd);
     let across = [across(d_o, kd, rows, kd), across(q, kd, rows, kd)];
     let Scratch { q: q_pairs, d_o: d_o_pairs, ds: ds_pairs, tile, turned } = scratch;
-    let q = Rows::of(q_pairs, q, kd, rows, kd);
+    let q = Rows::of(q_pairs, scaled, kd, rows, kd);
     let d_o = Rows::of(d_o_pairs, d_o, kd, rows, kd);
     p.resize(rows * WIDTH, 0.0);
     ds.resize(rows * WIDTH, 0.0);

@@ -63,7 +63,7 @@ unsafe fn turn(to: *mut u32, to_stride: usize, a: [__m512i; SIDE]) {
     }
 }
 
-/// [`super::rows_into`]; subnormal numbers become 0, as the products take them.
+/// [`super::rows_into`].
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 pub(super) fn rows_into(to: &mut [u32], to_stride: usize, x: &[f32], x_stride: usize, m: usize) {
     const AT_ONCE: usize = 2 * SIDE;
