@@ -373,6 +373,7 @@ impl Rig {
             steps: (step.steps + step.warmup) as u64,
             temperature: 1.0,
             reference: step.kl > 0.0,
+            pictures: true,
             seed: 0,
         };
         let engine = Embedded::open(&options, Some(&training))?;

@@ -182,7 +182,11 @@ pub fn main(invocation: &Invocation) -> Result<()> {
         need::of_eval(&plan, &asked)?.ensure_fits(&plan.model)?;
     }
     let interrupt = Interrupt::install()?;
-    let (mut engine, frontend) = engine::open_sampler(&plan.engine, &plan.model)?;
+    let (mut engine, frontend) = engine::open_sampler(
+        &plan.engine,
+        &plan.model,
+        data::shows_pictures(asked.iter().flat_map(|asked| asked.samples.iter())),
+    )?;
     let bench = Bench { frontend: &frontend, rollout: &plan.rollout, options: &plan.eval, interrupt: &interrupt };
     // Claimed only now that everything a person can get wrong has been read: a failed start leaves no folder behind.
     let (folder, _) = RunFolder::open(&plan.eval.out, Kind::Eval, invocation.start, &written_plan)?;

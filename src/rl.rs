@@ -21,8 +21,8 @@ pub use plan::{DataOptions, EvalOptions, Plan, TrainOptions};
 pub use play_only::main as rollout_main;
 
 use crate::config;
-use crate::data::{Order, ReadAs, Sample};
-use crate::engine::{self, Frontend, Group, Sampler, Scores, Trainer, Weights, Who};
+use crate::data::{self, Order, ReadAs, Sample};
+use crate::engine::{self, Frontend, Group, Sampler, Scores, Trainer, Training, Weights, Who};
 use crate::episode::{Episode, Record, Stop, Update};
 use crate::eval;
 use crate::image::Processor;
@@ -113,7 +113,9 @@ pub fn train(
     if plan.engine.is_embedded() {
         need::of_rl(plan, &*ready.task, &ready.rows, true)?.ensure_fits(&plan.model)?;
     }
-    let mut engine = engine::open(&plan.engine, &plan.model, &plan.training()?, start != Start::New)?;
+    let pictures = data::shows_pictures(ready.rows.iter().chain(&ready.held_out));
+    let training = Training { pictures, ..plan.training()? };
+    let mut engine = engine::open(&plan.engine, &plan.model, &training, start != Start::New)?;
     train_on(&mut *engine, plan, &ready, start, interrupt, watch)
 }
 

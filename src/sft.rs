@@ -421,6 +421,7 @@ pub fn train(plan: &Plan, start: Start, interrupt: &Interrupt) -> Result<Metrics
         steps: plan.train.steps,
         temperature: 1.0,
         reference: false,
+        pictures: true,
         seed: plan.train.seed,
     };
     let mut engine = Embedded::open(&plan.model, Some(&training))?;

@@ -43,7 +43,7 @@ pub use dialogue::{Dialogue, Dialogues, holds_dialogues};
 pub use format::Format;
 pub use order::Order;
 pub use published::{PUBLISHED, Published};
-pub use reading::{Problem, Read, ReadAs, Report, check, damaged, read};
+pub use reading::{Problem, Read, ReadAs, Report, check, damaged, read, shows_pictures};
 pub use shuffle::{Shuffled, shuffle_options};
 
 /// One row.

@@ -383,6 +383,11 @@ impl Pictures {
     }
 }
 
+/// Whether any of these rows has a picture: questions may be of words alone.
+pub fn shows_pictures<'a>(samples: impl IntoIterator<Item = &'a Sample>) -> bool {
+    samples.into_iter().any(|sample| !sample.images.is_empty())
+}
+
 /// The pictures of these rows that cannot be decoded, with the reason; headers do not tell that.
 pub fn damaged(samples: &[&Sample]) -> HashMap<PathBuf, String> {
     let pictures = Pictures::look(samples.iter().flat_map(|sample| &sample.images), Look::Whole);

@@ -19,11 +19,9 @@ pub(super) fn parse(given: &Given) -> Result<Sample, Fault> {
     let named = row.shift_remove("images");
     let images = match given.record.pictures.iter().find(|(column, _)| column == "images") {
         Some((_, inside)) => inside.clone(),
+        // An empty list is a question of words alone; which tasks ask such a one, they say themselves.
         None => texts("images", named)?.iter().map(|name| given.base.join(name)).collect(),
     };
-    if images.is_empty() {
-        return fault("images", "found an empty list, expected at least one path");
-    }
     let question = said("question", row.shift_remove("question"))?;
     let choices = match row.shift_remove("choices") {
         None | Some(Value::Null) => Vec::new(),
@@ -103,6 +101,9 @@ mod tests {
         assert_eq!((sample.id.as_str(), sample.answer.as_str()), ("3", "42"));
         assert_eq!(sample.images, [Path::new("d/x.jpg")]);
         assert_eq!(key_of(r#"{"id":3,"images":["x.jpg"],"question":"?","answer":true}"#), "answer");
+        let words = read(r#"{"id":3,"images":[],"question":"?","answer":"4"}"#).unwrap();
+        assert!(words.images.is_empty(), "a question of words alone");
+        assert_eq!(key_of(r#"{"id":3,"question":"?","answer":"4"}"#), "images");
         assert_eq!(key_of(r#"{"id":3,"images":"x.jpg","question":"?","answer":"4"}"#), "images");
         assert_eq!(key_of(r#"{"id":3,"images":[1],"question":"?","answer":"4"}"#), "images[0]");
         assert_eq!(key_of(r#"{"id":3,"images":["x"],"answer":"4"}"#), "question");

@@ -111,6 +111,8 @@ pub struct Training {
     pub temperature: f32,
     /// Keep the first weights for a KL term.
     pub reference: bool,
+    /// Whether conversations show pictures: a server that would drop them is refused.
+    pub pictures: bool,
     /// Draws what an engine has to draw before the first update: the adapters of LoRA.
     pub seed: u64,
 }
@@ -130,7 +132,7 @@ pub fn open(
         Options::Openai(_) => return Err(only_samples()),
         Options::Embedded {} => Box::new(embedded::Embedded::open(model, Some(training))?),
         Options::Tinker(options) => {
-            let mut engine = tinker::Tinker::open(options, model, Some(training))?;
+            let mut engine = tinker::Tinker::open(options, model, Some(training), training.pictures)?;
             if !resumes {
                 engine.prepare()?;
             }
@@ -139,11 +141,15 @@ pub fn open(
     })
 }
 
-/// Opens the engine that a config names, for sampling alone.
+/// Opens the engine that a config names, for sampling alone. `pictures`: as in [`Training`].
 ///
 /// # Errors
 /// As [`open`].
-pub fn open_sampler(engine: &Options, model: &embedded::Options) -> Result<(Box<dyn Sampler>, Frontend)> {
+pub fn open_sampler(
+    engine: &Options,
+    model: &embedded::Options,
+    pictures: bool,
+) -> Result<(Box<dyn Sampler>, Frontend)> {
     Ok(match engine {
         Options::Embedded {} => {
             let engine = embedded::Embedded::open(model, None)?;
@@ -152,7 +158,7 @@ pub fn open_sampler(engine: &Options, model: &embedded::Options) -> Result<(Box<
             (Box::new(engine), frontend)
         }
         Options::Tinker(options) => {
-            let mut engine = tinker::Tinker::open(options, model, None)?;
+            let mut engine = tinker::Tinker::open(options, model, None, pictures)?;
             engine.prepare()?;
             let frontend = engine.frontend();
             (Box::new(engine), frontend)

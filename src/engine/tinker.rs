@@ -80,6 +80,8 @@ struct Saved {
 pub struct Tinker {
     options: Options,
     training: Option<Training>,
+    /// Whether conversations show any.
+    pictures: bool,
     frontend: Frontend,
     client: Arc<Client>,
     session: Session,
@@ -105,11 +107,16 @@ pub struct Tinker {
 
 impl Tinker {
     /// Finds the server and opens a session. With `model`'s folder: tokenizer, chat template, processor and configs; no weights are
-    /// read there. A server that would drop pictures is refused when it gets its model.
+    /// read there. Where conversations show pictures, a server that would drop them is refused when it gets its model.
     ///
     /// # Errors
     /// Options that cannot work, a server that is not there, refuses the key or does not have the model.
-    pub fn open(options: &Options, model: &super::embedded::Options, training: Option<&Training>) -> Result<Tinker> {
+    pub fn open(
+        options: &Options,
+        model: &super::embedded::Options,
+        training: Option<&Training>,
+        pictures: bool,
+    ) -> Result<Tinker> {
         options.validate()?;
         let frontend = Frontend::load(&model.path, model.picture_cache_mib)?;
         let seconds = Duration::from_secs_f64;
@@ -127,6 +134,7 @@ impl Tinker {
         Ok(Tinker {
             options: options.clone(),
             training: training.cloned(),
+            pictures,
             pngs: Pngs::new(frontend.clone()),
             frontend,
             client,

@@ -147,6 +147,7 @@ impl Plan {
             steps: self.total_updates(),
             temperature: self.rollout.temperature,
             reference: self.objective()?.needs_reference(),
+            pictures: true,
             seed: self.train.seed,
         })
     }

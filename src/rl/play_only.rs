@@ -6,7 +6,7 @@ use serde_json::json;
 use super::metrics::count;
 use super::{Loop, Plan, Ready, State};
 use crate::config;
-use crate::data::Order;
+use crate::data::{self, Order};
 use crate::engine;
 use crate::engine::recorded::Recorded;
 use crate::episode::Episode;
@@ -30,7 +30,7 @@ pub fn main(invocation: &Invocation) -> Result<()> {
         need::of_rl(&plan, &*task, &rows, false)?.ensure_fits(&plan.model)?;
     }
     let interrupt = Interrupt::install()?;
-    let (mut engine, frontend) = engine::open_sampler(&plan.engine, &plan.model)?;
+    let (mut engine, frontend) = engine::open_sampler(&plan.engine, &plan.model, data::shows_pictures(&rows))?;
     let context = Loop { plan: &plan, objective: &objective, task: &*task, frontend: &frontend };
     let (folder, _) = RunFolder::open(&plan.train.out, Kind::Rollout, invocation.start, &written_plan)?;
     // A record that cannot be read is told of before anything is taken back.

@@ -2,7 +2,7 @@
 //! Rewarded is the answer alone (arXiv 2507.05920, section 3; spec 1).
 //!
 //! With `turns = 1` it is the one-turn baseline; with `free = true` the policy decides itself, up to `turns` turns,
-//! whether to look again or to answer. The controls of spec 1.14 (a random region, the true region, none) are settings of
+//! whether to look again or to answer. A row without a picture is asked in one turn, in words alone. The controls of spec 1.14 (a random region, the true region, none) are settings of
 //! what is shown, never of what is rewarded.
 
 mod given;
@@ -181,6 +181,14 @@ impl Crop {
         Ok(Crop { options, template, budget })
     }
 
+    /// How a question without a picture is asked.
+    fn words(&self) -> Result<&str> {
+        self.template.words.as_deref().with_context(|| {
+            let template = &self.options.template;
+            format!("there is no picture, and the template {template} has no slot `words` to ask such a question with")
+        })
+    }
+
     fn fill<'a>(&self, sample: &'a Sample, choices: bool, reason: &'a str) -> Fill<'a> {
         Fill {
             question: &sample.question,
@@ -268,9 +276,12 @@ impl Task for Crop {
     }
 
     fn check(&self, sample: &Sample) -> Result<()> {
+        if sample.images.is_empty() {
+            self.words()?;
+        }
         ensure!(
-            sample.images.len() == 1,
-            "there are {} pictures, and this task shows exactly one",
+            sample.images.len() <= 1,
+            "there are {} pictures, and this task shows one at most",
             sample.images.len()
         );
         ensure!(
@@ -281,8 +292,16 @@ impl Task for Crop {
     }
 
     fn open(&self, sample: &Sample, sizes: &[Size]) -> Result<Opening> {
-        let &[size] = sizes else {
-            anyhow::bail!("there are {} pictures, and this task shows exactly one", sizes.len())
+        let size = match sizes {
+            &[size] => size,
+            // There is nothing to look at, so there is one turn, and no word of boxes.
+            [] => {
+                return Ok(Opening {
+                    system: None,
+                    user: self.shown(self.words()?, &self.fill(sample, true, ""), None),
+                });
+            }
+            several => anyhow::bail!("there are {} pictures, and this task shows one at most", several.len()),
         };
         let view = View::whole(0, size, self.budget)?;
         let (slot, choices) = if self.options.turns == 1 {
@@ -297,7 +316,7 @@ impl Task for Crop {
     }
 
     fn reply(&self, context: &Context, action: &Action) -> Result<Reply> {
-        let last = context.turn >= self.options.turns;
+        let last = context.turn >= self.options.turns || context.sizes.is_empty();
         if last || (self.options.free && answers(action)) {
             // A box beside the answer is read for the record, not acted on; none is no fault here.
             let named = !action.boxes().is_empty() || matches!(action, Action::Malformed { .. });
@@ -330,7 +349,7 @@ impl Task for Crop {
     /// in the turns it had: else a policy could earn the reward without ever looking closer.
     fn judge(&self, sample: &Sample, episode: &Episode) -> Parts {
         let said: Vec<&str> = episode.turns.iter().filter(|t| t.role == "assistant").map(|t| t.text.as_str()).collect();
-        let complete = self.options.free || said.len() == self.options.turns;
+        let complete = self.options.free || sample.images.is_empty() || said.len() == self.options.turns;
         let last = said.last().filter(|_| complete);
         let right = last.is_some_and(|said| self.options.judge.right(said, &sample.answer, &sample.choices));
         Parts::from([("accuracy", f64::from(u8::from(right)))])

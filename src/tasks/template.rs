@@ -35,6 +35,9 @@ pub struct Template {
     /// The same with a crop beside the picture: two images. For evaluations.
     #[serde(default)]
     pub given: Option<String>,
+    /// A question that has no picture: asked in one turn.
+    #[serde(default)]
+    pub words: Option<String>,
     /// Lead-in of the choices; `{list}` becomes `(A) …` to `(E) …`, one a line.
     pub choices: String,
 }
@@ -61,6 +64,7 @@ impl Template {
             ("free", Some(&template.free), 1),
             ("direct", template.direct.as_ref(), 1),
             ("given", template.given.as_ref(), 2),
+            ("words", template.words.as_ref(), 0),
         ];
         for (slot, text, images) in slots.into_iter().filter_map(|(slot, text, images)| Some((slot, text?, images))) {
             let found = text.matches("{image}").count();

@@ -22,7 +22,14 @@ const TEMPERATURE: f32 = 0.8;
 fn engine(model: &Vlm, change: impl FnOnce(&mut Options)) -> Embedded {
     let mut options = Options { path: tiny::nano(), ..Options::default() };
     change(&mut options);
-    let training = Training { optim: Optim::default(), steps: 10, temperature: TEMPERATURE, reference: true, seed: 0 };
+    let training = Training {
+        optim: Optim::default(),
+        steps: 10,
+        temperature: TEMPERATURE,
+        reference: true,
+        pictures: true,
+        seed: 0,
+    };
     Embedded::with_model(model.clone(), &options, Some(&training)).unwrap()
 }
 

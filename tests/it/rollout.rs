@@ -163,6 +163,34 @@ fn outcomes(episode: &Episode) -> Vec<Option<BoxOutcome>> {
 const ALL: ([f64; 4], Size) = ([0.0, 0.0, 1120.0, 896.0], Size { width: 280, height: 224 });
 
 #[test]
+fn a_row_without_a_picture_is_asked_once_in_words() {
+    let mut world = World::new();
+    (world.sample.images, world.sample.targets) = (Vec::new(), Vec::new());
+    let task = Crop::new(options(), 28).unwrap();
+    task.check(&world.sample).unwrap();
+    let e = world.play(&options(), &[ANSWER]);
+    let asked =
+        Message::user(vec![Part::text("Question: What number is on the plate? Put the final answer in \\boxed{}.")]);
+    assert_eq!(e.stream.ids, world.whole(&[asked, Message::assistant(ANSWER)], &[]));
+    assert_eq!((e.stop, e.reward, outcomes(&e)), (Stop::Answered, 1.0, vec![None]));
+    assert_eq!(
+        world.play(&Options { free: true, turns: 4, ..options() }, &[&looking([28, 28, 84, 84])]).stop,
+        Stop::TurnLimit
+    );
+    // Nothing to look at, so nothing to move a crop onto; and a template of one's own may have no words for it.
+    let error = |task: Options| Crop::new(task, 28).unwrap().check(&world.sample).unwrap_err().to_string();
+    assert!(error(Options { show: Show::Target, ..options() }).contains("the row has no target"));
+    let file = world._dir.path().join("own.toml");
+    let own = include_str!("../../src/tasks/templates/short.toml").replace("\nwords =", "\ngiven_words =");
+    std::fs::write(&file, own).unwrap();
+    let own = std::fs::read_to_string(&file).unwrap();
+    let (before, after) = own.split_once("given_words").unwrap();
+    std::fs::write(&file, format!("{before}{}", &after[after.find("choices = ").unwrap()..])).unwrap();
+    let error = error(Options { template: file.to_str().unwrap().into(), ..options() });
+    assert!(error.contains("no slot `words`"), "{error}");
+}
+
+#[test]
 fn a_good_box_then_the_answer() {
     let world = World::new();
     let look = looking([28, 28, 84, 84]);

@@ -274,6 +274,41 @@ fn a_run_through_the_protocol_is_the_run_on_the_engine_itself() {
     }
 }
 
+/// Rows in words alone are trained on a server that knows nothing of pictures; with a single picture among them it is refused.
+#[test]
+fn words_alone_need_no_server_that_sees() {
+    let (_folder, dir) = world();
+    let rows = std::fs::read_to_string(dir.join("train.jsonl")).unwrap();
+    let words: Vec<String> = rows
+        .lines()
+        .map(|row| {
+            let mut row: Value = serde_json::from_str(row).unwrap();
+            (row["images"], row["targets"]) = (serde_json::json!([]), Value::Null);
+            row.to_string()
+        })
+        .collect();
+    std::fs::write(dir.join("words.jsonl"), words.join("\n")).unwrap();
+    let file = format!("data.train={:?}", dir.join("words.jsonl"));
+    let blind = Kind { drops_in_training: true, drops_in_samples: true, ..Kind::default() };
+    let double = server(&dir, blind.clone(), |_, _| Act::Good);
+    let own = plan(&dir, "words-here", &[&file]);
+    let there = on(&double, plan(&dir, "words-there", &[&file]), |_| ());
+    let first = std::fs::read(taught(&dir).join("model.safetensors")).unwrap();
+    let at_home = here(&own);
+    train(&there, Start::New).unwrap();
+    assert!(episodes(&there, 1).iter().all(|record| record.images.is_empty() && record.turns.len() == 2));
+    assert!(apart(&at_home, &weights(&double, &there), &first) < 1e-3);
+
+    std::fs::write(
+        dir.join("mixed.jsonl"),
+        format!("{}\n{}", words.join("\n"), rows.lines().next().unwrap().replace("row-0", "seen")),
+    )
+    .unwrap();
+    let mixed = plan(&dir, "mixed", &[&format!("data.train={:?}", dir.join("mixed.jsonl"))]);
+    let error = format!("{:#}", train(&on(&double, mixed, |_| ()), Start::New).unwrap_err());
+    assert!(error.contains("drops pictures"), "{error}");
+}
+
 /// Every way to misbehave, spread over the run so that each operation meets several.
 fn hostile(operation: &str, before: usize) -> Act {
     use Act::*;

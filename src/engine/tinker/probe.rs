@@ -18,10 +18,14 @@ use crate::config::BadConfig;
 use crate::geometry::{Size, smart_resize};
 use crate::image::{RgbImage, encode_png};
 
-/// A prompt with one picture.
+/// A prompt with one picture, or in words alone.
 struct Question {
     ids: Vec<u32>,
-    /// Where the picture's tokens stand.
+    picture: Option<Picture>,
+}
+
+struct Picture {
+    /// Where its tokens stand.
     range: std::ops::Range<usize>,
     size: Size,
 }
@@ -29,7 +33,7 @@ struct Question {
 /// Asks, and notes what was learnt in `tinker`.
 ///
 /// # Errors
-/// A server that drops pictures.
+/// A server that drops pictures, where conversations show any, or one that does not do what the protocol says.
 pub(super) fn run(tinker: &mut Tinker) -> Result<()> {
     let question = Question::new(tinker)?;
     forward(tinker, &question).context("trying the server's forward pass")?;
@@ -41,18 +45,24 @@ impl Question {
     fn new(tinker: &Tinker) -> Result<Question> {
         let frontend = &tinker.frontend;
         let text = Part::text("What colour is it?");
+        if !tinker.pictures {
+            let encoded = frontend.chat.encode(&[Message::user(vec![text])], true, &[])?;
+            return Ok(Question { ids: encoded.ids, picture: None });
+        }
         let budget = frontend.processor.budget;
         let size = smart_resize(Size::new(budget.factor, budget.factor), budget)?;
         let tokens = frontend.processor.tokens(size);
         let mut encoded = frontend.chat.encode(&[Message::user(vec![Part::image(), text])], true, &[tokens])?;
         let range = encoded.images.pop().context("a prompt with a picture has no place for it")?;
-        Ok(Question { ids: encoded.ids, range, size })
+        Ok(Question { ids: encoded.ids, picture: Some(Picture { range, size }) })
     }
 
     /// The first `tokens` tokens, with a picture of one colour.
     fn chunks(&self, tokens: usize, grey: u8) -> Result<ModelInput> {
         let text = |range: std::ops::Range<usize>| Chunk::EncodedText { tokens: self.ids[range].to_vec() };
-        let Question { range, size, .. } = self;
+        let Some(Picture { range, size }) = &self.picture else {
+            return Ok(ModelInput { chunks: vec![text(0..tokens)] });
+        };
         let picture = RgbImage::from_pixel(size.width, size.height, [grey; 3].into());
         let image = Chunk::Image { data: Arc::new(encode_png(&picture)?), format: "png", expected_tokens: range.len() };
         Ok(ModelInput { chunks: vec![text(0..range.start), image, text(range.end..tokens)] })
@@ -63,7 +73,9 @@ impl Question {
 fn forward(tinker: &mut Tinker, question: &Question) -> Result<()> {
     let inputs = question.ids.len() - 1;
     let mut targets = question.ids[1..].to_vec();
-    targets[question.range.start - 1..question.range.end - 1].fill(0);
+    if let Some(Picture { range, .. }) = &question.picture {
+        targets[range.start - 1..range.end - 1].fill(0);
+    }
     let loss_fn_inputs =
         BTreeMap::from([("target_tokens", Tensor::ids(targets)), ("weights", Tensor::numbers(vec![0.0; inputs]))]);
     let model_input = question.chunks(inputs, 128)?;
@@ -76,12 +88,17 @@ fn forward(tinker: &mut Tinker, question: &Question) -> Result<()> {
     tinker.knows_repeats = tinker.client.submit("forward", &body, Repeat::Always).is_ok_and(|second| second == first);
     let reply = tinker.client.retrieve(&first).map_err(|failure| explain(tinker, failure))?;
     let found = Passed::from_json(&reply)?.logprobs.first().map_or(0, Vec::len);
+    if question.picture.is_none() {
+        ensure!(found == inputs, "the server's forward pass gives {found} log-probs for {inputs} tokens");
+    }
     ensure!(found == inputs, blind("its forward pass", &format!("{inputs} log-probs were expected and {found} came")));
     Ok(())
 }
 
 /// What is said of a picture: enough tokens for one among them that is not certain whatever is shown.
 const SAID: usize = 16;
+
+const UNTOLD: &str = "the server told no log-probs, and nothing can be trained without them";
 
 /// Two pictures that nobody can take for each other: a sampler that sees is not equally sure of all that it says.
 fn sample(tinker: &Tinker, question: &Question) -> Result<()> {
@@ -97,6 +114,10 @@ fn sample(tinker: &Tinker, question: &Question) -> Result<()> {
         tinker.ask_for_samples(question.chunks(question.ids.len(), grey)?, 1, params, true)
     };
     let black = ask(0)?;
+    if question.picture.is_none() {
+        ensure!(black.sequences.iter().all(|said| said.logprobs.is_some()), UNTOLD);
+        return Ok(());
+    }
     // Where the log-probs of the prompt are told, they can be counted.
     if let Some(told) = &black.prompt_logprobs {
         let expected = question.ids.len();
@@ -111,7 +132,7 @@ fn sample(tinker: &Tinker, question: &Question) -> Result<()> {
         Some((sequence.tokens, sequence.logprobs?))
     };
     let (Some(of_black), Some(of_white)) = (said(black), said(white)) else {
-        bail!("the server told no log-probs, and nothing can be trained without them");
+        bail!(UNTOLD);
     };
     let seen = "a black and a white picture are answered alike, with the same certainty to the last bit";
     ensure!(of_black != of_white, blind("its sampler", seen));
