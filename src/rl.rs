@@ -192,12 +192,10 @@ fn train_on(
         if let Err(error) = written {
             return Err(rescue(engine, step, &state, error));
         }
-        let number = |key: &str| metrics.get(key).and_then(|v| v.as_f64()).unwrap_or(f64::NAN);
-        let found = match metrics.contains_key("rewards/joint/mean") {
-            true => ("right picture and place", "rewards/joint/mean"),
-            false => ("target in box", "grounding/contains_target"),
-        };
-        bar.step(format!("reward {:.3} · {} {:.2}", number("reward/mean"), found.0, number(found.1)));
+        let number = |key: &str| metrics.get(key).and_then(|v| v.as_f64());
+        let found = [("right picture and place", "rewards/joint/mean"), ("target in box", "grounding/contains_target")];
+        let found = found.iter().find_map(|(name, key)| Some(format!(" · {name} {:.2}", number(key)?)));
+        bar.step(format!("reward {:.3}{}", number("reward/mean").unwrap_or(f64::NAN), found.unwrap_or_default()));
         watch(step, &metrics);
         last = metrics;
         let asked = interrupt.asked();

@@ -471,6 +471,8 @@ fn a_server_that_cannot_do_it_is_refused_before_anything_is_trained() {
 
     let blind = refused(&dir, Kind { drops_in_training: true, ..Kind::default() }, |_| ());
     assert!(blind.contains("drops pictures in its forward pass") && blind.contains("log-probs"), "{blind}");
+    let blind = refused(&dir, Kind { drops_in_training: true, pads_by_inputs: true, ..Kind::default() }, |_| ());
+    assert!(blind.contains("drops pictures in its forward pass") && blind.contains("exceeds max_length"), "{blind}");
     let blind = refused(&dir, Kind { drops_in_samples: true, ..Kind::default() }, |_| ());
     assert!(blind.contains("drops pictures in its sampler") && blind.contains("same certainty"), "{blind}");
     let blind = refused(&dir, Kind { drops_in_samples: true, prompt_logprobs: true, ..Kind::default() }, |_| ());

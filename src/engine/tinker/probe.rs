@@ -35,17 +35,17 @@ struct Picture {
 /// # Errors
 /// A server that drops pictures, where conversations show any, or one that does not do what the protocol says.
 pub(super) fn run(tinker: &mut Tinker) -> Result<()> {
-    let question = Question::new(tinker)?;
+    let question = Question::new(tinker, tinker.pictures)?;
     forward(tinker, &question).context("trying the server's forward pass")?;
     tinker.publish()?;
     sample(tinker, &question).context("trying the server's sampler")
 }
 
 impl Question {
-    fn new(tinker: &Tinker) -> Result<Question> {
+    fn new(tinker: &Tinker, picture: bool) -> Result<Question> {
         let frontend = &tinker.frontend;
         let text = Part::text("What colour is it?");
-        if !tinker.pictures {
+        if !picture {
             let encoded = frontend.chat.encode(&[Message::user(vec![text])], true, &[])?;
             return Ok(Question { ids: encoded.ids, picture: None });
         }
@@ -69,8 +69,27 @@ impl Question {
     }
 }
 
-/// One forward pass, sent twice under one number: both must be the same future where repeats are known.
+/// As many log-probs as there are tokens. A server that drops the picture has too few of them, or stumbles over targets that are too many.
 fn forward(tinker: &mut Tinker, question: &Question) -> Result<()> {
+    let expected = question.ids.len() - 1;
+    let seen = match (passed(tinker, question), &question.picture) {
+        (Ok(found), _) if found == expected => return Ok(()),
+        (Ok(found), None) => bail!("the server's forward pass gives {found} log-probs for {expected} tokens"),
+        (Ok(found), Some(_)) => format!("{expected} log-probs were expected and {found} came"),
+        (Err(error), None) => return Err(error),
+        (Err(error), Some(_)) => {
+            let words = Question::new(tinker, false)?;
+            if passed(tinker, &words).ok() != Some(words.ids.len() - 1) {
+                return Err(error);
+            }
+            format!("words alone pass, and with a picture among them {error:#}")
+        }
+    };
+    bail!(blind("its forward pass", &seen))
+}
+
+/// The log-probs that a forward pass gives. It is sent twice under one number: both must be the same future where repeats are known.
+fn passed(tinker: &mut Tinker, question: &Question) -> Result<usize> {
     let inputs = question.ids.len() - 1;
     let mut targets = question.ids[1..].to_vec();
     if let Some(Picture { range, .. }) = &question.picture {
@@ -87,12 +106,7 @@ fn forward(tinker: &mut Tinker, question: &Question) -> Result<()> {
     let first = tinker.client.submit("forward", &body, Repeat::Always).map_err(|failure| explain(tinker, failure))?;
     tinker.knows_repeats = tinker.client.submit("forward", &body, Repeat::Always).is_ok_and(|second| second == first);
     let reply = tinker.client.retrieve(&first).map_err(|failure| explain(tinker, failure))?;
-    let found = Passed::from_json(&reply)?.logprobs.first().map_or(0, Vec::len);
-    if question.picture.is_none() {
-        ensure!(found == inputs, "the server's forward pass gives {found} log-probs for {inputs} tokens");
-    }
-    ensure!(found == inputs, blind("its forward pass", &format!("{inputs} log-probs were expected and {found} came")));
-    Ok(())
+    Ok(Passed::from_json(&reply)?.logprobs.first().map_or(0, Vec::len))
 }
 
 /// What is said of a picture: enough tokens for one among them that is not certain whatever is shown.

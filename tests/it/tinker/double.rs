@@ -59,6 +59,8 @@ pub struct Kind {
     pub knows_repeats: bool,
     /// Pictures are dropped without a word in forward passes, or in samples.
     pub drops_in_training: bool,
+    /// Where it drops them it pads by what is left, and fails: SkyRL's JAX backend.
+    pub pads_by_inputs: bool,
     pub drops_in_samples: bool,
     /// Tells the log-probs of prompts.
     pub prompt_logprobs: bool,
@@ -76,6 +78,7 @@ impl Default for Kind {
             key: None,
             knows_repeats: true,
             drops_in_training: false,
+            pads_by_inputs: false,
             drops_in_samples: false,
             prompt_logprobs: false,
             means: false,
@@ -458,6 +461,9 @@ impl Shared {
             let targets = numbers(tensors, "target_tokens", "int64")?;
             // Of a server that drops pictures nothing can be expected: it does not look.
             let blind = self.kind.drops_in_training && datum["model_input"]["chunks"].to_string().contains("\"image\"");
+            if blind && self.kind.pads_by_inputs {
+                return no(400, format!("Sequence length {} exceeds max_length {}", targets.len(), stream.len()));
+            }
             if !blind {
                 let n = stream.len();
                 for name in own {
