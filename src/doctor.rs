@@ -95,6 +95,7 @@ fn held_elsewhere(engine: &engine::Options) -> bool {
         engine::Options::Embedded {} => return false,
         engine::Options::Tinker(options) => options.url.clone(),
         engine::Options::Openai(options) => options.urls.join(", "),
+        engine::Options::Vllm(options) => options.urls.join(", "),
     };
     progress::say(&format!("the weights are held by a server, {server}; this machine keeps decoded pictures alone"));
     true

@@ -1,14 +1,17 @@
-//! Servers that speak OpenAI's chat completions: one call and the pace of calls (`openai/server.rs`), and the record of calls from which work that
+//! Servers that speak OpenAI's chat completions: one call and the pace of calls (`openai/server.rs`), several
+//! servers that share the work (`openai/pool.rs`), and the record of calls from which work that
 //! was stopped goes on (`openai/journal.rs`). The teacher of trajectories and the engine `openai` ask through it.
 
 mod journal;
+mod pool;
 mod server;
 
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 pub(crate) use journal::{Answer, Call, End, Journal};
-pub(crate) use server::{Fault, Outcome, Pace, Server, data_uri};
+pub(crate) use pool::{Attempt, Pool, Unanswered};
+pub(crate) use server::{Fault, Outcome, Pace, Server, data_uri, from_json};
 
 /// SHA-256 as `sha256sum` prints it.
 pub(crate) fn sha256(bytes: &[u8]) -> String {

@@ -166,7 +166,7 @@ fn train_on(
         let mut metrics = Metrics::new();
         let before = (state.clone(), engine.updates());
         // A server that went away is not asked to save.
-        let rescue = |engine: &mut dyn Trainer, done, state: &State, error| match plan.engine.is_embedded() {
+        let rescue = |engine: &mut dyn Trainer, done, state: &State, error| match plan.engine.trains_here() {
             true => folder.rescue(done, plan.train.keep_checkpoints, state, |to| engine.save(to), error),
             false => error,
         };

@@ -5,10 +5,12 @@
 //! never sees an objective: it is asked for log-probs and is handed back one weight per token.
 
 pub mod embedded;
+mod ending;
 pub mod openai;
 mod pngs;
 pub mod recorded;
 pub mod tinker;
+pub mod vllm;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -34,6 +36,8 @@ pub enum Options {
     Tinker(tinker::Options),
     /// A server of chat completions, which samples and does not train.
     Openai(openai::Options),
+    /// Servers that sample in token ids, with what is trained here.
+    Vllm(vllm::Options),
 }
 
 impl Default for Options {
@@ -47,11 +51,16 @@ impl Options {
         matches!(self, Options::Embedded {})
     }
 
+    /// Whether the weights that are trained are this program's.
+    pub fn trains_here(&self) -> bool {
+        matches!(self, Options::Embedded {} | Options::Vllm(_))
+    }
+
     /// # Errors
     /// What this engine cannot do of what the rest of the config asks: `freeze` and `lora` of the model, the `temperature` that is trained at,
     /// and the entropy bonus.
     pub fn validate(&self, model: &embedded::Options, temperature: f32, entropy_coef: f64) -> Result<()> {
-        if !self.is_embedded() && model.compute != Compute::F32 {
+        if !self.trains_here() && model.compute != Compute::F32 {
             bail!(BadConfig(
                 "model.compute is for the embedded engine; a server decides itself how it computes".into()
             ));
@@ -59,6 +68,15 @@ impl Options {
         match self {
             Options::Embedded {} => return Ok(()),
             Options::Openai(options) => return options.validate(),
+            Options::Vllm(options) => {
+                options.validate_training(model)?;
+                if temperature != 1.0 {
+                    bail!(BadConfig(format!(
+                        "rollout.temperature = {temperature}: the servers tell log-probs at temperature 1, so training with them samples at 1"
+                    )));
+                }
+                return Ok(());
+            }
             Options::Tinker(options) => options.validate()?,
         }
         if model.lora.is_some() {
@@ -86,7 +104,7 @@ impl Options {
     /// An engine that samples and does not train.
     pub fn ensure_trains(&self) -> Result<()> {
         match self {
-            Options::Embedded {} | Options::Tinker(_) => Ok(()),
+            Options::Embedded {} | Options::Tinker(_) | Options::Vllm(_) => Ok(()),
             Options::Openai(_) => Err(only_samples()),
         }
     }
@@ -131,6 +149,7 @@ pub fn open(
     Ok(match engine {
         Options::Openai(_) => return Err(only_samples()),
         Options::Embedded {} => Box::new(embedded::Embedded::open(model, Some(training))?),
+        Options::Vllm(options) => Box::new(vllm::Fleet::open(options, model, Some(training))?),
         Options::Tinker(options) => {
             let mut engine = tinker::Tinker::open(options, model, Some(training), training.pictures)?;
             if !resumes {
@@ -166,6 +185,11 @@ pub fn open_sampler(
         Options::Openai(options) => {
             let frontend = Frontend::load(&model.path, model.picture_cache_mib)?;
             (Box::new(openai::Served::open(options, frontend.clone())?), frontend)
+        }
+        Options::Vllm(options) => {
+            let engine = vllm::Fleet::open(options, model, None)?;
+            let frontend = engine.frontend();
+            (Box::new(engine), frontend)
         }
     })
 }

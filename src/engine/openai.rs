@@ -9,8 +9,8 @@
 //! [`Chat::messages`]: crate::chat::Chat::messages
 
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
@@ -21,13 +21,12 @@ use super::{Completion, Finish, Frontend, Prompt, Sampler, Sampling};
 use crate::chat::{Content, Message, Part};
 use crate::config::BadConfig;
 use crate::episode::Stream;
-use crate::http::{self, backoff, chance, together};
-use crate::openai::{Answer, Call, End, Fault, Journal, Outcome, Pace, Server, data_uri, sha256, with_pictures};
+use crate::http::{self, together};
+use crate::openai::{
+    Answer, Attempt, Call, End, Journal, Outcome, Pace, Pool, Server, Unanswered, data_uri, sha256, with_pictures,
+};
 use crate::progress;
 use crate::run;
-
-/// A server that asks to wait longer than this is not waited for.
-const LONGEST_WAIT: Duration = Duration::from_secs(3600);
 
 /// `[engine]` with `kind = "openai"`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -102,11 +101,8 @@ pub struct Served {
     options: Options,
     frontend: Frontend,
     pngs: Pngs,
-    servers: Vec<Server>,
-    pace: Pace,
+    pool: Pool,
     journal: Option<Journal>,
-    /// The server that the next request goes to, unless it is away.
-    turn: AtomicUsize,
     spent: Spent,
 }
 
@@ -130,14 +126,14 @@ impl Served {
         let key = http::key_from(&options.api_key_env);
         let timeout = Duration::from_secs_f64(options.timeout_s);
         let server = |url: &String| Server::new(url, key.clone(), timeout, ["engine.urls", "engine.api_key_env"]);
+        let servers = options.urls.iter().map(server).collect::<Result<_>>()?;
+        let (pause, pace) = (Duration::from_secs_f64(options.pause_s), Pace::new(options.requests_per_minute)?);
         Ok(Served {
-            servers: options.urls.iter().map(server).collect::<Result<_>>()?,
-            pace: Pace::new(options.requests_per_minute)?,
+            pool: Pool::new(servers, options.max_retries, pause, pace),
             journal: options.calls.as_deref().map(Journal::open).transpose()?,
             pngs: Pngs::new(frontend.clone()),
             frontend,
             options: options.clone(),
-            turn: AtomicUsize::new(0),
             spent: Spent::default(),
         })
     }
@@ -181,55 +177,36 @@ impl Served {
             return Ok(known);
         }
         let body = serde_json::to_vec(&with_pictures(record.clone(), pictures)).context("writing a request as JSON")?;
-        let mut place = self.turn.fetch_add(1, Ordering::Relaxed);
-        for attempt in 1.. {
-            self.pace.turn(&|| false);
-            let server = &self.servers[place % self.servers.len()];
-            let began = Instant::now();
-            let (status, outcome) = server.call(&body);
-            if let Some(journal) = &self.journal {
-                let end = match &outcome {
-                    Outcome::Answer(answer) => End::Answer(answer),
-                    Outcome::Again { why, .. } | Outcome::Refused(why) => End::Error(why),
-                };
-                let (at, seconds) = (run::now(), began.elapsed().as_secs_f64());
-                journal.append(&Call {
-                    digest: &digest,
-                    row: "",
-                    attempt,
-                    at,
-                    seconds,
-                    status,
-                    end,
-                    request: &record,
-                })?;
+        let record_of = |attempt: Attempt<Answer>| {
+            let Some(journal) = &self.journal else { return Ok(()) };
+            let end = match attempt.outcome {
+                Outcome::Answer(answer) => End::Answer(answer),
+                Outcome::Again { why, .. } | Outcome::Refused(why) => End::Error(why),
+            };
+            journal.append(&Call {
+                digest: &digest,
+                row: "",
+                attempt: attempt.number,
+                at: run::now(),
+                seconds: attempt.took.as_secs_f64(),
+                status: attempt.status,
+                end,
+                request: &record,
+            })
+        };
+        match self.pool.ask(|server| server.call(&body), record_of) {
+            Ok(answer) => {
+                self.count(&answer);
+                Ok(answer)
             }
-            match outcome {
-                Outcome::Answer(answer) => {
-                    self.count(&answer);
-                    return Ok(answer);
-                }
-                Outcome::Again { why, wait, fault } => {
-                    ensure!(
-                        attempt <= self.options.max_retries && wait.is_none_or(|wait| wait <= LONGEST_WAIT),
-                        "no answer from {} after {attempt} attempts: {why}{}",
-                        server.url(),
-                        self.kept()
-                    );
-                    // Where there are others, one of them may be there.
-                    if fault == Fault::Away {
-                        place += 1;
-                    }
-                    let first = Duration::from_secs_f64(self.options.pause_s);
-                    let pause = backoff(first, attempt, chance()).max(wait.unwrap_or_default());
-                    http::sleep(pause, &|| false);
-                }
-                Outcome::Refused(why) => {
-                    bail!("{} refuses with {why}; {}{}", server.url(), self.advice(status, server), self.kept())
-                }
+            Err(Unanswered::Tired { server, attempts, why }) => {
+                bail!("no answer from {} after {attempts} attempts: {why}{}", server.url(), self.kept())
             }
+            Err(Unanswered::Refused { server, status, why }) => {
+                bail!("{} refuses with {why}; {}{}", server.url(), self.advice(status, server), self.kept())
+            }
+            Err(Unanswered::Own(error)) => Err(error),
         }
-        unreachable!("the loop ends at its last attempt")
     }
 
     fn count(&self, answer: &Answer) {

@@ -19,8 +19,8 @@ use crate::http::{self, TICK, retry_after, shown};
 
 /// How a call ended.
 #[derive(Debug)]
-pub(crate) enum Outcome {
-    Answer(Answer),
+pub(crate) enum Outcome<T = Answer> {
+    Answer(T),
     /// Another attempt may go better.
     Again {
         why: String,
@@ -45,8 +45,23 @@ pub(crate) struct Server {
     agent: ureq::Agent,
     /// Of one call, from connecting to the last byte.
     timeout: Duration,
-    url: String,
+    /// Up to `/v1`.
+    base: String,
     key: Option<String>,
+}
+
+/// Reads the body of a reply, or says what it lacks.
+pub(crate) type Read<'a, T> = &'a dyn Fn(&[u8]) -> Result<T, String>;
+
+/// What `read` finds in a body that is JSON; `lacks` is said of one in which it finds nothing.
+pub(crate) fn from_json<T>(body: &[u8], lacks: &str, read: impl Fn(&Value) -> Option<T>) -> Result<T, String> {
+    let reply =
+        serde_json::from_slice(body).map_err(|error| format!("the reply is not JSON ({error}): {}", shown(body)))?;
+    read(&reply).ok_or_else(|| format!("{lacks}: {}", shown(body)))
+}
+
+fn completion(body: &[u8]) -> Result<Answer, String> {
+    from_json(body, "the reply has no text at choices[0].message.content", answer)
 }
 
 impl Server {
@@ -59,43 +74,59 @@ impl Server {
         let base = base.trim().trim_end_matches('/').trim_end_matches("/chat/completions");
         let host = http::host(base, names[0], "http://localhost:8000/v1", names[1])?;
         http::check_key(key.as_deref())?;
-        Ok(Server { agent: http::agent(&host), timeout, url: format!("{base}/chat/completions"), key })
+        Ok(Server { agent: http::agent(&host), timeout, base: base.into(), key })
     }
 
-    pub fn url(&self) -> &str {
-        &self.url
+    /// Up to `/v1`.
+    pub fn base(&self) -> &str {
+        &self.base
+    }
+
+    /// Of chat completions.
+    pub fn url(&self) -> String {
+        format!("{}/chat/completions", self.base)
     }
 
     pub fn has_key(&self) -> bool {
         self.key.is_some()
     }
 
-    /// Sends one request and reads the whole reply; with the status, if there was one.
+    /// Sends one request for a chat completion and reads the whole reply; with the status, if there was one.
     pub fn call(&self, body: &[u8]) -> (Option<u16>, Outcome) {
-        let request = self.agent.post(&self.url).config().timeout_global(Some(self.timeout)).build();
+        self.post(&self.url(), body, &completion)
+    }
+
+    /// The same to any address.
+    pub fn post<T>(&self, url: &str, body: &[u8], read: Read<T>) -> (Option<u16>, Outcome<T>) {
+        let request = self.agent.post(url).config().timeout_global(Some(self.timeout)).build();
         let mut request = request.header("content-type", "application/json");
         if let Some(key) = &self.key {
             request = request.header("authorization", format!("Bearer {key}"));
         }
         let mut response = match request.send(body) {
             Ok(response) => response,
-            Err(error) => return (None, self.failed(&error)),
+            Err(error) => return (None, self.failed(url, &error)),
         };
         let status = response.status();
         let wait = retry_after(response.headers(), SystemTime::now());
         let outcome = match response.body_mut().read_to_vec() {
-            Ok(body) => judge(status, wait, &body),
+            Ok(body) => judge(status, wait, &body, read),
             Err(error) if status.is_success() => {
                 Outcome::Again { why: format!("the body of the reply broke off ({error})"), wait, fault: Fault::Reply }
             }
             // The status says enough.
-            Err(_) => judge(status, wait, b""),
+            Err(_) => judge(status, wait, b"", read),
         };
         (Some(status.as_u16()), self.without_key(outcome))
     }
 
-    fn failed(&self, error: &ureq::Error) -> Outcome {
-        let why = format!("{} gave no response ({error})", self.url);
+    /// Has something done, whatever is said of it.
+    pub fn tell(&self, url: &str, body: &[u8]) -> (Option<u16>, Outcome<()>) {
+        self.post(url, body, &|_| Ok(()))
+    }
+
+    fn failed<T>(&self, url: &str, error: &ureq::Error) -> Outcome<T> {
+        let why = format!("{url} gave no response ({error})");
         self.without_key(match error {
             ureq::Error::BadUri(_) | ureq::Error::Http(_) | ureq::Error::InvalidProxyUrl => Outcome::Refused(why),
             _ => Outcome::Again { why, wait: None, fault: Fault::Away },
@@ -103,7 +134,7 @@ impl Server {
     }
 
     /// Some servers repeat the key that they refuse.
-    fn without_key(&self, outcome: Outcome) -> Outcome {
+    fn without_key<T>(&self, outcome: Outcome<T>) -> Outcome<T> {
         let clean = |why: String| http::without_key(why, self.key.as_deref());
         match outcome {
             Outcome::Answer(answer) => Outcome::Answer(answer),
@@ -119,16 +150,12 @@ pub(crate) fn data_uri(kind: &str, bytes: &[u8]) -> String {
 }
 
 /// What a reply means.
-fn judge(status: StatusCode, wait: Option<Duration>, body: &[u8]) -> Outcome {
+fn judge<T>(status: StatusCode, wait: Option<Duration>, body: &[u8], read: Read<T>) -> Outcome<T> {
     if status.is_success() {
-        let why = match serde_json::from_slice::<Value>(body) {
-            Ok(reply) => match answer(&reply) {
-                Some(answer) => return Outcome::Answer(answer),
-                None => format!("the reply has no text at choices[0].message.content: {}", shown(body)),
-            },
-            Err(error) => format!("the reply is not JSON ({error}): {}", shown(body)),
+        return match read(body) {
+            Ok(answer) => Outcome::Answer(answer),
+            Err(why) => Outcome::Again { why, wait, fault: Fault::Reply },
         };
-        return Outcome::Again { why, wait, fault: Fault::Reply };
     }
     let why = match shown(body) {
         text if text.is_empty() => status.to_string(),
@@ -136,7 +163,8 @@ fn judge(status: StatusCode, wait: Option<Duration>, body: &[u8]) -> Outcome {
     };
     match status.as_u16() {
         429 | 502 | 503 | 504 => Outcome::Again { why, wait, fault: Fault::Away },
-        408 | 409 | 425 | 500..=599 => Outcome::Again { why, wait, fault: Fault::Reply },
+        // Of 501 there is nothing to expect: the server does not have what was asked for.
+        408 | 409 | 425 | 500 | 502..=599 => Outcome::Again { why, wait, fault: Fault::Reply },
         _ => Outcome::Refused(why),
     }
 }
@@ -206,11 +234,16 @@ mod tests {
     use serde_json::json;
 
     const NO_TIME: Duration = Duration::ZERO;
+
+    fn judge(status: StatusCode, body: &str) -> Outcome {
+        super::judge(status, None, body.as_bytes(), &completion)
+    }
+
     const NAMES: [&str; 2] = ["--url", "--api-key-env"];
 
     #[test]
     fn replies_are_answers_or_worth_another_attempt_or_not() {
-        let kind = |status: u16, body: &str| match judge(StatusCode::from_u16(status).unwrap(), None, body.as_bytes()) {
+        let kind = |status: u16, body: &str| match judge(StatusCode::from_u16(status).unwrap(), body) {
             Outcome::Answer(answer) => answer.text,
             Outcome::Again { fault, .. } => format!("{fault:?}"),
             Outcome::Refused(why) => format!("refused: {why}"),
@@ -226,13 +259,13 @@ mod tests {
         assert_eq!(kind(200, "{\"error\": {\"message\": \"overloaded\"}}"), "Reply");
         assert_eq!(kind(200, "{\"choices\": []}"), "Reply");
         assert_eq!(kind(200, "<html>"), "Reply");
-        for status in [408, 409, 425, 500, 501, 599] {
+        for status in [408, 409, 425, 500, 505, 599] {
             assert_eq!(kind(status, ""), "Reply", "{status}");
         }
         for status in [429, 502, 503, 504] {
             assert_eq!(kind(status, ""), "Away", "{status}");
         }
-        for status in [300, 307, 400, 401, 402, 403, 404, 413, 422] {
+        for status in [300, 307, 400, 401, 402, 403, 404, 413, 422, 501] {
             assert!(kind(status, "").starts_with("refused"), "{status}");
         }
         assert_eq!(kind(401, "{\n \"no\": 1 }"), "refused: 401 Unauthorized: { \"no\": 1 }");
@@ -244,14 +277,14 @@ mod tests {
         for key in ["reasoning_content", "reasoning"] {
             let body =
                 json!({"choices": [{"message": {"content": "so", key: "I see"}, "finish_reason": "stop"}]}).to_string();
-            let Outcome::Answer(answer) = judge(StatusCode::OK, None, body.as_bytes()) else { panic!("{key}") };
+            let Outcome::Answer(answer) = judge(StatusCode::OK, &body) else { panic!("{key}") };
             assert_eq!((answer.text.as_str(), answer.reasoning.as_deref()), ("so", Some("I see")));
         }
     }
 
     #[test]
     fn addresses_are_taken_as_people_write_them() {
-        let url = |base: &str| Server::new(base, None, Duration::from_secs(1), NAMES).map(|server| server.url);
+        let url = |base: &str| Server::new(base, None, Duration::from_secs(1), NAMES).map(|server| server.url());
         for base in ["http://h:1/v1", " http://h:1/v1/ ", "http://h:1/v1/chat/completions"] {
             assert_eq!(url(base).unwrap(), "http://h:1/v1/chat/completions");
         }
@@ -269,7 +302,8 @@ mod tests {
     #[test]
     fn a_key_that_a_server_repeats_is_not_passed_on() {
         let server = Server::new("http://h", Some("sk-secret".into()), NO_TIME, NAMES).unwrap();
-        let Outcome::Refused(why) = server.without_key(Outcome::Refused("bad key sk-secret!".into())) else { panic!() };
+        let refused: Outcome = Outcome::Refused("bad key sk-secret!".into());
+        let Outcome::Refused(why) = server.without_key(refused) else { panic!() };
         assert_eq!(why, "bad key [key]!");
     }
 

@@ -11,7 +11,7 @@ use crate::config::BadConfig;
 
 /// Keys (or sections, with a dot behind) that change nothing in the steps to come; but a falling learning rate falls over
 /// `train.steps`, and so more slowly in a longer run.
-const FREE: [&str; 23] = [
+const FREE: [&str; 25] = [
     "train.out",
     "train.steps",
     "train.checkpoint_every",
@@ -25,7 +25,9 @@ const FREE: [&str; 23] = [
     "model.picture_cache_mib",
     "model.vision_tape_mib",
     "model.check_memory",
-    SERVER,
+    SERVERS[0],
+    SERVERS[1],
+    "engine.adapters",
     "engine.api_key_env",
     "engine.max_in_flight",
     "engine.max_request_mib",
@@ -38,14 +40,14 @@ const FREE: [&str; 23] = [
 ];
 
 /// A run may go on at another server, from a checkpoint of its own; what one server answered is no answer of another.
-const SERVER: &str = "engine.url";
+const SERVERS: [&str; 2] = ["engine.url", "engine.urls"];
 
 /// The keys of a plan (TOML) that answers hang on, with their values: those that may not change, and the server.
 ///
 /// # Errors
 /// It is no TOML.
 pub fn of_answers(plan: &str) -> Result<String> {
-    let kept = keys(plan)?.into_iter().filter(|(key, _)| !is_free(key) || key == SERVER);
+    let kept = keys(plan)?.into_iter().filter(|(key, _)| !is_free(key) || SERVERS.contains(&key.as_str()));
     Ok(kept.map(|(key, value)| format!("{key} = {value}\n")).collect())
 }
 

@@ -15,3 +15,4 @@ mod served;
 mod teacher;
 mod tinker;
 mod tiny;
+mod vllm;

@@ -38,7 +38,7 @@ fn untaught() -> (tempfile::TempDir, PathBuf) {
 }
 
 /// The same with a model that says one of four numbers, so that some of its answers are right and some are not.
-fn world() -> (tempfile::TempDir, PathBuf) {
+pub fn world() -> (tempfile::TempDir, PathBuf) {
     let (folder, dir) = untaught();
     let model = dir.join("model");
     let text = format!(
@@ -51,13 +51,13 @@ fn world() -> (tempfile::TempDir, PathBuf) {
     (folder, dir)
 }
 
-fn taught(dir: &Path) -> PathBuf {
+pub fn taught(dir: &Path) -> PathBuf {
     dir.join("sft/checkpoints/20")
 }
 
 /// Three steps of two updates, with a KL. `eps` is far above the gradients' rounding, which AdamW would otherwise blow up to a whole
 /// step wherever a gradient is nearly 0.
-fn plan(dir: &Path, out: &str, extra: &[&str]) -> rl::Plan {
+pub fn plan(dir: &Path, out: &str, extra: &[&str]) -> rl::Plan {
     let text = format!(
         r#"
         [model]
@@ -126,11 +126,11 @@ fn calm(dir: &Path) -> Double {
     server(dir, Kind::default(), |_, _| Act::Good)
 }
 
-fn train(plan: &rl::Plan, start: Start) -> anyhow::Result<()> {
+pub fn train(plan: &rl::Plan, start: Start) -> anyhow::Result<()> {
     rl::train(plan, start, &Interrupt::none(), &mut |_, _| ()).map(drop)
 }
 
-fn metrics(plan: &rl::Plan) -> Vec<Value> {
+pub fn metrics(plan: &rl::Plan) -> Vec<Value> {
     let text = std::fs::read_to_string(plan.train.out.join("metrics.jsonl")).unwrap();
     text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }

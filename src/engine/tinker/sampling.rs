@@ -11,7 +11,8 @@ use serde_json::{Value, json};
 use super::client::{Failure, Repeat, read, text_of};
 use super::wire::{self, SamplingParams, StopReason};
 use super::{ATTEMPTS, Tinker, as_json};
-use crate::engine::{Completion, Finish, Prompt, Sampler, Sampling, completes};
+use crate::engine::ending::ended;
+use crate::engine::{Completion, Prompt, Sampler, Sampling};
 use crate::http::together;
 
 /// The weights as they stand, ready to be sampled from.
@@ -107,8 +108,8 @@ impl Tinker {
 
     /// A sampled sequence as the loop knows it: ended where ours would have ended.
     fn completion(&self, sequence: wire::Sequence, sampling: &Sampling) -> Result<Completion> {
-        let wire::Sequence { stop_reason, tokens: mut ids, logprobs } = sequence;
-        let mut logprobs = logprobs
+        let wire::Sequence { stop_reason, tokens: ids, logprobs } = sequence;
+        let logprobs = logprobs
             .context("the server sampled without telling log-probs, and nothing can be trained without them")?;
         ensure!(
             ids.len() == logprobs.len(),
@@ -116,34 +117,7 @@ impl Tinker {
             ids.len(),
             logprobs.len()
         );
-        let special = &self.frontend.chat.special;
-        let mut end = None;
-        for (i, id) in ids.iter().enumerate() {
-            end = if self.banned.contains(id) {
-                // It would stand for a picture that does not exist. What stands before it is a turn without an end.
-                Some((i, Finish::Length))
-            } else if special.stops.contains(id) {
-                Some((i + 1, Finish::EndOfTurn))
-            } else if completes(&self.frontend.chat, &ids[..=i], &sampling.stop)? {
-                // A prefix of a sample is a sample, so stopping afterwards is the same as stopping at the server.
-                Some((i + 1, Finish::StopText))
-            } else {
-                continue;
-            };
-            break;
-        }
-        let (length, finish) = match (end, stop_reason) {
-            (Some(end), _) => end,
-            (None, StopReason::Length) => (ids.len(), Finish::Length),
-            (None, StopReason::Stop) => bail!(
-                "the server stopped at the token {:?}, which ends no turn: it keeps the end of turn for itself, and then that could not be \
-                 trained",
-                ids.last()
-            ),
-        };
-        ids.truncate(length);
-        logprobs.truncate(length);
-        Ok(Completion { ids, logprobs, finish })
+        ended(&self.frontend, &self.banned, sampling, (ids, logprobs), stop_reason == StopReason::Length)
     }
 }
 
