@@ -1,5 +1,5 @@
-# check: does it compile · test: all that CI runs before the demo · golden: make the reference files again (needs Python)
-.PHONY: check test golden bench demo
+# check: does it compile · test: all that CI runs before the demo · golden: make the reference files again (needs Python) · engines: against real servers (needs Python 3.12, 13 GB)
+.PHONY: check test golden engines bench demo
 
 check:
 	cargo check --workspace --all-targets
@@ -14,6 +14,12 @@ test:
 golden:
 	python tests/golden/resize.py
 	python tests/golden/make.py
+
+# SkyRL, transformers serve and vLLM on this machine's CPU; environments are made once, in target/engines.
+engines:
+	cargo build --release
+	tests/engines/environments.sh
+	python3 tests/engines/run.py
 
 bench:
 	cargo run --release -p foveate-kernels --example speed

@@ -293,7 +293,13 @@ mod tests {
 
     #[test]
     fn every_shipped_config_is_read() {
-        for text in [include_str!("../../configs/demo_mgpo.toml"), include_str!("../../configs/demo_grpo.toml")] {
+        for text in [
+            include_str!("../../configs/demo_mgpo.toml"),
+            include_str!("../../configs/demo_grpo.toml"),
+            include_str!("../../configs/mirg_tinker.toml"),
+            include_str!("../../configs/mgpo_vllm.toml"),
+            include_str!("../../tests/engines/skyrl.toml"),
+        ] {
             config::parse::<Plan>(text, &[]).unwrap().resolve().unwrap();
         }
         // Every ablation that the file names.

@@ -82,7 +82,7 @@ fn forward(tinker: &mut Tinker, question: &Question) -> Result<()> {
             if passed(tinker, &words).ok() != Some(words.ids.len() - 1) {
                 return Err(error);
             }
-            format!("words alone pass, and with a picture among them {error:#}")
+            format!("words alone pass, a picture among them does not ({error:#})")
         }
     };
     bail!(blind("its forward pass", &seen))
