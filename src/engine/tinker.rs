@@ -1,7 +1,7 @@
 //! The engine on a cluster: any server that speaks the Tinker API holds the weights, samples, and computes gradients.
 //!
 //! The loop, crops, masks, rewards and the record stay here; over the wire go token ids, pictures exactly as they were shown, and one number a token.
-//! It hides the protocol (`wire.rs`), pictures as chunks (`sequence.rs`), passes and samples (`passes.rs`, `sampling.rs`), promises and retries
+//! It hides the protocol (`wire.rs`, `protobuf.rs`), pictures as chunks (`sequence.rs`), passes and samples (`passes.rs`, `sampling.rs`), promises and retries
 //! (`client.rs`, `transport.rs`), the session (`session.rs`), and what a server is asked before it is trusted (`probe.rs`).
 //!
 //! An objective is a derivative a token, and so is a weighted cross-entropy: servers minimise `sum of -weight · logprob` (tinker SDK,
@@ -16,13 +16,14 @@ mod client;
 mod options;
 mod passes;
 mod probe;
+mod protobuf;
 mod sampling;
 mod sequence;
 mod session;
 mod transport;
 mod wire;
 
-pub use options::{Loss, Options, Reduction};
+pub use options::{Encoding, Loss, Options, Reduction};
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -37,7 +38,7 @@ use self::client::{Client, Failure, Repeat, read, text_of};
 use self::passes::Item;
 use self::sampling::Published;
 use self::session::Session;
-use self::transport::Transport;
+use self::transport::{Body, Transport};
 use self::wire::{AdamParams, metric};
 use super::pngs::Pngs;
 use super::{Frontend, Group, Scores, Trainer, Training, Weights, Who};
@@ -126,6 +127,7 @@ impl Tinker {
             first_pause: seconds(options.pause_s),
             patience: seconds(options.patience_s),
             api_key_env: options.api_key_env.clone(),
+            protobuf: options.encoding == Encoding::Protobuf,
         });
         let session = Session::open(&client, &options.base_model)?;
         // Rows of the table without a token are as unlikely as they are untrained; the server's table is not known here.
@@ -210,7 +212,7 @@ impl Tinker {
 
     /// Sends a request and waits for its result. Where the server has forgotten the future, the same request is sent again as far as `repeat`
     /// allows.
-    fn finish(&self, path: &str, body: &[u8], repeat: Repeat, doing: &str) -> Result<Vec<u8>> {
+    fn finish(&self, path: &str, body: &Body, repeat: Repeat, doing: &str) -> Result<Vec<u8>> {
         let explain = |failure| self.client.explain(failure, doing);
         let mut future = self.client.submit(path, body, repeat).map_err(explain)?;
         for _ in 1..ATTEMPTS {
@@ -226,7 +228,7 @@ impl Tinker {
 
     /// Sends a request again whose future is gone. Of one that changes the model the server must remember the number, or what it does now
     /// may be done for the second time.
-    fn again(&self, path: &str, body: &[u8], repeat: Repeat, gone: &str, why: String) -> Result<String, Failure> {
+    fn again(&self, path: &str, body: &Body, repeat: Repeat, gone: &str, why: String) -> Result<String, Failure> {
         if repeat == Repeat::IfNotTaken {
             return Err(Failure::InDoubt(why));
         }
@@ -262,8 +264,8 @@ impl Tinker {
         let Some(model) = model else { return };
         let key = http::key_from(&self.options.api_key_env);
         let Ok(hurried) = Transport::new(&self.options.url, key, Duration::from_secs(3)) else { return };
-        let body = json!({"type": "unload_model", "model_id": model.id}).to_string();
-        let _ = hurried.post("unload_model", body.as_bytes());
+        let body = Body::json(json!({"type": "unload_model", "model_id": model.id}).to_string().into_bytes());
+        let _ = hurried.post("unload_model", &body, false);
     }
 }
 
@@ -433,6 +435,6 @@ fn changes(path: &str) -> bool {
     matches!(path, "forward_backward" | "optim_step")
 }
 
-fn as_json(value: &impl Serialize) -> Result<Vec<u8>> {
-    serde_json::to_vec(value).context("writing a request")
+fn as_json(value: &impl Serialize) -> Result<Body> {
+    Ok(Body::json(serde_json::to_vec(value).context("writing a request")?))
 }

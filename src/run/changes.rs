@@ -11,7 +11,7 @@ use crate::config::BadConfig;
 
 /// Keys (or sections, with a dot behind) that change nothing in the steps to come; but a falling learning rate falls over
 /// `train.steps`, and so more slowly in a longer run.
-const FREE: [&str; 25] = [
+const FREE: [&str; 26] = [
     "train.out",
     "train.steps",
     "train.checkpoint_every",
@@ -29,6 +29,7 @@ const FREE: [&str; 25] = [
     SERVERS[1],
     "engine.adapters",
     "engine.api_key_env",
+    "engine.encoding",
     "engine.max_in_flight",
     "engine.max_request_mib",
     "engine.timeout_s",

@@ -4,6 +4,7 @@
 //! The server is `tinker/double.rs`: our engine on a tiny model behind the protocol, strict as the real servers are, and hostile here.
 
 mod double;
+mod packed;
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -12,7 +13,8 @@ use std::time::Duration;
 use foveate::config::{self, BadConfig};
 use foveate::engine::embedded::Embedded;
 use foveate::engine::{
-    Completion, Frontend, Group, Prompt, Sampler, Sampling, Scores, Trainer, Weights, Who, tinker::Options,
+    Completion, Frontend, Group, Prompt, Sampler, Sampling, Scores, Trainer, Weights, Who,
+    tinker::{Encoding, Options},
 };
 use foveate::episode::Record;
 use foveate::rl;
@@ -307,6 +309,31 @@ fn words_alone_need_no_server_that_sees() {
     let mixed = plan(&dir, "mixed", &[&format!("data.train={:?}", dir.join("mixed.jsonl"))]);
     let error = format!("{:#}", train(&on(&double, mixed, |_| ()), Start::New).unwrap_err());
     assert!(error.contains("drops pictures"), "{error}");
+}
+
+/// Passes and samples as protobuf: the run that it is in JSON, to the last bit; and a server that takes nothing else says so to a config that
+/// speaks JSON.
+#[test]
+fn in_protobuf_it_is_the_same_run() {
+    let (_folder, dir) = world();
+    let extra = ["task.turns=2", "task.on_invalid=resend_image"];
+    let double = calm(&dir);
+    let in_json = on(&double, plan(&dir, "json", &extra), |_| ());
+    train(&in_json, Start::New).unwrap();
+    let kind = Kind { protobuf_only: true, prompt_logprobs: true, ..Kind::default() };
+    let strict = server(&dir, kind.clone(), hostile);
+    let packed = on(&strict, plan(&dir, "packed", &extra), |options| {
+        (options.encoding, options.timeout_s) = (Encoding::Protobuf, 3.0);
+    });
+    train(&packed, Start::New).unwrap();
+    for (a, b) in metrics(&in_json).iter().zip(&metrics(&packed)) {
+        for name in ["reward/mean", "actor/pg_loss", "mismatch_logprob/max"] {
+            assert_eq!(a[name], b[name], "{name}");
+        }
+    }
+    assert!(weights(&double, &in_json) == weights(&strict, &packed));
+    let error = refused(&dir, kind, |_| ());
+    assert!(error.contains("415") && error.contains("engine.encoding"), "{error}");
 }
 
 /// Every way to misbehave, spread over the run so that each operation meets several.

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow};
 use serde_json::{Value, json};
 
-use super::transport::{Fault, Transport};
+use super::transport::{Body, Fault, Transport};
 use crate::config::BadConfig;
 use crate::http::{LONGEST_BACKOFF, backoff, chance};
 
@@ -50,13 +50,15 @@ pub struct Client {
     pub patience: Duration,
     /// The variable of the key, for messages.
     pub api_key_env: String,
+    /// Whether passes and their results, and samples, go as protobuf.
+    pub protobuf: bool,
 }
 
 impl Client {
     /// A request that is answered at once.
     pub fn ask(&self, path: &str, body: &Value) -> Result<Value, Failure> {
-        let body = body.to_string();
-        read(&self.insist(Repeat::Always, || self.transport.post(path, body.as_bytes()))?)
+        let body = Body::json(body.to_string().into_bytes());
+        read(&self.insist(Repeat::Always, || self.transport.post(path, &body, false))?.bytes)
     }
 
     /// What the server tells anybody who asks, without much patience: this is how a wrong address is found.
@@ -65,7 +67,7 @@ impl Client {
         loop {
             attempt += 1;
             match self.transport.get(path) {
-                Ok(reply) => return read(&reply),
+                Ok(reply) => return read(&reply.bytes),
                 Err(Fault::Refused { status, why }) => return Err(Failure::Refused { status, why }),
                 Err(Fault::NotTaken { why, .. } | Fault::Unknown { why, .. }) if attempt == 3 => {
                     return Err(Failure::Away(why));
@@ -76,8 +78,10 @@ impl Client {
     }
 
     /// Sends a request and returns the id of its future.
-    pub fn submit(&self, path: &str, body: &[u8], repeat: Repeat) -> Result<String, Failure> {
-        let reply = read(&self.insist(repeat, || self.transport.post(path, body))?)?;
+    pub fn submit(&self, path: &str, body: &Body, repeat: Repeat) -> Result<String, Failure> {
+        // As protobuf, going forward only is said in the message.
+        let path = if body.protobuf && path == "forward" { "forward_backward" } else { path };
+        let reply = read(&self.insist(repeat, || self.transport.post(path, body, false))?.bytes)?;
         match reply.get("request_id") {
             Some(Value::String(id)) => Ok(id.clone()),
             Some(Value::Number(id)) => Ok(id.to_string()),
@@ -87,13 +91,23 @@ impl Client {
 
     /// Waits for the result of a future, as long as the server says that it is working on it.
     pub fn retrieve(&self, request_id: &str) -> Result<Vec<u8>, Failure> {
-        let body = json!({"request_id": request_id}).to_string();
+        self.wait(request_id, false).map(|reply| reply.bytes)
+    }
+
+    /// The same for a result with many numbers, which may come as protobuf where the config asks for that.
+    pub fn retrieve_numbers(&self, request_id: &str) -> Result<Body, Failure> {
+        self.wait(request_id, self.protobuf)
+    }
+
+    fn wait(&self, request_id: &str, protobuf: bool) -> Result<Body, Failure> {
+        let body = Body::json(json!({"request_id": request_id}).to_string().into_bytes());
         let (mut faults, mut silent, mut polls) = (0, 0, 0);
         let mut last_heard = Instant::now();
         loop {
-            match self.transport.post("retrieve_future", body.as_bytes()) {
+            match self.transport.post("retrieve_future", &body, protobuf) {
+                Ok(reply) if reply.protobuf => return Ok(reply),
                 Ok(reply) => {
-                    let Ok(said) = serde_json::from_slice::<Value>(&reply) else {
+                    let Ok(said) = serde_json::from_slice::<Value>(&reply.bytes) else {
                         faults += 1;
                         if faults >= FAULTS_OF_A_FUTURE {
                             return Err(Failure::Failed(format!("the result of {request_id} is not JSON")));
@@ -149,7 +163,7 @@ impl Client {
     }
 
     /// Calls until there is an answer, as far as `repeat` allows it and patience reaches.
-    fn insist(&self, repeat: Repeat, call: impl Fn() -> Result<Vec<u8>, Fault>) -> Result<Vec<u8>, Failure> {
+    fn insist(&self, repeat: Repeat, call: impl Fn() -> Result<Body, Fault>) -> Result<Body, Failure> {
         let mut attempt = 0;
         let began = Instant::now();
         loop {
@@ -189,6 +203,9 @@ impl Client {
                 "{doing}: {why}; the server does not know this operation or has no such model (any more: it unloads those of a session \
                  that was silent). {GOES_ON}"
             ),
+            Failure::Refused { status: 415, why } => {
+                config(format!("{doing}: {why}; set engine.encoding = \"protobuf\", or \"json\" where it is that"))
+            }
             Failure::Refused { status: 413, why } => config(format!(
                 "{doing}: {why}; the request is too large for this server: lower engine.max_request_mib, or task.max_pixels where one conversation is too large already"
             )),

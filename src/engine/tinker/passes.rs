@@ -10,8 +10,9 @@ use anyhow::{Context, Result, bail, ensure};
 
 use super::client::{Failure, Repeat};
 use super::sequence::{digest, gather, spread};
+use super::transport::Body;
 use super::wire::{Datum, Forward, ForwardBackward, ForwardBackwardInput, Passed, Tensor, metric};
-use super::{ATTEMPTS, Loss, Reduction, Tinker, as_json};
+use super::{ATTEMPTS, Loss, Reduction, Tinker, as_json, protobuf};
 use crate::config::BadConfig;
 use crate::engine::Who;
 use crate::episode::Stream;
@@ -25,6 +26,11 @@ pub(super) struct Item<'a> {
     pub stream: &'a Stream,
     /// The policy's log-probs and the derivative of the loss by each of them.
     pub learns: Option<(Vec<f32>, Vec<f32>)>,
+}
+
+/// The result of a pass, in whatever form it came.
+pub(super) fn passed(reply: &Body) -> Result<Passed> {
+    if reply.protobuf { protobuf::passed(&reply.bytes) } else { Passed::from_json(&reply.bytes) }
 }
 
 /// One request of a pass: to which model, under which number, and which of the items.
@@ -50,8 +56,8 @@ impl Tinker {
             let sent = self.client.submit(path, &self.body(part, items, updates)?, repeat);
             let future = sent.map_err(|failure| self.client.explain(failure, doing))?;
             if updates && part.items.start == 0 && !self.reduction_seen {
-                let reply = self.client.retrieve(&future).map_err(|failure| self.client.explain(failure, doing))?;
-                let passed = Passed::from_json(&reply)?;
+                let reply = self.client.retrieve_numbers(&future);
+                let passed = passed(&reply.map_err(|failure| self.client.explain(failure, doing))?)?;
                 self.reduction_seen = self.check_reduction(&items[part.items.clone()], &passed)?;
                 done.push(passed);
             } else {
@@ -61,13 +67,13 @@ impl Tinker {
         done.extend(together(&futures, self.options.max_in_flight, |(future, part)| {
             let mut future = future.clone();
             for attempt in 1.. {
-                match self.client.retrieve(&future) {
+                match self.client.retrieve_numbers(&future) {
                     Err(Failure::Gone(why)) if attempt < ATTEMPTS => {
                         let again = self.again(path, &self.body(part, items, updates)?, repeat, &future, why);
                         future = again.map_err(|failure| self.client.explain(failure, doing))?;
                     }
                     reply => {
-                        return Passed::from_json(&reply.map_err(|failure| self.client.explain(failure, doing))?);
+                        return passed(&reply.map_err(|failure| self.client.explain(failure, doing))?);
                     }
                 }
             }
@@ -115,17 +121,28 @@ impl Tinker {
         Ok(runs.into_iter().map(|items| Part { model: model.id.clone(), number: model.number(), items }).collect())
     }
 
-    fn body(&self, part: &Part, items: &[Item], updates: bool) -> Result<Vec<u8>> {
+    fn body(&self, part: &Part, items: &[Item], updates: bool) -> Result<Body> {
         let of_part = &items[part.items.clone()];
         let data = of_part.iter().map(|item| self.datum(item, items.len())).collect::<Result<_>>()?;
         let loss_fn = match (updates, self.options.loss) {
             (false, _) | (true, Loss::CrossEntropy) => "cross_entropy",
             (true, Loss::ImportanceSampling) => "importance_sampling",
         };
-        let (model_id, seq_id, input) = (&part.model, part.number, &ForwardBackwardInput { data, loss_fn });
-        match updates {
-            true => as_json(&ForwardBackward { model_id, seq_id, forward_backward_input: input }),
-            false => as_json(&Forward { model_id, seq_id, forward_input: input }),
+        self.pass_body(&part.model, part.number, &ForwardBackwardInput { data, loss_fn }, updates)
+    }
+
+    /// The request of a pass, as the config says that it is written.
+    pub(super) fn pass_body(
+        &self,
+        model_id: &str,
+        seq_id: u64,
+        input: &ForwardBackwardInput,
+        updates: bool,
+    ) -> Result<Body> {
+        match (self.client.protobuf, updates) {
+            (true, _) => Ok(Body { bytes: protobuf::request(model_id, seq_id, input, !updates)?, protobuf: true }),
+            (false, true) => as_json(&ForwardBackward { model_id, seq_id, forward_backward_input: input }),
+            (false, false) => as_json(&Forward { model_id, seq_id, forward_input: input }),
         }
     }
 

@@ -10,9 +10,9 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
 
+use super::Tinker;
 use super::client::Repeat;
-use super::wire::{Chunk, Datum, Forward, ForwardBackwardInput, ModelInput, Passed, Sampled, SamplingParams, Tensor};
-use super::{Tinker, as_json};
+use super::wire::{Chunk, Datum, ForwardBackwardInput, ModelInput, Sampled, SamplingParams, Tensor};
 use crate::chat::{Message, Part};
 use crate::config::BadConfig;
 use crate::geometry::{Size, smart_resize};
@@ -100,13 +100,13 @@ fn passed(tinker: &mut Tinker, question: &Question) -> Result<usize> {
     let model_input = question.chunks(inputs, 128)?;
     let input = ForwardBackwardInput { data: vec![Datum { model_input, loss_fn_inputs }], loss_fn: "cross_entropy" };
     let model = tinker.model.as_mut().context("there is no model at the server")?;
-    let number = model.number();
-    let body = as_json(&Forward { model_id: &model.id, seq_id: number, forward_input: &input })?;
+    let (id, number) = (model.id.clone(), model.number());
+    let body = tinker.pass_body(&id, number, &input, false)?;
     let explain = |tinker: &Tinker, failure| tinker.client.explain(failure, "asking for log-probs");
     let first = tinker.client.submit("forward", &body, Repeat::Always).map_err(|failure| explain(tinker, failure))?;
     tinker.knows_repeats = tinker.client.submit("forward", &body, Repeat::Always).is_ok_and(|second| second == first);
-    let reply = tinker.client.retrieve(&first).map_err(|failure| explain(tinker, failure))?;
-    Ok(Passed::from_json(&reply)?.logprobs.first().map_or(0, Vec::len))
+    let reply = tinker.client.retrieve_numbers(&first).map_err(|failure| explain(tinker, failure))?;
+    Ok(super::passes::passed(&reply)?.logprobs.first().map_or(0, Vec::len))
 }
 
 /// What is said of a picture: enough tokens for one among them that is not certain whatever is shown.

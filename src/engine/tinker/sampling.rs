@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::client::{Failure, Repeat, read, text_of};
 use super::wire::{self, SamplingParams, StopReason};
-use super::{ATTEMPTS, Tinker, as_json};
+use super::{ATTEMPTS, Tinker, as_json, protobuf};
 use crate::engine::ending::ended;
 use crate::engine::{Completion, Prompt, Sampler, Sampling};
 use crate::http::together;
@@ -85,14 +85,18 @@ impl Tinker {
             // Sampling changes nothing: what was forgotten or failed is asked anew, under a number of its own.
             sample.seq_id = published.next_request.fetch_add(1, Ordering::SeqCst);
             let body = as_json(&sample)?;
-            let reply =
-                self.client.submit("asample", &body, Repeat::Always).and_then(|future| self.client.retrieve(&future));
+            let reply = self
+                .client
+                .submit("asample", &body, Repeat::Always)
+                .and_then(|future| self.client.retrieve_numbers(&future));
             match reply {
                 Err(Failure::Gone(_) | Failure::Failed(_)) if attempt < ATTEMPTS => {}
                 reply => {
                     let reply = reply.map_err(|failure| self.client.explain(failure, doing))?;
-                    let sampled: wire::Sampled =
-                        serde_json::from_slice(&reply).context("reading what the server sampled")?;
+                    let sampled: wire::Sampled = match reply.protobuf {
+                        true => protobuf::sampled(&reply.bytes)?,
+                        false => serde_json::from_slice(&reply.bytes).context("reading what the server sampled")?,
+                    };
                     ensure!(
                         sampled.sequences.len() == count,
                         "{doing}: {} sequences were asked for and {} came",

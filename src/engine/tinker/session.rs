@@ -12,6 +12,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use serde_json::{Value, json};
 
 use super::client::{Client, Failure, text_of};
+use super::transport::Body;
 use crate::config::BadConfig;
 use crate::progress::say;
 
@@ -78,14 +79,14 @@ impl Session {
         }
         let id = text_of(&opened, "session_id")?;
         let (stop, stopped) = channel();
-        let body = json!({"type": "session_heartbeat", "session_id": id}).to_string();
+        let body = Body::json(json!({"type": "session_heartbeat", "session_id": id}).to_string().into_bytes());
         let client = client.clone();
         let heart = thread::Builder::new()
             .name("heartbeat".into())
             .spawn(move || {
                 while stopped.recv_timeout(HEARTBEAT) == Err(RecvTimeoutError::Timeout) {
                     // A missed beat harms nothing by itself, and when the server is lost the next request says so.
-                    let _ = client.transport.post("session_heartbeat", body.as_bytes());
+                    let _ = client.transport.post("session_heartbeat", &body, false);
                 }
             })
             .context("starting the heartbeat of the session")?;

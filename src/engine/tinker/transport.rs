@@ -13,6 +13,7 @@ use serde_json::Value;
 use crate::http::{self, retry_after, shown};
 
 const JSON: &str = "application/json";
+const PROTOBUF: &str = "application/x-protobuf";
 /// Log-probs of a large batch in JSON are tens of MB.
 const LARGEST_REPLY: u64 = 1 << 30;
 
@@ -25,6 +26,20 @@ pub enum Fault {
     Unknown { why: String, wait: Option<Duration>, status: Option<u16> },
     /// It answered no.
     Refused { status: u16, why: String },
+}
+
+/// What is sent, and what came.
+#[derive(Clone, Debug)]
+pub struct Body {
+    pub bytes: Vec<u8>,
+    /// Else it is JSON.
+    pub protobuf: bool,
+}
+
+impl Body {
+    pub fn json(bytes: Vec<u8>) -> Body {
+        Body { bytes, protobuf: false }
+    }
 }
 
 pub struct Transport {
@@ -54,7 +69,7 @@ impl Transport {
     }
 
     /// The body of a reply with a status of 2xx.
-    pub fn get(&self, path: &str) -> Result<Vec<u8>, Fault> {
+    pub fn get(&self, path: &str) -> Result<Body, Fault> {
         let request = self.agent.get(format!("{}/{path}", self.base)).config().timeout_global(Some(self.timeout));
         let mut request = request.build();
         if let Some(key) = &self.key {
@@ -63,21 +78,22 @@ impl Transport {
         self.judge(request.call(), path)
     }
 
-    /// The same for a request with a body of JSON.
-    pub fn post(&self, path: &str, body: &[u8]) -> Result<Vec<u8>, Fault> {
+    /// The same for a request with a body; `protobuf` says whether the reply may be such.
+    pub fn post(&self, path: &str, body: &Body, protobuf: bool) -> Result<Body, Fault> {
         let request = self.agent.post(format!("{}/{path}", self.base)).config().timeout_global(Some(self.timeout));
-        let mut request = request.build().header("content-type", JSON).header("accept", JSON);
+        let kind = |protobuf| if protobuf { PROTOBUF } else { JSON };
+        let mut request = request.build().header("content-type", kind(body.protobuf)).header("accept", kind(protobuf));
         if let Some(key) = &self.key {
             request = request.header("x-api-key", key);
         }
-        self.judge(request.send(body), path)
+        self.judge(request.send(&body.bytes[..]), path)
     }
 
     fn judge(
         &self,
         response: Result<ureq::http::Response<ureq::Body>, ureq::Error>,
         path: &str,
-    ) -> Result<Vec<u8>, Fault> {
+    ) -> Result<Body, Fault> {
         let named = |why: String| format!("{}/{path}: {why}", self.base);
         let mut response = match response {
             Ok(response) => response,
@@ -91,9 +107,11 @@ impl Transport {
         };
         let status = response.status();
         let wait = retry_after(response.headers(), SystemTime::now());
+        let kind = response.headers().get("content-type").and_then(|kind| kind.to_str().ok()).unwrap_or_default();
+        let protobuf = kind.contains("protobuf");
         let body = response.body_mut().with_config().limit(LARGEST_REPLY).read_to_vec();
         if status.is_success() {
-            return body.map_err(|error| Fault::Unknown {
+            return body.map(|bytes| Body { bytes, protobuf }).map_err(|error| Fault::Unknown {
                 why: named(format!("the reply broke off ({error})")),
                 wait,
                 status: None,

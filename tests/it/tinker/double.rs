@@ -23,7 +23,10 @@ use foveate::geometry::{View, smart_resize};
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
+use super::packed;
 use crate::served::{self, Listening, Request};
+
+const PROTOBUF: &str = "application/x-protobuf";
 
 /// What happens to a call.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -70,6 +73,8 @@ pub struct Kind {
     pub models_at_once: usize,
     /// Of a request's body.
     pub largest: usize,
+    /// Takes passes as protobuf alone, as TuFT does.
+    pub protobuf_only: bool,
 }
 
 impl Default for Kind {
@@ -85,6 +90,7 @@ impl Default for Kind {
             reports_loss: true,
             models_at_once: 2,
             largest: 8 << 20,
+            protobuf_only: false,
         }
     }
 }
@@ -201,10 +207,19 @@ impl Shared {
     fn serve(&self, stream: TcpStream) {
         let mut reader = BufReader::new(stream);
         let Some(Request { method, path, headers, body }) = served::request(&mut reader) else { return };
-        let path = path.strip_prefix("/api/v1/").unwrap_or(&path).to_owned();
+        let mut path = path.strip_prefix("/api/v1/").unwrap_or(&path).to_owned();
         let key = headers.get("x-api-key").map(String::as_str);
         let content = headers.get("content-type").map(String::as_str);
-        assert!(content == Some("application/json") || body.is_empty(), "{content:?}");
+        let packed = content == Some(PROTOBUF);
+        assert!(packed || content == Some("application/json") || body.is_empty(), "{content:?}");
+        let mut read = serde_json::from_slice(&body).ok();
+        if packed {
+            assert_eq!(path, "forward_backward", "only passes are written so");
+            let (operation, body) = packed::request(&body);
+            (path, read) = (operation.to_owned(), Some(body));
+        }
+        let unpacked = self.kind.protobuf_only && !packed && path.starts_with("forward");
+        let takes_packed = headers.get("accept").map(String::as_str) == Some(PROTOBUF) && path == "retrieve_future";
         let act = {
             let mut state = self.state.lock().unwrap();
             let before = state.calls.iter().filter(|(name, _)| *name == path).count();
@@ -212,14 +227,15 @@ impl Shared {
             state.calls.push((path.clone(), act));
             act
         };
-        let reply = |status: u16, body: &str| {
-            format!(
-                "HTTP/1.1 {status} Said\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}",
-                body.len()
-            )
+        let reply_of = |status: u16, kind: &str, body: &[u8]| {
+            let n = body.len();
+            let head =
+                format!("HTTP/1.1 {status} Said\r\ncontent-type: {kind}\r\nconnection: close\r\ncontent-length: {n}");
+            [format!("{head}\r\n\r\n").as_bytes(), body].concat()
         };
+        let reply = |status: u16, body: &str| reply_of(status, "application/json", body.as_bytes());
         let said = match act {
-            Act::HangUp => String::new(),
+            Act::HangUp => Vec::new(),
             Act::Status(status, body) => reply(status, body),
             Act::TryAgain => {
                 reply(200, &json!({"type": "try_again", "request_id": "1", "queue_state": "active"}).to_string())
@@ -229,26 +245,39 @@ impl Shared {
                 if act == Act::Late {
                     thread::sleep(Duration::from_secs(4));
                 }
-                let (status, said) = self.answer(&method, &path, key, &body, act == Act::Forget);
-                let whole = reply(status, &said.to_string());
+                let (status, said) = match unpacked {
+                    true => (415, json!({"detail": "expected application/x-protobuf"})),
+                    false => self.answer((&method, &path), key, (body.len(), read), act == Act::Forget),
+                };
+                let whole = match packed::result(&said).filter(|_| takes_packed) {
+                    Some(bytes) => reply_of(status, PROTOBUF, &bytes),
+                    None => reply(status, &said.to_string()),
+                };
                 match act {
-                    Act::LoseAnswer => String::new(),
-                    Act::CutAnswer => whole[..whole.len() - 3].to_owned(),
+                    Act::LoseAnswer => Vec::new(),
+                    Act::CutAnswer => whole[..whole.len() - 3].to_vec(),
                     Act::BadGateway => reply(502, "<html>bad gateway</html>"),
                     _ => whole,
                 }
             }
         };
-        let _ = reader.get_mut().write_all(said.as_bytes());
+        let _ = reader.get_mut().write_all(&said);
     }
 
-    fn answer(&self, method: &str, path: &str, key: Option<&str>, body: &[u8], forget: bool) -> (u16, Value) {
+    /// `body`: its length as it came, and what it says.
+    fn answer(
+        &self,
+        (method, path): (&str, &str),
+        key: Option<&str>,
+        body: (usize, Option<Value>),
+        forget: bool,
+    ) -> (u16, Value) {
         let mut state = self.state.lock().unwrap();
         let answered = || -> Result<Value, No> {
             if self.kind.key.is_some() && self.kind.key != key {
                 return no(401, format!("invalid API key {}", key.unwrap_or("none")));
             }
-            if body.len() > self.kind.largest {
+            if body.0 > self.kind.largest {
                 return no(413, "Request Entity Too Large");
             }
             match (method, path) {
@@ -261,7 +290,7 @@ impl Shared {
                 ("GET", _) => return no(404, "Not Found"),
                 _ => {}
             }
-            let body: Value = serde_json::from_slice(body).map_err(|e| (422, e.to_string()))?;
+            let body = body.1.ok_or((422, "the body is not JSON".to_owned()))?;
             if path == "retrieve_future" {
                 let body = fields(&body, &["request_id"], &["allow_metadata_only"])?;
                 let id = text(body, "request_id")?;
@@ -596,7 +625,7 @@ impl Shared {
                 json!({"stop_reason": reason, "tokens": said.ids, "logprobs": said.logprobs})
             })
             .collect();
-        let told = (self.kind.prompt_logprobs && body["prompt_logprobs"] == true)
+        let told = (self.kind.prompt_logprobs && body.get("prompt_logprobs") == Some(&json!(true)))
             .then(|| std::iter::once(Value::Null).chain((1..stream.len()).map(|_| json!(-1.0))).collect::<Vec<_>>());
         let number = body["seq_id"].as_u64().ok_or((422, "seq_id".to_owned()))?;
         // A number that comes again is the same request again; both are answered.
