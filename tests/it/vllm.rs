@@ -52,6 +52,8 @@ enum Kind {
     Restless,
 }
 
+type Script = dyn Fn(&str, usize) -> Act + Send + Sync;
+
 struct Shared {
     kind: Kind,
     models: Mutex<BTreeMap<String, Embedded>>,
@@ -59,7 +61,7 @@ struct Shared {
     calls: AtomicUsize,
     /// Names of adapters, in the order in which they were loaded.
     loaded: Mutex<Vec<String>>,
-    script: Box<dyn Fn(&str, usize) -> Act + Send + Sync>,
+    script: Box<Script>,
 }
 
 struct Server {
