@@ -83,7 +83,7 @@ fn needs(path: &Path, overrides: &[String]) -> Result<Option<Need>> {
         return sft::need(&config::load(path, overrides)?).map(Some);
     }
     let plan = config::load::<rl::Plan>(path, overrides)?.resolve()?;
-    if held_elsewhere(&plan.engine) {
+    if !plan.engine.trains_here() && held_elsewhere(&plan.engine) {
         return Ok(None);
     }
     let task = plan.task.task(Processor::load(&plan.model.path)?.budget.factor)?;

@@ -129,7 +129,10 @@ struct Adapters {
     folder: PathBuf,
     /// Tells the versions of this run from those of another at the same servers.
     run: String,
+    /// What the servers sample with: after how many updates, and its name.
     loaded: Option<(u64, String)>,
+    /// Times that a checkpoint was read: the same number of updates then means other weights.
+    restored: usize,
 }
 
 /// What a server sampled.
@@ -166,6 +169,7 @@ impl Fleet {
                 folder,
                 run: format!("foveate-{:x}-{began:x}", std::process::id()),
                 loaded: None,
+                restored: 0,
             })
         });
         let training = training.transpose()?;
@@ -191,30 +195,34 @@ impl Fleet {
 
     /// Gives the servers the adapters as they stand, and takes back those before.
     fn publish(&mut self) -> Result<()> {
-        let Some(adapters) = &mut self.training else { return Ok(()) };
+        let Some(adapters) = &self.training else { return Ok(()) };
         let version = adapters.trainer.updates();
         if adapters.loaded.as_ref().is_some_and(|(loaded, _)| *loaded == version) {
             return Ok(());
         }
-        let name = format!("{}-{version}", adapters.run);
+        let name = format!("{}-{}-{version}", adapters.run, adapters.restored);
         let path = adapters.folder.join(&name);
         std::fs::create_dir_all(&path).with_context(|| format!("making the folder {}", path.display()))?;
         lora::save(&adapters.trainer.model, &path, &adapters.base)?;
-        let before = adapters.loaded.replace((version, name.clone()));
         for server in &self.pool.servers {
             let body = json!({"lora_name": name, "lora_path": path});
             self.told(server, "load_lora_adapter", &body).with_context(|| {
                 format!("loading version {version} of the adapters, {}, at {}", path.display(), server.base())
             })?;
         }
-        if let Some((_, name)) = before {
-            for server in &self.pool.servers {
-                // A server that was started anew does not have it.
-                let _ = self.told(server, "unload_lora_adapter", &json!({"lora_name": name}));
-            }
-            let _ = std::fs::remove_dir_all(self.training.as_ref().map(|a| a.folder.join(&name)).unwrap_or_default());
-        }
+        let before = self.training.as_mut().and_then(|adapters| adapters.loaded.replace((version, name)));
+        self.take_back(before);
         Ok(())
+    }
+
+    /// Has the servers forget adapters, and removes their folder. No matter if it fails: a server that was started anew does not have them.
+    fn take_back(&self, loaded: Option<(u64, String)>) {
+        let (Some((_, name)), Some(adapters)) = (loaded, &self.training) else { return };
+        let body = json!({"lora_name": name}).to_string();
+        for server in &self.pool.servers {
+            let _ = server.tell(&format!("{}/unload_lora_adapter", server.base()), body.as_bytes());
+        }
+        let _ = std::fs::remove_dir_all(adapters.folder.join(&name));
     }
 
     /// Has one server do something about adapters. It answers in words.
@@ -401,6 +409,10 @@ impl Trainer for Fleet {
     }
 
     fn load(&mut self, dir: &Path) -> Result<()> {
+        let adapters = self.training.as_mut().context("the engine was opened for sampling only")?;
+        adapters.restored += 1;
+        let before = adapters.loaded.take();
+        self.take_back(before);
         self.trainer()?.load(dir)
     }
 }
@@ -412,14 +424,7 @@ impl Drop for Fleet {
         if answers > 0 {
             say(&format!("{} gave {answers} samples: {read} tokens read and {wrote} written", self.options.model));
         }
-        if let Some((_, name)) = self.training.as_mut().and_then(|adapters| adapters.loaded.take()) {
-            for server in &self.pool.servers {
-                let _ = server.tell(
-                    &format!("{}/unload_lora_adapter", server.base()),
-                    json!({"lora_name": name}).to_string().as_bytes(),
-                );
-            }
-            let _ = std::fs::remove_dir_all(self.training.as_ref().map(|a| a.folder.join(&name)).unwrap_or_default());
-        }
+        let loaded = self.training.as_mut().and_then(|adapters| adapters.loaded.take());
+        self.take_back(loaded);
     }
 }
