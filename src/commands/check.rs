@@ -119,7 +119,7 @@ impl Check {
         config: Option<toml::Table>,
     ) -> Result<(Vec<(String, TaskOptions)>, rollout::Options)> {
         let (Some(path), Some(mut config)) = (&self.config, config) else {
-            let single = rows.iter().all(|row| row.images.len() == 1);
+            let single = rows.iter().all(|row| row.images.len() <= 1);
             let kind = self.task.clone().unwrap_or_else(|| if single { "crop" } else { "multi_image" }.into());
             // Judged by what the rows have: no row is at fault for a config that there is not.
             let free = kind == "crop" && rows.iter().all(|row| row.choices.is_empty());

@@ -149,7 +149,13 @@ pub fn open(
     Ok(match engine {
         Options::Openai(_) => return Err(only_samples()),
         Options::Embedded {} => Box::new(embedded::Embedded::open(model, Some(training))?),
-        Options::Vllm(options) => Box::new(vllm::Fleet::open(options, model, Some(training))?),
+        Options::Vllm(options) => {
+            let mut engine = vllm::Fleet::open(options, model, Some(training))?;
+            if !resumes {
+                engine.publish()?;
+            }
+            Box::new(engine)
+        }
         Options::Tinker(options) => {
             let mut engine = tinker::Tinker::open(options, model, Some(training), training.pictures)?;
             if !resumes {

@@ -194,7 +194,10 @@ impl Fleet {
     }
 
     /// Gives the servers the adapters as they stand, and takes back those before.
-    fn publish(&mut self) -> Result<()> {
+    ///
+    /// # Errors
+    /// A server that is not there or does not take them.
+    pub fn publish(&mut self) -> Result<()> {
         let Some(adapters) = &self.training else { return Ok(()) };
         let version = adapters.trainer.updates();
         if adapters.loaded.as_ref().is_some_and(|(loaded, _)| *loaded == version) {
@@ -204,11 +207,14 @@ impl Fleet {
         let path = adapters.folder.join(&name);
         std::fs::create_dir_all(&path).with_context(|| format!("making the folder {}", path.display()))?;
         lora::save(&adapters.trainer.model, &path, &adapters.base)?;
-        for server in &self.pool.servers {
-            let body = json!({"lora_name": name, "lora_path": path});
-            self.told(server, "load_lora_adapter", &body).with_context(|| {
+        let load = |server: &Server| {
+            self.told(server, "load_lora_adapter", &json!({"lora_name": name, "lora_path": path})).with_context(|| {
                 format!("loading version {version} of the adapters, {}, at {}", path.display(), server.base())
-            })?;
+            })
+        };
+        if let Err(error) = self.pool.servers.iter().try_for_each(load) {
+            self.take_back(Some((version, name)));
+            return Err(error);
         }
         let before = self.training.as_mut().and_then(|adapters| adapters.loaded.replace((version, name)));
         self.take_back(before);

@@ -328,6 +328,12 @@ fn what_cannot_be_done_is_refused_in_one_line() {
     let error = other.clone().resolve().unwrap_err();
     assert!(error.is::<BadConfig>() && error.to_string().contains("engine.adapters"), "{error}");
     settings_of(&mut other).adapters = Some(dir.join("adapters"));
+    let mut nobody = other.clone();
+    settings_of(&mut nobody).urls = vec!["http://127.0.0.1:9/v1".into()];
+    let error = format!("{:#}", train(&nobody, Start::New).unwrap_err());
+    assert!(error.contains("loading version 0 of the adapters") && error.contains("gave no response"), "{error}");
+    assert!(!nobody.train.out.exists(), "a failed start leaves no folder behind");
+    assert_eq!(std::fs::read_dir(dir.join("adapters")).unwrap().count(), 0, "and no adapters");
     other.model.lora = None;
     assert!(other.clone().resolve().unwrap_err().to_string().contains("[model.lora]"));
 }
