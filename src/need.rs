@@ -133,6 +133,10 @@ pub fn of_rl(plan: &rl::Plan, task: &dyn Task, rows: &[Sample], learns: bool) ->
         let alone = rehearsal.groups(eval::EvalOptions::default().batch, 1);
         held.sampling = held.sampling.max(count(&alone, None).sampling);
     }
+    // Samples that come from servers take nothing here.
+    if !plan.engine.is_embedded() {
+        held.sampling = 0;
+    }
     Ok(model.need(held, rehearsal.pictures(plan.model.picture_cache_mib, rows, asked)))
 }
 

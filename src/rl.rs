@@ -45,7 +45,7 @@ struct State {
 /// `foveate rl CONFIG`.
 pub fn main(invocation: &Invocation) -> Result<()> {
     let plan: Plan = config::load::<Plan>(&invocation.config, &invocation.overrides)?.resolve()?;
-    plan.engine.ensure_trains()?;
+    plan.engine.ensure_trains(&plan.model, plan.rollout.temperature)?;
     if invocation.dry_run {
         let Ready { rows, held_out, .. } = Ready::of(&plan)?;
         invocation.show(&plan)?;
@@ -190,6 +190,8 @@ fn train_on(
         }
         written = written.and(log.append(step, &metrics));
         if let Err(error) = written {
+            let error = error
+                .context(format!("what belongs to step {step} is not all written, and --resume does not repeat it"));
             return Err(rescue(engine, step, &state, error));
         }
         let number = |key: &str| metrics.get(key).and_then(|v| v.as_f64());

@@ -451,7 +451,7 @@ mod tests {
                         };
                         // Both levels that fuse agree, whatever their tiles.
                         let wide = narrow(&|out| {
-                            multiply_body::<WIDE, 0>(out, out_stride, left, &panel, stride, rows, k, cols, onto)
+                            multiply_body::<WIDE, AHEAD>(out, out_stride, left, &panel, stride, rows, k, cols, onto)
                         });
                         let fused = narrow(&|out| {
                             multiply_body::<FUSED, 0>(out, out_stride, left, &panel, stride, rows, k, cols, onto)

@@ -18,11 +18,15 @@ pub(super) fn parse(given: &Given) -> Result<Sample, Fault> {
     };
     let named = row.shift_remove("images");
     let images = match given.record.pictures.iter().find(|(column, _)| column == "images") {
+        Some((_, inside)) if inside.is_empty() => return fault("images", "the cell is empty, expected a picture"),
         Some((_, inside)) => inside.clone(),
         // An empty list is a question of words alone; which tasks ask such a one, they say themselves.
         None => texts("images", named)?.iter().map(|name| given.base.join(name)).collect(),
     };
     let question = said("question", row.shift_remove("question"))?;
+    if images.is_empty() && question.contains("<image>") {
+        return fault("images", "found an empty list, and the question shows an <image>");
+    }
     let choices = match row.shift_remove("choices") {
         None | Some(Value::Null) => Vec::new(),
         some => texts("choices", some)?,

@@ -68,15 +68,7 @@ impl Options {
         match self {
             Options::Embedded {} => return Ok(()),
             Options::Openai(options) => return options.validate(),
-            Options::Vllm(options) => {
-                options.validate_training(model)?;
-                if temperature != 1.0 {
-                    bail!(BadConfig(format!(
-                        "rollout.temperature = {temperature}: the servers tell log-probs at temperature 1, so training with them samples at 1"
-                    )));
-                }
-                return Ok(());
-            }
+            Options::Vllm(options) => return options.validate(),
             Options::Tinker(options) => options.validate()?,
         }
         if model.lora.is_some() {
@@ -101,10 +93,19 @@ impl Options {
 
 impl Options {
     /// # Errors
-    /// An engine that samples and does not train.
-    pub fn ensure_trains(&self) -> Result<()> {
+    /// An engine that samples and does not train, or not as the rest of the config asks.
+    pub fn ensure_trains(&self, model: &embedded::Options, temperature: f32) -> Result<()> {
         match self {
-            Options::Embedded {} | Options::Tinker(_) | Options::Vllm(_) => Ok(()),
+            Options::Embedded {} | Options::Tinker(_) => Ok(()),
+            Options::Vllm(options) => {
+                options.validate_training(model)?;
+                if temperature != 1.0 {
+                    bail!(BadConfig(format!(
+                        "rollout.temperature = {temperature}: the servers tell log-probs at temperature 1, so training with them samples at 1"
+                    )));
+                }
+                Ok(())
+            }
             Options::Openai(_) => Err(only_samples()),
         }
     }

@@ -163,8 +163,16 @@ impl Fleet {
             let folder =
                 std::path::absolute(&folder).with_context(|| format!("engine.adapters = {}", folder.display()))?;
             let began = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
+            let trainer = Embedded::open(model, Some(training))?;
+            if let Some(other) = trainer.model.modules().iter().find(|module| !module.name.starts_with("model.layers.")) {
+                bail!(BadConfig(format!(
+                    "model.lora.targets gives {} an adapter, which vLLM would load and not use; with engine.kind = \"vllm\" take \
+                     \"model.layers.*\", or add model.freeze = [\"vision\", \"merger\"]",
+                    other.name
+                )));
+            }
             Ok(Adapters {
-                trainer: Embedded::open(model, Some(training))?,
+                trainer,
                 base: model.path.clone(),
                 folder,
                 run: format!("foveate-{:x}-{began:x}", std::process::id()),
@@ -205,11 +213,19 @@ impl Fleet {
         }
         let name = format!("{}-{}-{version}", adapters.run, adapters.restored);
         let path = adapters.folder.join(&name);
-        std::fs::create_dir_all(&path).with_context(|| format!("making the folder {}", path.display()))?;
+        // No other run's: a name that is there already is a mistake.
+        std::fs::create_dir_all(&adapters.folder)
+            .and_then(|()| std::fs::create_dir(&path))
+            .with_context(|| format!("making the folder {}", path.display()))?;
         lora::save(&adapters.trainer.model, &path, &adapters.base)?;
         let load = |server: &Server| {
             self.told(server, "load_lora_adapter", &json!({"lora_name": name, "lora_path": path})).with_context(|| {
-                format!("loading version {version} of the adapters, {}, at {}", path.display(), server.base())
+                format!(
+                    "loading version {version} of the adapters at {}, which must see {} under this path (engine.adapters), with --enable-lora and \
+                     a --max-lora-rank as high as theirs",
+                    server.base(),
+                    path.display()
+                )
             })
         };
         if let Err(error) = self.pool.servers.iter().try_for_each(load) {
@@ -226,7 +242,7 @@ impl Fleet {
         let (Some((_, name)), Some(adapters)) = (loaded, &self.training) else { return };
         let body = json!({"lora_name": name}).to_string();
         for server in &self.pool.servers {
-            let _ = server.tell(&format!("{}/unload_lora_adapter", server.base()), body.as_bytes());
+            let _ = server.tell_briefly(&format!("{}/unload_lora_adapter", server.base()), body.as_bytes());
         }
         let _ = std::fs::remove_dir_all(adapters.folder.join(&name));
     }
@@ -304,9 +320,11 @@ impl Fleet {
 
     fn answer(&self, stream: &Stream, sampling: &Sampling, seed: u64) -> Result<Completion> {
         let body = serde_json::to_vec(&self.request(stream, sampling, seed)?).context("writing a request as JSON")?;
-        let read = |body: &[u8]| from_json(body, "the reply has no tokens and log-probs at choices[0]", sampled);
+        let read =
+            |body: &[u8]| from_json(body, "the reply has no whole sample with its log-probs at choices[0]", sampled);
         let generate = |server: &Server| {
-            let root = server.base().trim_end_matches("/v1");
+            let root = server.base();
+            let root = root.strip_suffix("/v1").unwrap_or(root);
             server.post(&format!("{root}/inference/v1/generate"), &body, &read)
         };
         let Sampled { ids, logprobs, cut, prompt, versions } = match self.pool.ask(generate, |_| Ok(())) {
@@ -323,6 +341,13 @@ impl Fleet {
             versions.len() <= 1,
             "weights were changed at a server while it sampled (versions {}); nobody else may update them",
             versions.join(", ")
+        );
+        ensure!(
+            ids.len() <= sampling.max_new_tokens && (!cut || ids.len() == sampling.max_new_tokens),
+            "a server stopped after {} of {} tokens, behind a prompt of {}: start it with a --max-model-len of at least rollout.max_tokens",
+            ids.len(),
+            sampling.max_new_tokens,
+            prompt.len()
         );
         self.answers.fetch_add(1, Ordering::Relaxed);
         self.prompt_tokens.fetch_add(prompt.len() as u64, Ordering::Relaxed);
@@ -346,14 +371,15 @@ fn sampled(reply: &Value) -> Option<Sampled> {
     let spans = choice["weight_versions"].as_array().map(Vec::as_slice).unwrap_or_default();
     let mut versions: Vec<String> = spans.iter().map(|span| span["version"].to_string()).collect();
     versions.dedup();
-    (ids_said.len() == logprobs.len()).then_some(())?;
-    Some(Sampled {
-        ids: ids_said,
-        logprobs,
-        cut: choice["finish_reason"] == "length",
-        prompt: ids(&reply["prompt_token_ids"])?,
-        versions,
-    })
+    // Where a number is missing vLLM says -9999; what is aborted may go better another time.
+    let told = |logprob: &f32| (-9000.0..1e-3).contains(logprob);
+    (ids_said.len() == logprobs.len() && logprobs.iter().all(told)).then_some(())?;
+    let cut = match choice["finish_reason"].as_str()? {
+        "length" => true,
+        "stop" => false,
+        _ => return None,
+    };
+    Some(Sampled { ids: ids_said, logprobs, cut, prompt: ids(&reply["prompt_token_ids"])?, versions })
 }
 
 impl Sampler for Fleet {

@@ -88,8 +88,8 @@ impl Pool {
                     if number > self.max_retries || wait.is_some_and(|wait| wait > LONGEST_WAIT) {
                         return Err(Unanswered::Tired { server, attempts: number, why });
                     }
-                    // Where there are others, one of them may be there.
-                    if fault == Fault::Away {
+                    // Where there are others, one of them may be there, or in better health.
+                    if fault == Fault::Away || number > 1 {
                         away += 1;
                     }
                     let pause = backoff(self.first_pause, number, chance()).max(wait.unwrap_or_default());

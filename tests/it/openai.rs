@@ -311,5 +311,6 @@ fn what_cannot_be_asked_is_refused_in_one_line() {
         "[model]\n[data]\ntrain = \"x\"\n[task]\n[train]\n[engine]\nkind = \"openai\"\nurls = [\"http://h/v1\"]\nmodel = \"m\"\n",
         &[],
     );
-    assert!(plan.unwrap().engine.ensure_trains().unwrap_err().is::<BadConfig>());
+    let plan = plan.unwrap();
+    assert!(plan.engine.ensure_trains(&plan.model, 1.0).unwrap_err().is::<BadConfig>());
 }

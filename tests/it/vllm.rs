@@ -50,6 +50,8 @@ enum Kind {
     OtherPictures,
     /// Its weights are changed while it samples.
     Restless,
+    /// Has room for a few tokens less than are asked for.
+    Short,
 }
 
 type Script = dyn Fn(&str, usize) -> Act + Send + Sync;
@@ -196,7 +198,8 @@ impl Shared {
             temperature: params["temperature"].as_f64().unwrap() as f32,
             top_k: params["top_k"].as_u64().map(|k| k as usize),
             top_p: params["top_p"].as_f64().map(|p| p as f32),
-            max_new_tokens: params["max_tokens"].as_u64().unwrap() as usize,
+            max_new_tokens: params["max_tokens"].as_u64().unwrap() as usize
+                - if self.kind == Kind::Short { 7 } else { 0 },
             stop: vec![],
             ignore_end: false,
         };
@@ -319,13 +322,16 @@ fn what_cannot_be_done_is_refused_in_one_line() {
     assert!(error.contains("--enable-scale-out") && error.contains("engine.urls"), "{error}");
     let error = fails(Kind::OtherPictures);
     assert!(error.contains("tokens of a prompt of") && error.contains("picture settings"), "{error}");
+    let error = fails(Kind::Short);
+    assert!(error.contains("after 1 of 8 tokens") && error.contains("--max-model-len"), "{error}");
     let error = fails(Kind::Restless);
     assert!(error.contains("weights were changed at a server while it sampled"), "{error}");
 
     let server = Server::start(&taught(&dir), Kind::Good, |_, _| Act::Good);
     let mut other = on(&[&server], &dir, "other", &[]);
     settings_of(&mut other).adapters = None;
-    let error = other.clone().resolve().unwrap_err();
+    let refused = |plan: &rl::Plan| plan.engine.ensure_trains(&plan.model, plan.rollout.temperature).unwrap_err();
+    let error = refused(&other);
     assert!(error.is::<BadConfig>() && error.to_string().contains("engine.adapters"), "{error}");
     settings_of(&mut other).adapters = Some(dir.join("adapters"));
     let mut nobody = other.clone();
@@ -335,7 +341,11 @@ fn what_cannot_be_done_is_refused_in_one_line() {
     assert!(!nobody.train.out.exists(), "a failed start leaves no folder behind");
     assert_eq!(std::fs::read_dir(dir.join("adapters")).unwrap().count(), 0, "and no adapters");
     other.model.lora = None;
-    assert!(other.clone().resolve().unwrap_err().to_string().contains("[model.lora]"));
+    assert!(refused(&other).to_string().contains("[model.lora]"));
+    // Adapters that vLLM would take and not use.
+    let tower = on(&[&server], &dir, "tower", &["model.freeze=[]", "model.lora.targets=[\"*\"]"]);
+    let error = train(&tower, Start::New).unwrap_err().to_string();
+    assert!(error.contains("which vLLM would load and not use"), "{error}");
 }
 
 fn settings_of(plan: &mut rl::Plan) -> &mut Options {
