@@ -466,6 +466,9 @@ pub fn train(plan: &Plan, start: Start, interrupt: &Interrupt) -> Result<Metrics
         log = log.with_events()?;
     }
     let bar = Progress::start("fine-tuning", "step", done, plan.train.steps);
+    let rescue = |engine: &mut Embedded, head: Option<&(dense::Options, DenseHead)>, done, state: &State, error| {
+        folder.rescue(done, plan.train.keep_checkpoints, state, |to| save(engine, head, to), error)
+    };
     let mut last = Metrics::new();
     for step in done + 1..=plan.train.steps {
         let mut watch = Stopwatch::start();
@@ -494,15 +497,13 @@ pub fn train(plan: &Plan, start: Start, interrupt: &Interrupt) -> Result<Metrics
             update(&mut engine, &examples, step, plan.train.loss, head.as_mut(), &mut metrics)
         });
         if let Err(error) = learnt {
-            let save = |to: &Path| save(&mut engine, head.as_ref(), to);
-            return Err(folder.rescue(step - 1, plan.train.keep_checkpoints, &before_step, save, error));
+            return Err(rescue(&mut engine, head.as_ref(), step - 1, &before_step, error));
         }
         watch.add("update", started.elapsed());
         watch.write(&mut metrics);
         metrics.insert("perf/max_memory_gb".into(), json!(peak_rss() as f64 / 1e9));
         if let Err(error) = log.append(step, &metrics) {
-            let save = |to: &Path| save(&mut engine, head.as_ref(), to);
-            return Err(folder.rescue(step, plan.train.keep_checkpoints, &state, save, error));
+            return Err(rescue(&mut engine, head.as_ref(), step, &state, error));
         }
         let number = |key: &str| metrics.get(key).and_then(|v| v.as_f64()).unwrap_or(f64::NAN);
         bar.step(format!("loss {:.3} · right tokens {:.2}", number("loss"), number("accuracy")));

@@ -68,7 +68,7 @@ dispatch! {
         k: usize,
         cols: usize,
         onto: Onto,
-    ) = multiply_near
+    ) = multiply_body[0]
 }
 dispatch! {
     /// [`multiply`] with a panel that lies in no near cache and is met once: it is asked for before it is needed.
@@ -82,7 +82,7 @@ dispatch! {
         k: usize,
         cols: usize,
         onto: Onto,
-    ) = multiply_ahead
+    ) = multiply_body[AHEAD]
 }
 dispatch! {
     /// [`multiply`] with each of some panels [k, WIDTH]; panel p starts at `p · step` and gives columns from `p · WIDTH` on.
@@ -153,38 +153,6 @@ fn side_by_side<const LEVEL: u8, const R: usize, const P: usize>(
     for (r, acc) in acc.iter().enumerate() {
         out[r * out_stride..][..P * WIDTH].copy_from_slice(acc.as_flattened());
     }
-}
-
-#[inline(always)]
-#[allow(clippy::too_many_arguments)]
-fn multiply_near<const LEVEL: u8>(
-    out: &mut [f32],
-    out_stride: usize,
-    a: Left,
-    panel: &[f32],
-    panel_stride: usize,
-    rows: usize,
-    k: usize,
-    cols: usize,
-    onto: Onto,
-) {
-    multiply_body::<LEVEL, 0>(out, out_stride, a, panel, panel_stride, rows, k, cols, onto);
-}
-
-#[inline(always)]
-#[allow(clippy::too_many_arguments)]
-fn multiply_ahead<const LEVEL: u8>(
-    out: &mut [f32],
-    out_stride: usize,
-    a: Left,
-    panel: &[f32],
-    panel_stride: usize,
-    rows: usize,
-    k: usize,
-    cols: usize,
-    onto: Onto,
-) {
-    multiply_body::<LEVEL, AHEAD>(out, out_stride, a, panel, panel_stride, rows, k, cols, onto);
 }
 
 /// A: rows of the panel that it is asked for before they are needed, 0 for none.

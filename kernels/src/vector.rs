@@ -15,9 +15,10 @@ pub(crate) const WIDE: u8 = 2;
 /// Partial sums that a long sum is split into: element i goes to sum i mod `LANES`.
 pub(crate) const LANES: usize = 16;
 
-/// Defines `fn NAME(args)` that runs `BODY::<LEVEL>(args)` compiled for the best instruction set of this machine.
+/// Defines `fn NAME(args)` that runs `BODY::<LEVEL>(args)` compiled for the best instruction set of this machine; `= BODY[N]` runs
+/// `BODY::<LEVEL, N>(args)`.
 macro_rules! dispatch {
-    ($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident : $ty:ty),* $(,)?) $(-> $ret:ty)? = $body:ident) => {
+    ($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident : $ty:ty),* $(,)?) $(-> $ret:ty)? = $body:ident $([$more:expr])?) => {
         $(#[$meta])*
         #[allow(clippy::too_many_arguments)]
         #[multiversion::multiversion(targets(
@@ -27,11 +28,11 @@ macro_rules! dispatch {
         ))]
         $vis fn $name($($arg: $ty),*) $(-> $ret)? {
             if multiversion::target::target_cfg_f!(target_feature = "avx512f") {
-                $body::<{ $crate::vector::WIDE }>($($arg),*)
+                $body::<{ $crate::vector::WIDE } $(, { $more })?>($($arg),*)
             } else if multiversion::target::target_cfg_f!(any(target_feature = "fma", target_feature = "neon")) {
-                $body::<{ $crate::vector::FUSED }>($($arg),*)
+                $body::<{ $crate::vector::FUSED } $(, { $more })?>($($arg),*)
             } else {
-                $body::<{ $crate::vector::PLAIN }>($($arg),*)
+                $body::<{ $crate::vector::PLAIN } $(, { $more })?>($($arg),*)
             }
         }
     };

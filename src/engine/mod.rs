@@ -5,10 +5,10 @@
 //! never sees an objective: it is asked for log-probs and is handed back one weight per token.
 
 pub mod embedded;
-mod ending;
 pub mod openai;
 mod pngs;
 pub mod recorded;
+mod remote;
 pub mod tinker;
 pub mod vllm;
 

@@ -10,20 +10,20 @@
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::pngs::Pngs;
+use super::remote::one_by_one;
 use super::{Completion, Finish, Frontend, Prompt, Sampler, Sampling};
 use crate::chat::{Content, Message, Part};
 use crate::config::BadConfig;
 use crate::episode::Stream;
-use crate::http::{self, together};
 use crate::openai::{
-    Answer, Attempt, Call, End, Journal, Outcome, Pace, Pool, Server, Unanswered, data_uri, sha256, with_pictures,
+    Answer, Attempt, Call, End, Journal, Outcome, Pool, PoolOptions, Server, Unanswered, data_uri, sha256,
+    with_pictures,
 };
 use crate::progress;
 use crate::run;
@@ -74,25 +74,21 @@ impl Options {
     /// # Errors
     /// What is missing or cannot work, named.
     pub fn validate(&self) -> Result<()> {
-        if self.urls.is_empty() {
-            bail!(BadConfig(
-                "engine.urls is missing; kind = \"openai\" needs it, for instance [\"http://localhost:8000/v1\"]"
-                    .into()
-            ));
+        self.pool().validate()
+    }
+
+    fn pool(&self) -> PoolOptions<'_> {
+        PoolOptions {
+            kind: "openai",
+            urls: &self.urls,
+            model: &self.model,
+            api_key_env: &self.api_key_env,
+            requests_per_minute: self.requests_per_minute,
+            max_in_flight: self.max_in_flight,
+            max_retries: self.max_retries,
+            timeout_s: self.timeout_s,
+            pause_s: self.pause_s,
         }
-        if self.model.trim().is_empty() {
-            bail!(BadConfig("engine.model is missing: the name under which the server knows the model".into()));
-        }
-        if self.max_in_flight == 0 {
-            bail!(BadConfig("engine.max_in_flight is 0; nothing could be asked".into()));
-        }
-        if !(self.timeout_s.is_finite() && self.timeout_s > 0.0 && self.timeout_s < 1e9) {
-            bail!(BadConfig(format!("engine.timeout_s = {}: expected a number above 0", self.timeout_s)));
-        }
-        if !(0.0..1e9).contains(&self.pause_s) {
-            bail!(BadConfig(format!("engine.pause_s = {}: expected a number of seconds, at least 0", self.pause_s)));
-        }
-        Pace::new(self.requests_per_minute).context("engine.requests_per_minute").map(|_| ())
     }
 }
 
@@ -103,17 +99,8 @@ pub struct Served {
     pngs: Pngs,
     pool: Pool,
     journal: Option<Journal>,
-    spent: Spent,
-}
-
-/// What asking took.
-#[derive(Default)]
-struct Spent {
-    answers: AtomicU64,
     /// Answers that were in the record.
     known: AtomicU64,
-    prompt_tokens: AtomicU64,
-    completion_tokens: AtomicU64,
 }
 
 impl Served {
@@ -122,19 +109,13 @@ impl Served {
     /// # Errors
     /// Options that cannot work, a record that cannot be read.
     pub fn open(options: &Options, frontend: Frontend) -> Result<Served> {
-        options.validate()?;
-        let key = http::key_from(&options.api_key_env);
-        let timeout = Duration::from_secs_f64(options.timeout_s);
-        let server = |url: &String| Server::new(url, key.clone(), timeout, ["engine.urls", "engine.api_key_env"]);
-        let servers = options.urls.iter().map(server).collect::<Result<_>>()?;
-        let (pause, pace) = (Duration::from_secs_f64(options.pause_s), Pace::new(options.requests_per_minute)?);
         Ok(Served {
-            pool: Pool::new(servers, options.max_retries, pause, pace),
+            pool: options.pool().open()?,
             journal: options.calls.as_deref().map(Journal::open).transpose()?,
             pngs: Pngs::new(frontend.clone()),
             frontend,
             options: options.clone(),
-            spent: Spent::default(),
+            known: AtomicU64::new(0),
         })
     }
 
@@ -173,7 +154,7 @@ impl Served {
         let (record, pictures) = self.request(stream, sampling, seed)?;
         let digest = sha256(record.to_string().as_bytes());
         if let Some(known) = self.journal.as_ref().and_then(|journal| journal.answer(&digest)) {
-            self.spent.known.fetch_add(1, Ordering::Relaxed);
+            self.known.fetch_add(1, Ordering::Relaxed);
             return Ok(known);
         }
         let body = serde_json::to_vec(&with_pictures(record.clone(), pictures)).context("writing a request as JSON")?;
@@ -211,18 +192,12 @@ impl Served {
 
     fn count(&self, answer: &Answer) {
         let tokens = |key: &str| answer.usage.as_ref().and_then(|usage| usage.get(key)?.as_u64()).unwrap_or(0);
-        self.spent.answers.fetch_add(1, Ordering::Relaxed);
-        self.spent.prompt_tokens.fetch_add(tokens("prompt_tokens"), Ordering::Relaxed);
-        self.spent.completion_tokens.fetch_add(tokens("completion_tokens"), Ordering::Relaxed);
+        self.pool.spent.count(tokens("prompt_tokens"), tokens("completion_tokens"));
     }
 
     fn advice(&self, status: Option<u16>, server: &Server) -> String {
-        let key = &self.options.api_key_env;
         match status {
-            Some(401 | 403) if !server.has_key() => {
-                format!("no key was sent, because the environment variable {key} is not set")
-            }
-            Some(401 | 403) => format!("look at the key in the environment variable {key}"),
+            Some(401 | 403) => server.about_key(&self.options.api_key_env),
             Some(404 | 405) => "look at engine.urls (up to /v1) and engine.model".into(),
             Some(413) => "lower the task's max_pixels".into(),
             Some(300..=399) => "write the address that it points to into engine.urls".into(),
@@ -287,13 +262,9 @@ impl Sampler for Served {
                     .into()
             )
         );
-        let jobs: Vec<(&Stream, u64)> =
-            prompts.iter().flat_map(|prompt| prompt.seeds.iter().map(|&seed| (prompt.stream, seed))).collect();
-        let mut completions = together(&jobs, self.options.max_in_flight, |&(stream, seed)| {
+        one_by_one(prompts, self.options.max_in_flight, |stream, seed| {
             self.completion(&self.answer(stream, sampling, seed)?)
-        })?
-        .into_iter();
-        Ok(prompts.iter().map(|prompt| completions.by_ref().take(prompt.seeds.len()).collect()).collect())
+        })
     }
 
     fn end_step(&mut self) {}
@@ -301,15 +272,11 @@ impl Sampler for Served {
 
 impl Drop for Served {
     fn drop(&mut self) {
-        let Spent { answers, known, prompt_tokens, completion_tokens } = &self.spent;
-        let [answers, known, read, wrote] =
-            [answers, known, prompt_tokens, completion_tokens].map(|count| count.load(Ordering::Relaxed));
-        if answers + known > 0 {
+        let known = self.known.load(Ordering::Relaxed);
+        if self.pool.spent.answers() + known > 0 {
+            let spent = self.pool.spent.told("answers");
             let known = if known > 0 { format!(", {known} more were in the record") } else { String::new() };
-            progress::say(&format!(
-                "{} gave {answers} answers: {read} tokens read and {wrote} written, as the server counts them{known}",
-                self.options.model
-            ));
+            progress::say(&format!("{} gave {spent}, as the server counts them{known}", self.options.model));
         }
     }
 }

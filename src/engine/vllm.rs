@@ -10,22 +10,20 @@
 //! never taken for the trainer's (`samples_exactly`).
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::embedded::Embedded;
-use super::ending::ended;
 use super::pngs::Pngs;
+use super::remote::{ended, one_by_one};
 use super::{Completion, Frontend, Group, Prompt, Sampler, Sampling, Scores, Trainer, Training, Weights, Who};
 use crate::config::BadConfig;
 use crate::episode::Stream;
-use crate::http::{self, together};
 use crate::model::lora;
-use crate::openai::{Pace, Pool, Server, Unanswered, data_uri, from_json, sha256};
+use crate::openai::{Pool, PoolOptions, Server, Unanswered, data_uri, from_json, sha256};
 use crate::progress::say;
 
 /// `[engine]` with `kind = "vllm"`.
@@ -70,24 +68,21 @@ impl Options {
     /// # Errors
     /// What is missing or cannot work, named.
     pub fn validate(&self) -> Result<()> {
-        if self.urls.is_empty() {
-            bail!(BadConfig(
-                "engine.urls is missing; kind = \"vllm\" needs it, for instance [\"http://localhost:8000/v1\"]".into()
-            ));
+        self.pool().validate()
+    }
+
+    fn pool(&self) -> PoolOptions<'_> {
+        PoolOptions {
+            kind: "vllm",
+            urls: &self.urls,
+            model: &self.model,
+            api_key_env: &self.api_key_env,
+            requests_per_minute: None,
+            max_in_flight: self.max_in_flight,
+            max_retries: self.max_retries,
+            timeout_s: self.timeout_s,
+            pause_s: self.pause_s,
         }
-        if self.model.trim().is_empty() {
-            bail!(BadConfig("engine.model is missing: the name under which the servers know the model".into()));
-        }
-        if self.max_in_flight == 0 {
-            bail!(BadConfig("engine.max_in_flight is 0; nothing could be asked".into()));
-        }
-        if !(self.timeout_s.is_finite() && self.timeout_s > 0.0 && self.timeout_s < 1e9) {
-            bail!(BadConfig(format!("engine.timeout_s = {}: expected a number above 0", self.timeout_s)));
-        }
-        if !(0.0..1e9).contains(&self.pause_s) {
-            bail!(BadConfig(format!("engine.pause_s = {}: expected a number of seconds, at least 0", self.pause_s)));
-        }
-        Ok(())
     }
 
     /// # Errors
@@ -115,9 +110,6 @@ pub struct Fleet {
     stops: Vec<u32>,
     banned: Vec<u32>,
     training: Option<Adapters>,
-    answers: AtomicU64,
-    prompt_tokens: AtomicU64,
-    completion_tokens: AtomicU64,
 }
 
 /// Adapters that are trained here and known there.
@@ -152,11 +144,7 @@ impl Fleet {
     /// # Errors
     /// Options that cannot work, a model that cannot be read.
     pub fn open(options: &Options, model: &super::embedded::Options, training: Option<&Training>) -> Result<Fleet> {
-        options.validate()?;
-        let key = http::key_from(&options.api_key_env);
-        let timeout = Duration::from_secs_f64(options.timeout_s);
-        let server = |url: &String| Server::new(url, key.clone(), timeout, ["engine.urls", "engine.api_key_env"]);
-        let servers = options.urls.iter().map(server).collect::<Result<_>>()?;
+        let pool = options.pool().open()?;
         let training = training.map(|training| -> Result<Adapters> {
             options.validate_training(model)?;
             let folder = options.adapters.clone().unwrap_or_default();
@@ -188,16 +176,13 @@ impl Fleet {
         // Rows of the table without a token are as unlikely as they are untrained; the servers' table is not known here.
         let banned = frontend.chat.banned(0);
         Ok(Fleet {
-            pool: Pool::new(servers, options.max_retries, Duration::from_secs_f64(options.pause_s), Pace::new(None)?),
+            pool,
             pngs: Pngs::new(frontend.clone()),
             stops: frontend.chat.special.stops.iter().chain(&banned).copied().collect(),
             banned,
             frontend,
             options: options.clone(),
             training,
-            answers: AtomicU64::new(0),
-            prompt_tokens: AtomicU64::new(0),
-            completion_tokens: AtomicU64::new(0),
         })
     }
 
@@ -260,7 +245,6 @@ impl Fleet {
     }
 
     fn explained(&self, unanswered: Unanswered) -> anyhow::Error {
-        let key = &self.options.api_key_env;
         match unanswered {
             Unanswered::Own(error) => error,
             Unanswered::Tired { server, attempts, why } => {
@@ -269,10 +253,7 @@ impl Fleet {
             Unanswered::Refused { server, status, why } => {
                 let closed = why.to_lowercase().contains("scale-out");
                 let advice = match status.filter(|_| !closed) {
-                    Some(401 | 403) if !server.has_key() => {
-                        format!("no key was sent, because the environment variable {key} is not set")
-                    }
-                    Some(401 | 403) => format!("look at the key in the environment variable {key}"),
+                    Some(401 | 403) => server.about_key(&self.options.api_key_env),
                     None | Some(404 | 405 | 501) => {
                         "look at engine.urls (up to /v1) and engine.model, and start vLLM with --enable-scale-out; for rl also with --enable-lora \
                          and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
@@ -349,9 +330,7 @@ impl Fleet {
             sampling.max_new_tokens,
             prompt.len()
         );
-        self.answers.fetch_add(1, Ordering::Relaxed);
-        self.prompt_tokens.fetch_add(prompt.len() as u64, Ordering::Relaxed);
-        self.completion_tokens.fetch_add(ids.len() as u64, Ordering::Relaxed);
+        self.pool.spent.count(prompt.len() as u64, ids.len() as u64);
         ended(&self.frontend, &self.banned, sampling, (ids, logprobs), cut)
     }
 
@@ -386,12 +365,7 @@ impl Sampler for Fleet {
     fn sample(&mut self, prompts: &[Prompt], sampling: &Sampling) -> Result<Vec<Vec<Completion>>> {
         ensure!(!sampling.ignore_end, "a server cannot be told to go on after an end of turn");
         self.publish()?;
-        let jobs: Vec<(&Stream, u64)> =
-            prompts.iter().flat_map(|prompt| prompt.seeds.iter().map(|&seed| (prompt.stream, seed))).collect();
-        let mut completions =
-            together(&jobs, self.options.max_in_flight, |&(stream, seed)| self.answer(stream, sampling, seed))?
-                .into_iter();
-        Ok(prompts.iter().map(|prompt| completions.by_ref().take(prompt.seeds.len()).collect()).collect())
+        one_by_one(prompts, self.options.max_in_flight, |stream, seed| self.answer(stream, sampling, seed))
     }
 
     fn end_step(&mut self) {
@@ -451,10 +425,8 @@ impl Trainer for Fleet {
 
 impl Drop for Fleet {
     fn drop(&mut self) {
-        let [answers, read, wrote] =
-            [&self.answers, &self.prompt_tokens, &self.completion_tokens].map(|count| count.load(Ordering::Relaxed));
-        if answers > 0 {
-            say(&format!("{} gave {answers} samples: {read} tokens read and {wrote} written", self.options.model));
+        if self.pool.spent.answers() > 0 {
+            say(&format!("{} gave {}", self.options.model, self.pool.spent.told("samples")));
         }
         let loaded = self.training.as_mut().and_then(|adapters| adapters.loaded.take());
         self.take_back(loaded);

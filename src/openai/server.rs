@@ -1,7 +1,7 @@
 //! One call to an OpenAI-compatible server, and when the next may go out.
 //!
 //! It hides HTTP: connections, time limits, status codes, bodies that are cut short or are not what they should be. What must stay
-//! true: whatever a server does ends as an [`Outcome`], never as a panic; what the server asks us to wait is waited by all;
+//! true: whatever a server does ends as an [`Outcome`], never as a panic; what the server asks us to wait is part of it;
 //! the key stands in the request's header and nowhere else, not even where a server repeats it.
 
 use std::sync::{Mutex, PoisonError};
@@ -89,8 +89,12 @@ impl Server {
         format!("{}/chat/completions", self.base)
     }
 
-    pub fn has_key(&self) -> bool {
-        self.key.is_some()
+    /// What to do where the key is refused. `variable`: of the environment, from which it comes.
+    pub fn about_key(&self, variable: &str) -> String {
+        match self.key {
+            Some(_) => format!("look at the key in the environment variable {variable}"),
+            None => format!("no key was sent, because the environment variable {variable} is not set"),
+        }
     }
 
     /// Sends one request for a chat completion and reads the whole reply; with the status, if there was one.
@@ -116,14 +120,14 @@ impl Server {
         let status = response.status();
         let wait = retry_after(response.headers(), SystemTime::now());
         let outcome = match response.body_mut().read_to_vec() {
-            Ok(body) => judge(status, wait, &body, read),
+            Ok(body) => judge(status, wait, &body, self.key.as_deref(), read),
             Err(error) if status.is_success() => {
                 Outcome::Again { why: format!("the body of the reply broke off ({error})"), wait, fault: Fault::Reply }
             }
             // The status says enough.
-            Err(_) => judge(status, wait, b"", read),
+            Err(_) => judge(status, wait, b"", None, read),
         };
-        (Some(status.as_u16()), self.without_key(outcome))
+        (Some(status.as_u16()), outcome)
     }
 
     /// Has something done that nobody waits for: a server that is away is not worth more than a few seconds.
@@ -138,19 +142,9 @@ impl Server {
 
     fn failed<T>(&self, url: &str, error: &ureq::Error) -> Outcome<T> {
         let why = format!("{url} gave no response ({error})");
-        self.without_key(match error {
+        match error {
             ureq::Error::BadUri(_) | ureq::Error::Http(_) | ureq::Error::InvalidProxyUrl => Outcome::Refused(why),
             _ => Outcome::Again { why, wait: None, fault: Fault::Away },
-        })
-    }
-
-    /// Some servers repeat the key that they refuse.
-    fn without_key<T>(&self, outcome: Outcome<T>) -> Outcome<T> {
-        let clean = |why: String| http::without_key(why, self.key.as_deref());
-        match outcome {
-            Outcome::Answer(answer) => Outcome::Answer(answer),
-            Outcome::Again { why, wait, fault } => Outcome::Again { why: clean(why), wait, fault },
-            Outcome::Refused(why) => Outcome::Refused(clean(why)),
         }
     }
 }
@@ -160,15 +154,16 @@ pub(crate) fn data_uri(kind: &str, bytes: &[u8]) -> String {
     format!("data:image/{kind};base64,{}", BASE64.encode(bytes))
 }
 
-/// What a reply means.
-fn judge<T>(status: StatusCode, wait: Option<Duration>, body: &[u8], read: Read<T>) -> Outcome<T> {
+/// What a reply means. Some servers repeat the `key` that they refuse; it goes before words of a body are cut to a length.
+fn judge<T>(status: StatusCode, wait: Option<Duration>, body: &[u8], key: Option<&str>, read: Read<T>) -> Outcome<T> {
+    let clean = || http::without_key(String::from_utf8_lossy(body).into_owned(), key);
     if status.is_success() {
-        return match read(body) {
+        return match read(body).or_else(|_| read(clean().as_bytes())) {
             Ok(answer) => Outcome::Answer(answer),
             Err(why) => Outcome::Again { why, wait, fault: Fault::Reply },
         };
     }
-    let why = match shown(body) {
+    let why = match shown(clean().as_bytes()) {
         text if text.is_empty() => status.to_string(),
         text => format!("{status}: {text}"),
     };
@@ -247,7 +242,7 @@ mod tests {
     const NO_TIME: Duration = Duration::ZERO;
 
     fn judge(status: StatusCode, body: &str) -> Outcome {
-        super::judge(status, None, body.as_bytes(), &completion)
+        super::judge(status, None, body.as_bytes(), None, &completion)
     }
 
     const NAMES: [&str; 2] = ["--url", "--api-key-env"];
@@ -312,10 +307,24 @@ mod tests {
 
     #[test]
     fn a_key_that_a_server_repeats_is_not_passed_on() {
-        let server = Server::new("http://h", Some("sk-secret".into()), NO_TIME, NAMES).unwrap();
-        let refused: Outcome = Outcome::Refused("bad key sk-secret!".into());
-        let Outcome::Refused(why) = server.without_key(refused) else { panic!() };
-        assert_eq!(why, "bad key [key]!");
+        let said = |status: StatusCode, body: &str| match super::judge(
+            status,
+            None,
+            body.as_bytes(),
+            Some("sk-secret"),
+            &completion,
+        ) {
+            Outcome::Answer(answer) => answer.text,
+            Outcome::Again { why, .. } | Outcome::Refused(why) => why,
+        };
+        assert_eq!(said(StatusCode::UNAUTHORIZED, "bad key sk-secret!"), "401 Unauthorized: bad key [key]!");
+        // Also where the words of a server are cut in the middle of it.
+        for before in 180..210 {
+            let body = format!("{}sk-secret", "x".repeat(before));
+            for status in [StatusCode::UNAUTHORIZED, StatusCode::OK] {
+                assert!(!said(status, &body).contains("sk"), "{before}");
+            }
+        }
     }
 
     #[test]

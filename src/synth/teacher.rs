@@ -336,10 +336,7 @@ impl<'a> Endpoint<'a> {
 
     fn advice(&self, status: Option<u16>) -> String {
         match status {
-            Some(401 | 403) if !self.server.has_key() => {
-                format!("no key was sent, because the environment variable {} is not set", self.options.api_key_env)
-            }
-            Some(401 | 403) => format!("look at the key in the environment variable {}", self.options.api_key_env),
+            Some(401 | 403) => self.server.about_key(&self.options.api_key_env),
             Some(404 | 405) => "look at --url (up to /v1) and --model".into(),
             Some(300..=399) => "give the address that it points to as --url".into(),
             Some(413) => "try a smaller --max-pixels".into(),

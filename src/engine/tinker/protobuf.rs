@@ -261,10 +261,7 @@ fn floats(bytes: &[u8], dtype: i32) -> Result<Vec<f32>> {
 /// Bytes that the `tinker` SDK 0.38 wrote (`forward_backward_request_to_proto` and its message classes, deterministic).
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use super::*;
-    use crate::engine::tinker::wire::{Datum, ModelInput, Tensor};
 
     fn bytes(hex: &str) -> Vec<u8> {
         let digits: Vec<u8> = hex.bytes().map(|c| (c as char).to_digit(16).unwrap() as u8).collect();
@@ -278,17 +275,7 @@ mod tests {
             "0000000000000000000000000000001802220102121a0a0777656967687473120f0a0800000000cdccccbd1801220102220d63726f73735f656e74",
             "726f7079"
         );
-        let image = Chunk::Image { data: Arc::new(vec![1, 2, 3]), format: "png", expected_tokens: 4 };
-        let input = ForwardBackwardInput {
-            data: vec![Datum {
-                model_input: ModelInput { chunks: vec![Chunk::EncodedText { tokens: vec![7, 8] }, image] },
-                loss_fn_inputs: BTreeMap::from([
-                    ("target_tokens", Tensor::ids(vec![8, 0])),
-                    ("weights", Tensor::numbers(vec![0.0, -0.1])),
-                ]),
-            }],
-            loss_fn: "cross_entropy",
-        };
+        let input = ForwardBackwardInput::example();
         assert_eq!(request("m", 3, &input, false).unwrap(), bytes(sent));
         assert_eq!(request("m", 3, &input, true).unwrap(), bytes(&format!("{sent}3001")));
     }

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::client::{Failure, Repeat, read, text_of};
 use super::wire::{self, SamplingParams, StopReason};
 use super::{ATTEMPTS, Tinker, as_json, protobuf};
-use crate::engine::ending::ended;
+use crate::engine::remote::ended;
 use crate::engine::{Completion, Prompt, Sampler, Sampling};
 use crate::http::together;
 

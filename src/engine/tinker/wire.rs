@@ -208,14 +208,11 @@ pub fn metric(metrics: &BTreeMap<String, f64>, names: &[&str]) -> Option<f64> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use serde_json::json;
-
-    #[test]
-    fn requests_have_the_fields_of_the_sdk() {
+impl ForwardBackwardInput {
+    /// A sequence of two words and a picture, for tests of how it is written.
+    pub(super) fn example() -> ForwardBackwardInput {
         let image = Chunk::Image { data: Arc::new(vec![1, 2, 3]), format: "png", expected_tokens: 4 };
-        let input = ForwardBackwardInput {
+        ForwardBackwardInput {
             data: vec![Datum {
                 model_input: ModelInput { chunks: vec![Chunk::EncodedText { tokens: vec![7, 8] }, image] },
                 loss_fn_inputs: BTreeMap::from([
@@ -224,7 +221,18 @@ mod tests {
                 ]),
             }],
             loss_fn: "cross_entropy",
-        };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn requests_have_the_fields_of_the_sdk() {
+        let input = ForwardBackwardInput::example();
         let sent = ForwardBackward { model_id: "m", seq_id: 3, forward_backward_input: &input };
         assert_eq!(
             serde_json::to_value(sent).unwrap(),

@@ -1,10 +1,24 @@
-//! Where a sample of a server ends: servers keep other ends of turn than ours, and go on where ours would have stopped.
+//! What the engines that sample on servers have in common: a request for each seed, and where a sample ends.
 
 use anyhow::{Result, bail};
 
-use super::{Completion, Finish, Frontend, Sampling, completes};
+use super::{Completion, Finish, Frontend, Prompt, Sampling, completes};
+use crate::episode::Stream;
+use crate::http::together;
 
-/// A sampled sequence as the loop knows it. `banned`: vision tokens; `cut`: the server stopped at its limit of tokens, not at a token.
+/// A completion for each seed of each prompt, in their order; so many are asked for at once.
+pub(super) fn one_by_one(
+    prompts: &[Prompt],
+    at_once: usize,
+    ask: impl Fn(&Stream, u64) -> Result<Completion> + Sync,
+) -> Result<Vec<Vec<Completion>>> {
+    let jobs: Vec<(&Stream, u64)> =
+        prompts.iter().flat_map(|prompt| prompt.seeds.iter().map(|&seed| (prompt.stream, seed))).collect();
+    let mut completions = together(&jobs, at_once, |&(stream, seed)| ask(stream, seed))?.into_iter();
+    Ok(prompts.iter().map(|prompt| completions.by_ref().take(prompt.seeds.len()).collect()).collect())
+}
+
+/// A sampled sequence as the loop knows it: servers keep other ends of turn than ours, and go on where ours would have stopped. `banned`: vision tokens; `cut`: the server stopped at its limit of tokens, not at a token.
 ///
 /// # Errors
 /// The server stopped at a token and does not give it.
