@@ -6,11 +6,12 @@
 
 use std::ops::Range;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use foveate_kernels::attention::Span;
 
+use crate::engine::{Scores, Weights};
 use crate::episode::{Placed, Stream};
-use crate::model::{Packed, PackedImage, Target, Vlm, positions};
+use crate::model::{Config, Packed, PackedImage, Target, positions};
 
 /// A packed run of groups, and where each stream's numbers stand in it.
 pub struct Batch {
@@ -19,6 +20,48 @@ pub struct Batch {
     pub images: Vec<Placed>,
     /// For each group, for each member: its entries of `packed.targets`.
     pub targets: Vec<Vec<Range<usize>>>,
+}
+
+impl Batch {
+    /// Numbers of the packed targets, by group and member.
+    pub fn split(&self, logprobs: &[f32], entropies: &[f32]) -> Vec<Vec<Scores>> {
+        let scores = |r: &Range<usize>| Scores {
+            logprobs: logprobs[r.clone()].to_vec(),
+            entropies: entropies[r.clone()].to_vec(),
+        };
+        self.targets.iter().map(|group| group.iter().map(scores).collect()).collect()
+    }
+
+    /// Asks for the weight of each target, group by group; `first` is the number of the first. The weights of entropies are empty where
+    /// none are given.
+    ///
+    /// # Errors
+    /// Those of `weigh`, and another number of weights than of targets.
+    pub fn weigh(
+        &self,
+        logprobs: &[f32],
+        entropies: &[f32],
+        first: usize,
+        weigh: &mut dyn FnMut(usize, usize, &Scores) -> Result<Weights>,
+    ) -> Result<(Vec<f32>, Vec<f32>)> {
+        let mut of_logprobs = Vec::with_capacity(logprobs.len());
+        let mut of_entropies = Vec::new();
+        for (g, group) in self.split(logprobs, entropies).iter().enumerate() {
+            for (m, scores) in group.iter().enumerate() {
+                let w = weigh(first + g, m, scores)?;
+                ensure!(
+                    w.logprobs.len() == scores.logprobs.len(),
+                    "{} weights for {} trained tokens",
+                    w.logprobs.len(),
+                    scores.logprobs.len()
+                );
+                of_logprobs.extend_from_slice(&w.logprobs);
+                of_entropies.extend(w.entropies.into_iter().flatten());
+            }
+        }
+        let all = of_entropies.len() == of_logprobs.len();
+        Ok((of_logprobs, if all { of_entropies } else { Vec::new() }))
+    }
 }
 
 /// How many rows of a group are the same for all of its members and sampled by none.
@@ -51,7 +94,7 @@ pub fn rows(streams: &[&Stream]) -> usize {
 }
 
 /// Packs groups of streams that share their prompts.
-pub fn pack(model: &Vlm, groups: &[Vec<&Stream>]) -> Result<Batch> {
+pub fn pack(config: &Config, groups: &[Vec<&Stream>]) -> Result<Batch> {
     let mut packed = Packed::default();
     let mut images = Vec::new();
     let mut targets = Vec::with_capacity(groups.len());
@@ -60,7 +103,7 @@ pub fn pack(model: &Vlm, groups: &[Vec<&Stream>]) -> Result<Batch> {
         let base = packed.ids.len();
         let mut of_group = Vec::with_capacity(group.len());
         for (member, stream) in group.iter().enumerate() {
-            let positions = positions(&stream.ids, &stream.grids(), &model.config)?.axes;
+            let positions = positions(&stream.ids, &stream.grids(), config)?.axes;
             // The first member brings the prompt along.
             let from = if member == 0 { 0 } else { shared };
             let start = packed.ids.len();

@@ -236,7 +236,7 @@ impl Train {
             stream.push_sampled(&decoder.ids(&mut rng, tokens), &vec![0.0; tokens]);
         }
         let groups: Vec<Group> = streams.iter().map(Stream::alone).collect();
-        let packed = batch::pack(&model, &groups)?.packed;
+        let packed = batch::pack(&model.config, &groups)?.packed;
         let slopes = vec![-1.0 / packed.targets.len() as f32; packed.targets.len()];
         let mut times = Vec::new();
         let mut loss = 0.0;

@@ -83,7 +83,7 @@ fn needs(path: &Path, overrides: &[String]) -> Result<Option<Need>> {
         return sft::need(&config::load(path, overrides)?).map(Some);
     }
     let plan = config::load::<rl::Plan>(path, overrides)?.resolve()?;
-    if !plan.engine.trains_here() && held_elsewhere(&plan.engine) {
+    if !plan.engine.has_own_kernels() && held_elsewhere(&plan.engine) {
         return Ok(None);
     }
     let task = plan.task.task(Processor::load(&plan.model.path)?.budget.factor)?;
@@ -93,6 +93,13 @@ fn needs(path: &Path, overrides: &[String]) -> Result<Option<Need>> {
 fn held_elsewhere(engine: &engine::Options) -> bool {
     let server = match engine {
         engine::Options::Embedded {} => return false,
+        engine::Options::Torch(options) => {
+            progress::say(&format!(
+                "LibTorch holds the weights on {}, and its memory is not reckoned; docs/cluster.md has a table",
+                options.device
+            ));
+            return true;
+        }
         engine::Options::Tinker(options) => options.url.clone(),
         engine::Options::Openai(options) => options.urls.join(", "),
         engine::Options::Vllm(options) => options.urls.join(", "),

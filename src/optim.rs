@@ -192,6 +192,21 @@ impl AdamW {
         Ok(AdamW { trained, m: vec![0.0; n], v: vec![0.0; n], step: 0 })
     }
 
+    /// A state that was kept elsewhere.
+    ///
+    /// # Errors
+    /// As [`AdamW::new`], and moments of another number.
+    pub fn of(trained: Vec<Trained>, m: Vec<f32>, v: Vec<f32>, step: u64) -> Result<AdamW> {
+        let n: usize = trained.iter().map(|t| t.range.len()).sum();
+        ensure!(m.len() == n && v.len() == n, "{} and {} moments of {n} trained parameters", m.len(), v.len());
+        Ok(AdamW { m, v, step, ..AdamW::new(trained)? })
+    }
+
+    /// First and second moments of the trained parameters, range after range.
+    pub fn moments(&self) -> (&[f32], &[f32]) {
+        (&self.m, &self.v)
+    }
+
     /// Steps applied so far.
     pub fn steps(&self) -> u64 {
         self.step

@@ -110,7 +110,7 @@ pub fn train(
 ) -> Result<Metrics> {
     let ready = Ready::of(plan)?;
     ensure_possible(&ready.rows, &plan.data.train)?;
-    if plan.engine.trains_here() {
+    if plan.engine.has_own_kernels() {
         need::of_rl(plan, &*ready.task, &ready.rows, true)?.ensure_fits(&plan.model)?;
     }
     let pictures = data::shows_pictures(ready.rows.iter().chain(&ready.held_out));

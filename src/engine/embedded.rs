@@ -15,9 +15,9 @@ use foveate_kernels::pairs;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-mod lane;
+pub(super) mod lane;
 pub mod memory;
-mod tower;
+pub(super) mod tower;
 
 use self::lane::{Lane, READ_AT_ONCE, Unread, Voice};
 use self::tower::{OnFeatures, Tower};
@@ -201,7 +201,7 @@ pub struct Embedded {
 }
 
 /// The optimiser's state in a checkpoint folder.
-const OPTIMIZER: &str = "optimizer.safetensors";
+pub(super) const OPTIMIZER: &str = "optimizer.safetensors";
 
 impl Embedded {
     /// Opens a checkpoint for sampling, and for training if `training` says how.
@@ -305,7 +305,7 @@ impl Embedded {
 
     /// Packs groups and gives every image its features.
     fn prepare(&mut self, groups: &[Group]) -> Result<Batch> {
-        let mut batch = batch::pack(&self.model, groups)?;
+        let mut batch = batch::pack(&self.model.config, groups)?;
         self.give_features(&mut batch)?;
         Ok(batch)
     }
@@ -443,7 +443,7 @@ impl Embedded {
         let mut seen = OnFeatures::default();
         for run in batch::micro_batches(&groups, self.options.micro_batch_tokens) {
             let first = run.start;
-            let mut batch = batch::pack(&self.model, &groups[run.clone()])?;
+            let mut batch = batch::pack(&self.model.config, &groups[run.clone()])?;
             match drawn {
                 true => {
                     for patches in examples[run.clone()].iter().flat_map(|e| &e.drawn) {
@@ -465,7 +465,7 @@ impl Embedded {
             }
             let out = self.model.evaluate(&batch.packed, Head::PLAIN, keep, self.trainable)?;
             let mut weights = Vec::with_capacity(out.logprobs.len());
-            for (g, group) in split(&batch, &out.logprobs, &out.entropies).iter().enumerate() {
+            for (g, group) in batch.split(&out.logprobs, &out.entropies).iter().enumerate() {
                 weights.extend(weigh(first + g, &group[0])?.logprobs);
             }
             hinted -= out.logprobs[spoken..].iter().map(|&l| f64::from(l)).sum::<f64>();
@@ -534,23 +534,10 @@ impl Embedded {
             let batch = self.prepare(&groups[run])?;
             let head = Head { temperature: self.temperature, banned: &self.banned };
             let out = self.model.evaluate(&batch.packed, head, Keep::Nothing, self.trainable)?;
-            all.extend(split(&batch, &out.logprobs, &out.entropies));
+            all.extend(batch.split(&out.logprobs, &out.entropies));
         }
         Ok(all)
     }
-}
-
-fn split(batch: &Batch, logprobs: &[f32], entropies: &[f32]) -> Vec<Vec<Scores>> {
-    batch
-        .targets
-        .iter()
-        .map(|group| {
-            group
-                .iter()
-                .map(|r| Scores { logprobs: logprobs[r.clone()].to_vec(), entropies: entropies[r.clone()].to_vec() })
-                .collect()
-        })
-        .collect()
 }
 
 impl Sampler for Embedded {
@@ -606,30 +593,14 @@ impl Trainer for Embedded {
             let batch = self.prepare(&groups[run])?;
             let head = Head { temperature: self.temperature, banned: &self.banned };
             let out = self.model.evaluate(&batch.packed, head, keep, self.trainable)?;
-            let mut weights = Vec::with_capacity(out.logprobs.len());
-            let mut entropy_weights: Vec<f32> = Vec::new();
-            for (g, group) in split(&batch, &out.logprobs, &out.entropies).iter().enumerate() {
-                for (m, scores) in group.iter().enumerate() {
-                    let w = weigh(first + g, m, scores)?;
-                    ensure!(
-                        w.logprobs.len() == scores.logprobs.len(),
-                        "{} weights for {} trained tokens",
-                        w.logprobs.len(),
-                        scores.logprobs.len()
-                    );
-                    weights.extend_from_slice(&w.logprobs);
-                    if let Some(e) = w.entropies {
-                        entropy_weights.extend_from_slice(&e);
-                    }
-                }
-            }
+            let (weights, entropy_weights) = batch.weigh(&out.logprobs, &out.entropies, first, weigh)?;
             // A step without any signal needs no backward pass.
             if weights.iter().chain(&entropy_weights).all(|w| *w == 0.0) {
                 continue;
             }
             let training = self.training.as_mut().context("the engine was opened for sampling only")?;
             let tape = out.tape.context("the forward pass kept nothing for the backward pass")?;
-            let entropies = (entropy_weights.len() == weights.len()).then_some(entropy_weights.as_slice());
+            let entropies = (!entropy_weights.is_empty()).then_some(entropy_weights.as_slice());
             let slopes = Slopes { logprobs: &weights, entropies, ..Slopes::default() };
             let gradients = &mut training.gradients;
             let dfeatures = self.model.backward(&batch.packed, tape, &slopes, self.trainable, gradients)?;

@@ -10,6 +10,7 @@ mod pngs;
 pub mod recorded;
 mod remote;
 pub mod tinker;
+pub mod torch;
 pub mod vllm;
 
 use std::path::Path;
@@ -32,6 +33,8 @@ use crate::progress;
 pub enum Options {
     /// This program, on this machine; its settings stand in `[model]`.
     Embedded {},
+    /// This program through LibTorch, on a GPU or the CPU; its settings stand in `[model]`.
+    Torch(torch::Options),
     /// A server that speaks the Tinker API.
     Tinker(tinker::Options),
     /// A server of chat completions, which samples and does not train.
@@ -51,9 +54,14 @@ impl Options {
         matches!(self, Options::Embedded {})
     }
 
+    /// Whether this program's own kernels compute: then the memory of a run can be reckoned.
+    pub fn has_own_kernels(&self) -> bool {
+        matches!(self, Options::Embedded {} | Options::Vllm(_))
+    }
+
     /// Whether the weights that are trained are this program's.
     pub fn trains_here(&self) -> bool {
-        matches!(self, Options::Embedded {} | Options::Vllm(_))
+        matches!(self, Options::Embedded {} | Options::Torch(_) | Options::Vllm(_))
     }
 
     /// # Errors
@@ -67,6 +75,7 @@ impl Options {
         }
         match self {
             Options::Embedded {} => return Ok(()),
+            Options::Torch(options) => return options.validate(),
             Options::Openai(options) => return options.validate(),
             Options::Vllm(options) => return options.validate(),
             Options::Tinker(options) => options.validate()?,
@@ -96,7 +105,7 @@ impl Options {
     /// An engine that samples and does not train, or not as the rest of the config asks.
     pub fn ensure_trains(&self, model: &embedded::Options, temperature: f32) -> Result<()> {
         match self {
-            Options::Embedded {} | Options::Tinker(_) => Ok(()),
+            Options::Embedded {} | Options::Torch(_) | Options::Tinker(_) => Ok(()),
             Options::Vllm(options) => {
                 options.validate_training(model)?;
                 if temperature != 1.0 {
@@ -150,6 +159,7 @@ pub fn open(
     Ok(match engine {
         Options::Openai(_) => return Err(only_samples()),
         Options::Embedded {} => Box::new(embedded::Embedded::open(model, Some(training))?),
+        Options::Torch(options) => open_torch(options, model, Some(training))?,
         Options::Vllm(options) => {
             let mut engine = vllm::Fleet::open(options, model, Some(training))?;
             if !resumes {
@@ -167,6 +177,18 @@ pub fn open(
     })
 }
 
+fn open_torch(
+    options: &torch::Options,
+    model: &embedded::Options,
+    training: Option<&Training>,
+) -> Result<Box<dyn Trainer>> {
+    options.validate()?;
+    #[cfg(feature = "torch")]
+    return Ok(Box::new(torch::Torch::open(options, model, training)?));
+    #[cfg(not(feature = "torch"))]
+    unreachable!("without LibTorch no option is valid: {model:?} {training:?}")
+}
+
 /// Opens the engine that a config names, for sampling alone. `pictures`: as in [`Training`].
 ///
 /// # Errors
@@ -182,6 +204,11 @@ pub fn open_sampler(
             progress::say(&engine.about());
             let frontend = engine.frontend.clone();
             (Box::new(engine), frontend)
+        }
+        Options::Torch(options) => {
+            let engine = open_torch(options, model, None)?;
+            let frontend = engine.frontend();
+            (engine, frontend)
         }
         Options::Tinker(options) => {
             let mut engine = tinker::Tinker::open(options, model, None, pictures)?;
@@ -268,6 +295,27 @@ pub struct Completion {
     #[serde(serialize_with = "recorded::numbers_or_null")]
     pub logprobs: Vec<f32>,
     pub finish: Finish,
+}
+
+impl Completion {
+    /// Before the first token.
+    fn empty() -> Completion {
+        Completion { ids: vec![], logprobs: vec![], finish: Finish::Length }
+    }
+
+    /// Takes a token that was drawn, and says whether it ends the turn.
+    fn hear(&mut self, id: u32, logprob: f32, chat: &Chat, sampling: &Sampling) -> Result<bool> {
+        self.ids.push(id);
+        self.logprobs.push(logprob);
+        if chat.special.stops.contains(&id) && !sampling.ignore_end {
+            self.finish = Finish::EndOfTurn;
+        } else if completes(chat, &self.ids, &sampling.stop)? {
+            self.finish = Finish::StopText;
+        } else {
+            return Ok(false);
+        }
+        Ok(true)
+    }
 }
 
 /// Per sampled token of one stream, in order of appearance.

@@ -152,7 +152,7 @@ impl Fleet {
                 std::path::absolute(&folder).with_context(|| format!("engine.adapters = {}", folder.display()))?;
             let began = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
             let trainer = Embedded::open(model, Some(training))?;
-            if let Some(other) = trainer.model.modules().iter().find(|module| !module.name.starts_with("model.layers.")) {
+            if let Some(other) = trainer.model.weights.layout().modules().iter().find(|module| !module.name.starts_with("model.layers.")) {
                 bail!(BadConfig(format!(
                     "model.lora.targets gives {} an adapter, which vLLM would load and not use; with engine.kind = \"vllm\" take \
                      \"model.layers.*\", or add model.freeze = [\"vision\", \"merger\"]",

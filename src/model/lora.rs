@@ -17,7 +17,9 @@ use serde::{Deserialize, Serialize};
 use super::Vlm;
 use super::layout::{Arena, Entry, Group, LORA_A, LORA_B, Layout, Module, Trainable};
 use crate::config::BadConfig;
-pub use peft::{About, about, base_or, home, is_adapter, modules, open, read, read_into, save};
+pub use peft::{
+    About, about, adapters, base_or, home, is_adapter, modules, open, read, read_into, save, save_outgoing,
+};
 
 /// `[model.lora]`: train adapters instead of the model's own weights.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -147,7 +149,7 @@ impl Vlm {
     /// # Errors
     /// Weights that are mapped; an adapter that makes them infinite.
     pub fn merged(mut self) -> Result<Vlm> {
-        let modules = self.modules();
+        let modules = self.weights.layout().modules();
         let Arena { layout, data } = self.weights.arena_mut()?;
         for Module { name, rank, scale } in modules {
             let place = |part: &str| layout.find(&format!("{name}{part}.weight")).map(|entry| entry.range.clone());
@@ -175,16 +177,17 @@ impl Vlm {
         let weights = Arena { layout, data: std::mem::take(data) };
         Ok(Vlm { weights: weights.into(), ..self })
     }
+}
 
+impl Layout {
     /// The maps that have an adapter.
     pub fn modules(&self) -> Vec<Module> {
-        let layout = self.weights.layout();
         let named = |entry: &Entry| Some(entry.name.strip_suffix(&format!(".{LORA_A}.weight"))?.to_owned());
         let of = |entry: &Entry| {
             let name = named(entry)?;
-            Some(Module { rank: entry.shape[0], scale: layout.lora(&name)?.scale, name })
+            Some(Module { rank: entry.shape[0], scale: self.lora(&name)?.scale, name })
         };
-        layout.entries.iter().filter(|entry| entry.adapter).filter_map(of).collect()
+        self.entries.iter().filter(|entry| entry.adapter).filter_map(of).collect()
     }
 }
 
@@ -233,7 +236,7 @@ mod tests {
         let options = Options { rank: 2, alpha: 3.0, targets: vec!["model.layers.0.self_attn.k_proj".into()] };
         let modules = options.modules(model.weights.layout(), Trainable::ALL).unwrap();
         model.adapt(&modules, 1).unwrap();
-        assert_eq!(model.modules(), modules);
+        assert_eq!(model.weights.layout().modules(), modules);
         let first = model.clone().merged().unwrap();
         assert_eq!(first.weights.arena().unwrap().data, plain.weights.arena().unwrap().data);
 

@@ -77,7 +77,7 @@ pub struct TextTape {
 }
 
 impl TextConfig {
-    pub(super) fn dims(&self) -> Dims {
+    pub(crate) fn dims(&self) -> Dims {
         Dims {
             hidden: self.hidden,
             heads: self.heads,
@@ -89,7 +89,7 @@ impl TextConfig {
     }
 
     /// Rotation angles of some rows.
-    pub(super) fn rotation(&self, positions: [&[i32]; 3]) -> Table {
+    pub(crate) fn rotation(&self, positions: [&[i32]; 3]) -> Table {
         rope::mrope(positions, self.head_dim(), self.theta, self.sections)
     }
 }

@@ -63,7 +63,7 @@ pub fn windows(grids: &[Grid], config: &VisionConfig) -> Windows {
 }
 
 /// Row and column of every patch, in sorted order. The four patches of a merged token stay neighbours.
-fn coordinates(grids: &[Grid], order: &[usize], merge: usize) -> Vec<(u32, u32)> {
+pub(crate) fn coordinates(grids: &[Grid], order: &[usize], merge: usize) -> Vec<(u32, u32)> {
     let m = merge as u32;
     let mut tokens = Vec::with_capacity(order.len());
     for grid in grids {
@@ -107,7 +107,7 @@ pub struct VisionTape {
 }
 
 impl VisionConfig {
-    fn dims(&self) -> Dims {
+    pub(crate) fn dims(&self) -> Dims {
         Dims {
             hidden: self.hidden,
             heads: self.heads,

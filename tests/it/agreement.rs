@@ -17,25 +17,21 @@ use foveate::tasks::crop::Crop;
 
 use crate::tiny;
 
-const TEMPERATURE: f32 = 0.8;
+pub const TEMPERATURE: f32 = 0.8;
 
-fn engine(model: &Vlm, change: impl FnOnce(&mut Options)) -> Embedded {
+pub fn engine(model: &Vlm, change: impl FnOnce(&mut Options)) -> Embedded {
     let mut options = Options { path: tiny::nano(), ..Options::default() };
     change(&mut options);
-    let training = Training {
-        optim: Optim::default(),
-        steps: 10,
-        temperature: TEMPERATURE,
-        reference: true,
-        pictures: true,
-        seed: 0,
-    };
-    Embedded::with_model(model.clone(), &options, Some(&training)).unwrap()
+    Embedded::with_model(model.clone(), &options, Some(&training())).unwrap()
+}
+
+pub fn training() -> Training {
+    Training { optim: Optim::default(), steps: 10, temperature: TEMPERATURE, reference: true, pictures: true, seed: 0 }
 }
 
 /// Two groups of three two-turn conversations, each with a picture a turn.
-fn play(engine: &mut Embedded, samples: &[Sample]) -> Vec<Episode> {
-    let frontend = engine.frontend.clone();
+pub fn play(engine: &mut dyn Trainer, samples: &[Sample]) -> Vec<Episode> {
+    let frontend = engine.frontend();
     let task = Crop::new(tiny::task(), frontend.processor.budget.factor).unwrap();
     let options = rollout::Options {
         temperature: TEMPERATURE,
@@ -45,14 +41,14 @@ fn play(engine: &mut Embedded, samples: &[Sample]) -> Vec<Episode> {
     };
     let stage = Stage { task: &task, frontend: &frontend, options: &options };
     let numbered: Vec<(u64, &Sample)> = samples.iter().enumerate().map(|(i, s)| (i as u64, s)).collect();
-    rollout::play(&stage, engine, &numbered, 3, 7, 1).unwrap()
+    rollout::play(&stage, &mut *engine, &numbered, 3, 7, 1).unwrap()
 }
 
-fn samples(dir: &Path) -> Vec<Sample> {
+pub fn samples(dir: &Path) -> Vec<Sample> {
     data::read(&tiny::rows(dir, 2)).unwrap()
 }
 
-fn groups(episodes: &[Episode]) -> Vec<Group<'_>> {
+pub fn groups(episodes: &[Episode]) -> Vec<Group<'_>> {
     episodes.chunks(3).map(|g| g.iter().map(|e| &e.stream).collect()).collect()
 }
 
@@ -60,19 +56,19 @@ fn alone(episodes: &[Episode]) -> Vec<Group<'_>> {
     episodes.iter().map(|e| e.stream.alone()).collect()
 }
 
-fn sampled(episode: &Episode) -> Vec<f32> {
+pub fn sampled(episode: &Episode) -> Vec<f32> {
     let s = &episode.stream;
     s.logprobs.iter().zip(&s.sampled).filter(|(_, t)| **t).map(|(l, _)| *l).collect()
 }
 
 /// A different weight for each token, of both signs, that depends on the stream and not on how it was packed.
-fn weights(scores: &Scores) -> Weights {
+pub fn weights(scores: &Scores) -> Weights {
     let weight = |(k, l): (usize, &f32)| (l * 3.0).sin() + 0.1 * (k as f32 - 2.0);
     let logprobs: Vec<f32> = scores.logprobs.iter().enumerate().map(weight).collect();
     Weights { entropies: Some(logprobs.iter().map(|w| 0.3 * w).collect()), logprobs }
 }
 
-fn gradient(engine: &mut Embedded, groups: &[Group]) -> Vec<f32> {
+pub fn gradient(engine: &mut Embedded, groups: &[Group]) -> Vec<f32> {
     engine.accumulate(groups, &mut |_, _, scores| Ok(weights(scores))).unwrap();
     let gradient = engine.gradients().unwrap().data.clone();
     assert!(gradient.iter().any(|g| g.abs() > 1e-3), "a gradient of nothing proves nothing");
@@ -82,7 +78,7 @@ fn gradient(engine: &mut Embedded, groups: &[Group]) -> Vec<f32> {
 }
 
 /// Largest difference within each tensor, relative to that tensor's largest entry of `a`, and the worst tensor's name.
-fn apart(model: &Vlm, a: &[f32], b: &[f32]) -> (f32, String) {
+pub fn apart(model: &Vlm, a: &[f32], b: &[f32]) -> (f32, String) {
     let mut worst = (0.0, String::new());
     for e in &model.weights.layout().entries {
         let (a, b) = (&a[e.range.clone()], &b[e.range.clone()]);

@@ -15,4 +15,6 @@ mod served;
 mod teacher;
 mod tinker;
 mod tiny;
+#[cfg(feature = "torch")]
+mod torch;
 mod vllm;

@@ -14,7 +14,7 @@ use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
 use crate::chat::Chat;
-use crate::engine::{Completion, Finish, Prompt, Sampling, completes};
+use crate::engine::{Completion, Prompt, Sampling};
 use crate::model::generate::{Cache, Extension, SequenceId};
 use crate::model::{self, Vlm};
 
@@ -89,7 +89,7 @@ impl Lane {
             let drawn: Vec<(u32, f32)> =
                 logits.par_chunks_mut(v).zip(us).map(|(row, u)| draw(row, sampling, u)).collect();
             for (&s, &(id, logprob)) in active.iter().zip(&drawn) {
-                speakers[s].hear(id, logprob, voice)?;
+                speakers[s].done = speakers[s].out.hear(id, logprob, voice.chat, sampling)?;
                 heard(id)?;
             }
             // The last token of a turn is not in the cache yet: it is read at the start of the next turn, if there is one.
@@ -180,7 +180,7 @@ impl Lane {
                     sequence,
                     next_position: positions.next,
                     rng: ChaCha8Rng::seed_from_u64(seed),
-                    out: Completion { ids: vec![], logprobs: vec![], finish: Finish::Length },
+                    out: Completion::empty(),
                     done: false,
                 });
             }
@@ -189,21 +189,8 @@ impl Lane {
     }
 }
 
-impl Speaker {
-    /// Takes a token that was drawn, and knows whether it ends the turn.
-    fn hear(&mut self, id: u32, logprob: f32, voice: &Voice) -> Result<()> {
-        self.out.ids.push(id);
-        self.out.logprobs.push(logprob);
-        if voice.chat.special.stops.contains(&id) && !voice.sampling.ignore_end {
-            (self.out.finish, self.done) = (Finish::EndOfTurn, true);
-        } else if completes(voice.chat, &self.out.ids, &voice.sampling.stop)? {
-            (self.out.finish, self.done) = (Finish::StopText, true);
-        }
-        Ok(())
-    }
-}
-
-fn draw(row: &mut [f32], sampling: &Sampling, u: f64) -> (u32, f32) {
+/// A token and its log-prob by the logits of a row.
+pub fn draw(row: &mut [f32], sampling: &Sampling, u: f64) -> (u32, f32) {
     if sampling.temperature <= 0.0 {
         return sample::greedy(row);
     }

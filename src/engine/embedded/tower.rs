@@ -126,12 +126,12 @@ impl Tower {
         // Views whose features had to make way have their pass already.
         let (again, new) = missing.into_iter().partition(|v| self.passed.contains(&key(v)));
         for views in runs(again) {
-            let (patches, grids) = self.patches(&views)?;
+            let (patches, grids) = patches(&self.pictures, &self.processor, &views)?;
             let (features, _) = model.look(&patches, &grids, Keep::Nothing)?;
             self.remember(model, &views, &grids, &features);
         }
         for views in runs(new) {
-            let (patches, grids) = self.patches(&views)?;
+            let (patches, grids) = patches(&self.pictures, &self.processor, &views)?;
             let rows = grids.iter().map(|g| g.patches() as u64).sum::<u64>();
             let fits = |keep: &Keep| self.held + rows * self.memory.of_patch(*keep) <= self.budget;
             let keep = self.keep.iter().copied().find(fits).unwrap_or(Keep::Nothing);
@@ -180,7 +180,7 @@ impl Tower {
             let (patches, tape) = match kept {
                 Some(kept) => kept,
                 None => {
-                    let (patches, _) = self.patches(&views)?;
+                    let (patches, _) = patches(&self.pictures, &self.processor, &views)?;
                     let most = self.keep.first().copied().unwrap_or(Keep::Nothing);
                     let (_, tape) = model.look(&patches, &grids, most)?;
                     (patches, tape.context("a pass over the tower kept nothing")?)
@@ -194,25 +194,25 @@ impl Tower {
     fn values(&self, grid: Grid, model: &Vlm) -> usize {
         grid.tokens(self.processor.merge) * model.config.text.hidden
     }
+}
 
-    /// Patches of some views, cut from the original pictures.
-    fn patches(&self, views: &[Placed]) -> Result<(Vec<f32>, Vec<Grid>)> {
-        let grids: Vec<Grid> = views.iter().map(|v| self.processor.grid(v.view.size)).collect();
-        let values = |grid: &Grid| grid.patches() * self.processor.patch_len();
-        let mut all = vec![0.0; grids.iter().map(values).sum()];
-        let mut rest = &mut all[..];
-        let places = grids.iter().map(|grid| {
-            let (mine, others) = std::mem::take(&mut rest).split_at_mut(values(grid));
-            rest = others;
-            mine
-        });
-        let work: Vec<(&Placed, &mut [f32])> = views.iter().zip(places).collect();
-        work.into_par_iter().try_for_each(|(placed, place)| {
-            let picture = self.pictures.get(&placed.path)?;
-            image::cut(place, &image::show(&picture, &placed.view)?, &self.processor)
-        })?;
-        Ok((all, grids))
-    }
+/// Patches of some views, cut from the original pictures.
+pub fn patches(pictures: &PictureCache, processor: &Processor, views: &[Placed]) -> Result<(Vec<f32>, Vec<Grid>)> {
+    let grids: Vec<Grid> = views.iter().map(|v| processor.grid(v.view.size)).collect();
+    let values = |grid: &Grid| grid.patches() * processor.patch_len();
+    let mut all = vec![0.0; grids.iter().map(values).sum()];
+    let mut rest = &mut all[..];
+    let places = grids.iter().map(|grid| {
+        let (mine, others) = std::mem::take(&mut rest).split_at_mut(values(grid));
+        rest = others;
+        mine
+    });
+    let work: Vec<(&Placed, &mut [f32])> = views.iter().zip(places).collect();
+    work.into_par_iter().try_for_each(|(placed, place)| {
+        let picture = pictures.get(&placed.path)?;
+        image::cut(place, &image::show(&picture, &placed.view)?, processor)
+    })?;
+    Ok((all, grids))
 }
 
 /// What may be kept of a pass where this much is wanted, the most first.
@@ -225,7 +225,7 @@ pub(super) fn choices(wanted: Keep) -> &'static [Keep] {
 }
 
 /// Cuts views into passes of at most [`PATCHES_AT_ONCE`] patches.
-pub(super) fn runs(views: Vec<Placed>) -> Vec<Vec<Placed>> {
+pub fn runs(views: Vec<Placed>) -> Vec<Vec<Placed>> {
     let mut runs: Vec<Vec<Placed>> = Vec::new();
     let mut filled = 0;
     for view in views {

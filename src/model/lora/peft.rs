@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -16,7 +17,7 @@ use super::{Options, maps};
 use crate::config::BadConfig;
 use crate::model::checkpoint::{self, published_name};
 use crate::model::layout::{Arena, Entry, LORA_A, LORA_B, Layout, Module, Trainable};
-use crate::model::weights::{copy_companions, in_place, write_json};
+use crate::model::weights::{Outgoing, copy_companions, in_place, write_json};
 use crate::model::{Config, Vlm};
 
 const CONFIG: &str = "adapter_config.json";
@@ -72,6 +73,9 @@ fn read_config(path: &Path) -> Result<Map<String, Value>> {
         other => bail!("expected a JSON object, found {other}: {}", path.display()),
     }
 }
+
+/// Matrices by their places in a layout.
+type Placed = Vec<(Range<usize>, Vec<f32>)>;
 
 /// An adapter's folder, read.
 struct Adapter {
@@ -183,11 +187,16 @@ impl Adapter {
         Ok(())
     }
 
-    fn fill(&self, arena: &mut Arena) {
-        for entry in arena.layout.entries.iter().filter(|entry| entry.adapter) {
-            if let Some((_, values)) = self.tensors.get(&entry.name) {
-                arena.data[entry.range.clone()].copy_from_slice(values);
-            }
+    /// The values of each matrix, by its place in the layout.
+    fn placed(self, layout: &Layout) -> Placed {
+        let mut tensors = self.tensors;
+        let entries = layout.entries.iter().filter(|entry| entry.adapter);
+        entries.filter_map(|entry| Some((entry.range.clone(), tensors.remove(&entry.name)?.1))).collect()
+    }
+
+    fn fill(self, arena: &mut Arena) {
+        for (place, values) in self.placed(&arena.layout) {
+            arena.data[place].copy_from_slice(&values);
         }
     }
 }
@@ -341,14 +350,27 @@ impl std::fmt::Display for About {
 /// # Errors
 /// An adapter of other maps, widths or scales.
 pub fn read_into(model: &mut Vlm, dir: &Path) -> Result<()> {
-    let adapter = Adapter::read(dir, &Layout::new(&model.config))?;
+    let adapter = fitting(dir, &model.config, model.weights.layout())?;
+    adapter.fill(model.weights.arena_mut()?);
+    Ok(())
+}
+
+/// The matrices of a checkpoint's adapter by their places in a layout that has the same one.
+///
+/// # Errors
+/// As [`read_into`].
+pub fn adapters(dir: &Path, config: &Config, layout: &Layout) -> Result<Placed> {
+    Ok(fitting(dir, config, layout)?.placed(layout))
+}
+
+fn fitting(dir: &Path, config: &Config, layout: &Layout) -> Result<Adapter> {
+    let adapter = Adapter::read(dir, &Layout::new(config))?;
     ensure!(
-        adapter.modules == model.modules(),
+        adapter.modules == layout.modules(),
         "the checkpoint's adapter is not the one that model.lora describes; write its rank, alpha and targets into the config: {}",
         dir.display()
     );
-    adapter.fill(model.weights.arena_mut()?);
-    Ok(())
+    Ok(adapter)
 }
 
 /// Writes a model's adapter as PEFT does, with the config, tokenizer and picture settings of the model. `opened` is the folder that the
@@ -357,11 +379,18 @@ pub fn read_into(model: &mut Vlm, dir: &Path) -> Result<()> {
 /// # Errors
 /// What cannot be written.
 pub fn save(model: &Vlm, dir: &Path, opened: &Path) -> Result<()> {
+    let layout = model.weights.layout();
+    let values = |entry: &Entry| model.weights.values().matrix(&entry.range).wide();
+    save_outgoing(&Outgoing { config: &model.config, layout, values: &values }, dir, opened)
+}
+
+/// The same of a model that may be nowhere whole.
+pub fn save_outgoing(model: &Outgoing, dir: &Path, opened: &Path) -> Result<()> {
     fs::create_dir_all(dir).with_context(|| format!("creating the adapter's folder {}", dir.display()))?;
-    let Arena { layout, data } = model.weights.arena()?;
+    let layout = model.layout;
     let mut tensors: Vec<(String, &Entry, Vec<u8>)> = Vec::new();
     for entry in layout.entries.iter().filter(|entry| entry.adapter) {
-        let bytes = data[entry.range.clone()].iter().flat_map(|w| w.to_le_bytes()).collect();
+        let bytes = (model.values)(entry).iter().flat_map(|w| w.to_le_bytes()).collect();
         tensors.push((format!("{PREFIX}{}", transformers_name(&entry.name)), entry, bytes));
     }
     in_place(&dir.join(WEIGHTS), |path| {
@@ -374,7 +403,7 @@ pub fn save(model: &Vlm, dir: &Path, opened: &Path) -> Result<()> {
         let about = [("format".to_owned(), "pt".to_owned())].into();
         safetensors::serialize_to_file(views, Some(about), path).map_err(|e| anyhow::anyhow!("{e}"))
     })?;
-    let modules = model.modules();
+    let modules = layout.modules();
     let first = modules.first().context("the model has no adapter")?;
     let base = base_or(opened)?;
     let base = std::path::absolute(&base).with_context(|| format!("finding {}", base.display()))?;

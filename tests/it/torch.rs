@@ -1,0 +1,193 @@
+//! The engine on LibTorch beside the embedded one: two programs that share weights, words and packing, and no arithmetic.
+
+use std::path::{Path, PathBuf};
+
+use foveate::engine::embedded::{Embedded, Options};
+use foveate::engine::torch::{self, Torch};
+use foveate::engine::{Prompt, Sampler, Sampling, Trainer, Who};
+use foveate::model::layout::Layout;
+use foveate::model::{Dtype, Vlm, lora};
+
+use crate::agreement::{apart, engine, gradient, groups, play, sampled, samples, training, weights};
+use crate::tiny;
+
+fn on_cpu() -> torch::Options {
+    torch::Options { device: "cpu".into() }
+}
+
+/// The random model as a checkpoint with the processor of the bundled one.
+fn saved(dir: &Path) -> PathBuf {
+    let path = dir.join("plain");
+    tiny::model(5).save(&path, Dtype::F32, Some(&tiny::nano())).unwrap();
+    path
+}
+
+fn opened(options: &Options) -> Torch {
+    Torch::open(&on_cpu(), options, Some(&training())).unwrap()
+}
+
+/// All gradients, in the places of the layout.
+fn all(engine: &Torch, layout: &Layout) -> Vec<f32> {
+    let mut gradients = vec![0.0; layout.len];
+    for entry in &layout.entries {
+        if let Some(gradient) = engine.gradient(&entry.name) {
+            gradients[entry.range.clone()].copy_from_slice(&gradient);
+        }
+    }
+    gradients
+}
+
+/// f32 sums in other orders, through four blocks (measured: 4e-6).
+const CLOSE: f32 = 5e-5;
+
+#[test]
+fn log_probs_and_gradients_are_those_of_the_embedded_engine() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = saved(dir.path());
+    let samples = samples(dir.path());
+    let model = tiny::model(5);
+    let mut plain = engine(&model, |_| ());
+    let episodes = play(&mut plain, &samples);
+    assert!(episodes.iter().filter(|e| e.stream.images.len() == 2).count() >= 4, "second pictures are part of it");
+    let scored = plain.logprobs(&groups(&episodes), Who::Policy).unwrap();
+    let whole = gradient(&mut plain, &groups(&episodes));
+    let tower = || vec!["vision".to_owned(), "merger".to_owned()];
+    for (freeze, recompute, rows) in [
+        (vec![], false, 8192),
+        (vec![], true, 8192),
+        (vec![], false, 1),
+        (tower(), true, 8192),
+        (vec!["embeddings".to_owned(), "text".to_owned()], false, 8192),
+    ] {
+        let named = format!("{freeze:?} {recompute} {rows}");
+        let options = Options { path: path.clone(), freeze, recompute, micro_batch_tokens: rows, ..Options::default() };
+        let mut other = opened(&options);
+        let theirs = other.logprobs(&groups(&episodes), Who::Policy).unwrap();
+        for (a, b) in scored.iter().flatten().zip(theirs.iter().flatten()) {
+            for (a, b) in a.logprobs.iter().zip(&b.logprobs).chain(a.entropies.iter().zip(&b.entropies)) {
+                assert!((a - b).abs() < 2e-4, "{named}: {a} and {b}");
+            }
+        }
+        other.accumulate(&groups(&episodes), &mut |_, _, scores| Ok(weights(scores))).unwrap();
+        let layout = model.weights.layout();
+        let mut expected = whole.clone();
+        for entry in layout.entries.iter().filter(|e| !options.trainable().unwrap().trains(e)) {
+            expected[entry.range.clone()].fill(0.0);
+        }
+        let (far, name) = apart(&model, &expected, &all(&other, layout));
+        println!("{named}: {far:.1e} in {name}");
+        assert!(far < CLOSE, "{named}: {far:e} in {name}");
+    }
+}
+
+#[test]
+fn it_says_what_the_embedded_engine_says() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = Options { path: saved(dir.path()), ..Options::default() };
+    let samples = samples(dir.path());
+    let mut ours = engine(&tiny::model(5), |_| ());
+    let mut theirs = opened(&options);
+    // Two turns with a crop each, drawn by the same seeds: the same tokens, unless a number of one in millions lies between two of them.
+    let (a, b) = (play(&mut ours, &samples), play(&mut theirs, &samples));
+    assert!(a.iter().filter(|e| e.stream.images.len() == 2).count() >= 4);
+    for (a, b) in a.iter().zip(&b) {
+        assert_eq!(a.stream.ids, b.stream.ids);
+        for (a, b) in sampled(a).iter().zip(sampled(b)) {
+            assert!((a - b).abs() < 2e-4, "{a} and {b}");
+        }
+    }
+    // What was said is what is scored.
+    let scored = theirs.logprobs(&groups(&b), Who::Policy).unwrap();
+    for (episode, scores) in b.iter().zip(scored.iter().flatten()) {
+        for (a, b) in sampled(episode).iter().zip(&scores.logprobs) {
+            assert!((a - b).abs() < 2e-4, "{a} and {b}");
+        }
+    }
+    // Greedy, and cut to the likeliest.
+    let streams: Vec<_> = a.iter().map(|e| &e.stream).take(2).collect();
+    for (temperature, top_k, top_p) in [(0.0, None, None), (1.0, Some(3), None), (1.0, None, Some(0.5))] {
+        let sampling = Sampling { temperature, top_k, top_p, max_new_tokens: 12, stop: Vec::new(), ignore_end: true };
+        let prompts: Vec<Prompt> = streams
+            .iter()
+            .enumerate()
+            .map(|(i, stream)| Prompt {
+                session: 100 * i as u64,
+                stream,
+                seeds: if i == 0 { &[1, 2, 3] } else { &[4] },
+            })
+            .collect();
+        ours.end_step();
+        theirs.end_step();
+        let [a, b] = [&mut ours as &mut dyn Sampler, &mut theirs].map(|e| e.sample(&prompts, &sampling).unwrap());
+        let ids =
+            |all: &[Vec<foveate::engine::Completion>]| all.iter().flatten().map(|c| c.ids.clone()).collect::<Vec<_>>();
+        assert_eq!(ids(&a), ids(&b), "{temperature} {top_k:?} {top_p:?}");
+        assert!(ids(&a).iter().all(|ids| ids.len() == 12));
+    }
+}
+
+/// The reference stays behind, and checkpoints of either engine go on in the other.
+#[test]
+fn steps_and_checkpoints_are_those_of_the_embedded_engine() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = saved(dir.path());
+    let samples = samples(dir.path());
+    let adapters =
+        lora::Options { rank: 3, alpha: 6.0, targets: vec!["model.layers.*".into(), "visual.merger.*".into()] };
+    for lora in [None, Some(adapters)] {
+        let options = Options { path: path.clone(), lora, ..Options::default() };
+        let mut ours = Embedded::open(&options, Some(&training())).unwrap();
+        let mut theirs = opened(&options);
+        let episodes = play(&mut ours, &samples);
+        let before = theirs.logprobs(&groups(&episodes), Who::Policy).unwrap();
+        let learn = |engine: &mut dyn Trainer| {
+            engine.accumulate(&groups(&episodes), &mut |_, _, scores| Ok(weights(scores))).unwrap();
+            engine.step(3e-3).unwrap()
+        };
+        for _ in 0..2 {
+            let (a, b) = (learn(&mut ours), learn(&mut theirs));
+            assert!((a / b - 1.0).abs() < 1e-4, "{a} and {b}");
+        }
+        assert_eq!(theirs.updates(), 2);
+        let reference = theirs.logprobs(&groups(&episodes), Who::Reference).unwrap();
+        let policy = theirs.logprobs(&groups(&episodes), Who::Policy).unwrap();
+        assert_eq!(reference[0][0].logprobs, before[0][0].logprobs);
+        assert_ne!(policy[0][0].logprobs, before[0][0].logprobs);
+
+        let (a, b) = (dir.path().join("a"), dir.path().join("b"));
+        ours.save(&a).unwrap();
+        theirs.save(&b).unwrap();
+        let read = |dir: &Path| match lora::is_adapter(dir) {
+            true => lora::read(dir).unwrap(),
+            false => Vlm::load(dir).unwrap(),
+        };
+        let (x, y) = (read(&a), read(&b));
+        let [x, y] = [&x, &y].map(|model| model.weights.arena().unwrap());
+        for entry in &x.layout.entries {
+            for (x, y) in x.data[entry.range.clone()].iter().zip(&y.data[entry.range.clone()]) {
+                // A step moves a number by 3e-3, in the direction of its gradient's sign where that is not noise.
+                assert!((x - y).abs() < 5e-4, "{}: {x} and {y}", entry.name);
+            }
+        }
+        // Each goes on from the other's checkpoint, and they stay together.
+        ours.load(&b).unwrap();
+        theirs.load(&a).unwrap();
+        assert_eq!((ours.updates(), theirs.updates()), (2, 2));
+        let (a, b) = (learn(&mut ours), learn(&mut theirs));
+        assert!((a / b - 1.0).abs() < 1e-2, "{a} and {b}");
+        for name in ["a", "b"] {
+            std::fs::remove_dir_all(dir.path().join(name)).unwrap();
+        }
+    }
+}
+
+#[test]
+fn what_it_cannot_do_is_said() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = Options { path: saved(dir.path()), ..Options::default() };
+    let on = |device: &str| Torch::open(&torch::Options { device: device.into() }, &options, None).map(drop);
+    let said = on("gpu").unwrap_err().to_string();
+    assert!(said.contains("engine.device") && said.contains("cuda:N"), "{said}");
+    let said = on("cuda:63").unwrap_err().to_string();
+    assert!(said.contains("CUDA devices here") && said.contains("\"cpu\""), "{said}");
+}
