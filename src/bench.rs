@@ -20,14 +20,14 @@ use foveate_kernels::sample;
 use crate::batch;
 use crate::chat::{Message, Part};
 use crate::config::BadConfig;
-use crate::engine::embedded::{Embedded, Options};
-use crate::engine::{Group, Prompt, Sampler, Sampling, Trainer, Training, Weights, Who};
+use crate::engine::embedded::{Options, memory};
+use crate::engine::{self, Frontend, Group, Prompt, Sampling, Trainer, Training, Weights, Who};
 use crate::episode::Stream;
 use crate::geometry::{BBox, Budget, View};
 use crate::image::bench_image;
 use crate::model::block::Keep;
 use crate::model::generate::{Cache, Extension, SequenceId};
-use crate::model::{Gradients, Head, Slopes, Trainable, Vlm, presets};
+use crate::model::{Config, Gradients, Head, Layout, Slopes, Trainable, Vlm, lora, presets};
 use crate::need::{Need, PROGRAM};
 use crate::objective::{Advantage, Objective, Sequence};
 use crate::optim::{AdamW, Optim, Trained};
@@ -90,6 +90,24 @@ pub struct Step {
     /// What products with the weights are computed in
     #[arg(long, value_enum, default_value = "float32")]
     dtype: DtypeName,
+    /// Train adapters of this rank instead of the model's own weights
+    #[arg(long)]
+    lora_rank: Option<usize>,
+    /// Leave the vision tower as it is
+    #[arg(long)]
+    freeze_vision: bool,
+    /// Compute with LibTorch on this device (cpu, cuda, cuda:N) instead of the embedded engine
+    #[arg(long)]
+    device: Option<String>,
+}
+
+impl Step {
+    fn name(&self) -> String {
+        match &self.device {
+            Some(device) => format!("foveate on LibTorch, {device}"),
+            None => "foveate".into(),
+        }
+    }
 }
 
 /// As the peer names them.
@@ -340,7 +358,13 @@ fn read_rows(path: &Path) -> Result<Vec<Row>> {
 
 /// A model, its rows and its fixed lengths.
 struct Rig {
-    engine: Embedded,
+    engine: Box<dyn Trainer>,
+    frontend: Frontend,
+    config: Config,
+    layout: Arc<Layout>,
+    trainable: Trainable,
+    options: Options,
+    training: Training,
     rows: Vec<Row>,
     budget: Budget,
     crop_budget: Budget,
@@ -366,6 +390,12 @@ impl Rig {
             micro_batch_tokens: step.micro_batch_tokens,
             recompute: step.recompute,
             compute: step.dtype.compute(),
+            lora: step.lora_rank.map(|rank| lora::Options {
+                rank,
+                alpha: 2.0 * rank as f32,
+                ..lora::Options::default()
+            }),
+            freeze: if step.freeze_vision { vec!["vision".into(), "merger".into()] } else { Vec::new() },
             ..Options::default()
         };
         let training = Training {
@@ -376,8 +406,14 @@ impl Rig {
             pictures: true,
             seed: 0,
         };
-        let engine = Embedded::open(&options, Some(&training))?;
-        let own = engine.frontend.processor.budget;
+        let kind = match &step.device {
+            Some(device) => engine::Options::Torch(engine::torch::Options { device: device.clone() }),
+            None => engine::Options::Embedded {},
+        };
+        let engine = engine::open(&kind, &options, &training, false)?;
+        let (config, frontend) = (Config::load(&step.model)?, engine.frontend());
+        let (layout, trainable) = options.learns(Layout::new(&config))?;
+        let own = frontend.processor.budget;
         let budget = Budget::new(
             step.min_pixels.unwrap_or(own.min_pixels),
             step.max_pixels.unwrap_or(own.max_pixels),
@@ -387,11 +423,12 @@ impl Rig {
             Some(max) => Budget::new(budget.min_pixels.min(max), max, own.factor),
             None => budget,
         };
-        Ok(Rig { engine, rows: read_rows(&step.rows)?, budget, crop_budget, lengths })
+        let rows = read_rows(&step.rows)?;
+        Ok(Rig { engine, frontend, config, layout, trainable, options, training, rows, budget, crop_budget, lengths })
     }
 
     fn view(&self, row: &Row, region: Option<BBox>) -> Result<View> {
-        let size = self.engine.frontend.pictures.get(&row.image)?.size();
+        let size = self.frontend.pictures.get(&row.image)?.size();
         match region {
             None => View::whole(0, size, self.budget),
             Some(region) => View { image: 0, region: size.bounds(), size }.crop(region, size, self.crop_budget),
@@ -402,15 +439,15 @@ impl Rig {
     fn open_turn(&self, row: &Row) -> Result<Stream> {
         let mut stream = Stream::default();
         let view = self.view(row, None)?;
-        let grid = self.engine.frontend.processor.grid(view.size);
+        let grid = self.frontend.processor.grid(view.size);
         let ask = format!(
             "Question: {} Output the coordinates of the key image area relevant to the problem in JSON format.",
             row.question
         );
         let message = Message::user(vec![Part::image(), Part::text(ask)]);
-        let merge = self.engine.frontend.processor.merge;
-        let encoded = self.engine.frontend.chat.encode(&[message], true, &[grid.tokens(merge)])?;
-        let pad = self.engine.frontend.chat.special.image_pad;
+        let merge = self.frontend.processor.merge;
+        let encoded = self.frontend.chat.encode(&[message], true, &[grid.tokens(merge)])?;
+        let pad = self.frontend.chat.special.image_pad;
         stream.push_context(&encoded.ids, vec![(Arc::from(row.image.as_path()), view, grid)], pad, merge)?;
         Ok(stream)
     }
@@ -418,13 +455,12 @@ impl Rig {
     /// The second turn's message with the crop of box `i`.
     fn next_turn(&self, stream: &mut Stream, row: &Row, i: usize) -> Result<()> {
         let view = self.view(row, Some(row.boxes[i % row.boxes.len()]))?;
-        let grid = self.engine.frontend.processor.grid(view.size);
-        let merge = self.engine.frontend.processor.merge;
+        let grid = self.frontend.processor.grid(view.size);
+        let merge = self.frontend.processor.merge;
         let answer = format!("\nQuestion: {} Put the final answer in \\boxed{{}}.", row.question);
         let message = Message::user(vec![Part::text("The enlarged region:\n"), Part::image(), Part::text(answer)]);
-        let ids =
-            self.engine.frontend.chat.continuation(1, &message, &[grid.tokens(merge)], stream.ids.last().copied())?.ids;
-        let pad = self.engine.frontend.chat.special.image_pad;
+        let ids = self.frontend.chat.continuation(1, &message, &[grid.tokens(merge)], stream.ids.last().copied())?.ids;
+        let pad = self.frontend.chat.special.image_pad;
         stream.push_context(&ids, vec![(Arc::from(row.image.as_path()), view, grid)], pad, merge)
     }
 
@@ -501,11 +537,12 @@ impl Rig {
             let groups: Vec<Group> = streams.iter().map(|g| g.iter().collect()).collect();
             let n = step.prompts * step.group;
             length = streams.iter().flatten().map(|s| s.len() as f64).sum::<f64>() / n as f64;
-            let held = self.engine.held(&groups, self.lengths[0]);
-            predicted =
-                Need { held, pictures: self.engine.frontend.pictures.stats().bytes, program: PROGRAM, mapped: false }
-                    .total()
-                    .max(predicted);
+            let learns = memory::Learns { reference: self.training.reference, steps: 1 };
+            let Rig { config, layout, options, trainable, .. } = &self;
+            let held = memory::of_step(config, layout, options, *trainable, Some(learns), &groups, self.lengths[0]);
+            predicted = Need { held, pictures: self.frontend.pictures.stats().bytes, program: PROGRAM, mapped: false }
+                .total()
+                .max(predicted);
             let started = Instant::now();
             let reference = match objective.needs_reference() {
                 true => Some(self.engine.logprobs(&groups, Who::Reference)?),
@@ -531,7 +568,7 @@ impl Rig {
                 let mut out = objective.evaluate(&[sequence], &totals)?;
                 Ok(Weights { logprobs: out.gradient.pop().unwrap_or_default(), entropies: None })
             })?;
-            let rate = self.engine.learning_rate();
+            let rate = self.training.optim.lr_at(self.engine.updates(), self.training.steps);
             self.engine.step(rate)?;
             if k >= step.warmup {
                 times.push([turn1, turn2, in_reference, started.elapsed().as_secs_f64()]);
@@ -540,12 +577,12 @@ impl Rig {
         let part = |i: usize| round(median(times.iter().map(|t| t[i]).collect()));
         let total = round(median(times.iter().map(|t| t.iter().sum()).collect()));
         Ok(json!({
-            "impl": "foveate", "dtype": step.dtype.name(), "threads": rayon::current_num_threads(),
+            "impl": step.name(), "dtype": step.dtype.name(), "threads": rayon::current_num_threads(),
             "prompts": step.prompts, "group": step.group, "new_tokens": self.lengths,
-            "mean_sequence_tokens": length as u64, "params": self.engine.model.weights.layout().len,
+            "mean_sequence_tokens": length as u64, "params": self.layout.len,
             "seconds": {"turn1": part(0), "turn2": part(1), "ref": part(2), "update": part(3), "total": total},
             "samples_per_second": round((step.prompts * step.group) as f64 / total),
-            "peak_rss_mib": peak_rss() >> 20, "predicted_mib": predicted >> 20,
+            "peak_rss_mib": peak_rss() >> 20, "predicted_mib": step.device.is_none().then_some(predicted >> 20),
         }))
     }
 
@@ -563,7 +600,7 @@ impl Rig {
             self.engine.accumulate(&groups, &mut |_, _, scores| {
                 Ok(Weights { logprobs: vec![-1.0 / trained as f32; scores.logprobs.len()], entropies: None })
             })?;
-            let rate = self.engine.learning_rate();
+            let rate = self.training.optim.lr_at(self.engine.updates(), self.training.steps);
             self.engine.step(rate)?;
             if k >= step.warmup {
                 times.push(started.elapsed().as_secs_f64());
@@ -571,8 +608,8 @@ impl Rig {
         }
         let seconds = median(times);
         Ok(json!({
-            "impl": "foveate", "dtype": step.dtype.name(), "threads": rayon::current_num_threads(),
-            "conversations": step.prompts * step.group, "tokens": tokens, "params": self.engine.model.weights.layout().len,
+            "impl": step.name(), "dtype": step.dtype.name(), "threads": rayon::current_num_threads(),
+            "conversations": step.prompts * step.group, "tokens": tokens, "params": self.layout.len,
             "seconds": round(seconds), "tokens_per_second": round(tokens as f64 / seconds), "peak_rss_mib": peak_rss() >> 20,
         }))
     }
@@ -589,7 +626,7 @@ impl Rig {
         let turn = |i: usize| median(times.iter().map(|t| t[i]).collect());
         let n = (step.prompts * step.group) as f64;
         Ok(json!({
-            "impl": "foveate", "dtype": step.dtype.name(), "threads": rayon::current_num_threads(),
+            "impl": step.name(), "dtype": step.dtype.name(), "threads": rayon::current_num_threads(),
             "prompts": step.prompts, "group": step.group, "new_tokens": self.lengths,
             "seconds": {"turn1": round(turn(0)), "turn2": round(turn(1))},
             "new_tokens_per_second": {

@@ -281,14 +281,6 @@ impl Embedded {
         self.model.config.text.max_positions
     }
 
-    /// What a step on these conversations takes, by count; see [`memory::of_step`].
-    pub fn held(&self, groups: &[Group], max_new_tokens: usize) -> memory::Held {
-        let reference = |t: &Learning| memory::Learns { reference: t.reference.is_some(), steps: 1 };
-        let learns = self.training.as_ref().map(reference);
-        let (config, layout) = (&self.model.config, self.model.weights.layout());
-        memory::of_step(config, layout, &self.options, self.trainable, learns, groups, max_new_tokens)
-    }
-
     /// The learning rate of the coming update.
     pub fn learning_rate(&self) -> f64 {
         self.training.as_ref().map_or(0.0, |t| t.optim.lr_at(t.optimizer.steps(), t.steps))

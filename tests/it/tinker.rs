@@ -99,7 +99,7 @@ pub fn plan(dir: &Path, out: &str, extra: &[&str]) -> rl::Plan {
 }
 
 /// The same on a server.
-fn on(double: &Double, mut plan: rl::Plan, change: impl FnOnce(&mut Options)) -> rl::Plan {
+pub fn on(double: &Double, mut plan: rl::Plan, change: impl FnOnce(&mut Options)) -> rl::Plan {
     let mut options = Options {
         url: double.url(),
         base_model: BASE_MODEL.into(),
@@ -124,7 +124,7 @@ fn server(dir: &Path, kind: Kind, script: impl Fn(&str, usize) -> Act + Send + S
     Double::start(kind, &taught(dir), training, script)
 }
 
-fn calm(dir: &Path) -> Double {
+pub fn calm(dir: &Path) -> Double {
     server(dir, Kind::default(), |_, _| Act::Good)
 }
 
@@ -137,7 +137,7 @@ pub fn metrics(plan: &rl::Plan) -> Vec<Value> {
     text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
 
-fn episodes(plan: &rl::Plan, step: u64) -> Vec<Record> {
+pub fn episodes(plan: &rl::Plan, step: u64) -> Vec<Record> {
     let text = std::fs::read_to_string(plan.train.out.join(format!("episodes/{step}.jsonl"))).unwrap();
     text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }

@@ -2,14 +2,18 @@
 
 use std::path::{Path, PathBuf};
 
+use foveate::data;
 use foveate::engine::embedded::{Embedded, Options};
 use foveate::engine::torch::{self, Torch};
-use foveate::engine::{Prompt, Sampler, Sampling, Trainer, Who};
+use foveate::engine::{self, Group, Prompt, Sampler, Sampling, Trainer, Weights, Who};
 use foveate::model::layout::Layout;
 use foveate::model::{Dtype, Vlm, lora};
+use foveate::rl;
+use foveate::rollout::{self, Stage};
+use foveate::run::{Interrupt, Start};
 
-use crate::agreement::{apart, engine, gradient, groups, play, sampled, samples, training, weights};
-use crate::tiny;
+use crate::agreement::{self, apart, gradient, groups, play, sampled, samples, training, weights};
+use crate::{tinker, tiny};
 
 fn on_cpu() -> torch::Options {
     torch::Options { device: "cpu".into() }
@@ -46,7 +50,7 @@ fn log_probs_and_gradients_are_those_of_the_embedded_engine() {
     let path = saved(dir.path());
     let samples = samples(dir.path());
     let model = tiny::model(5);
-    let mut plain = engine(&model, |_| ());
+    let mut plain = agreement::engine(&model, |_| ());
     let episodes = play(&mut plain, &samples);
     assert!(episodes.iter().filter(|e| e.stream.images.len() == 2).count() >= 4, "second pictures are part of it");
     let scored = plain.logprobs(&groups(&episodes), Who::Policy).unwrap();
@@ -85,7 +89,7 @@ fn it_says_what_the_embedded_engine_says() {
     let dir = tempfile::tempdir().unwrap();
     let options = Options { path: saved(dir.path()), ..Options::default() };
     let samples = samples(dir.path());
-    let mut ours = engine(&tiny::model(5), |_| ());
+    let mut ours = agreement::engine(&tiny::model(5), |_| ());
     let mut theirs = opened(&options);
     // Two turns with a crop each, drawn by the same seeds: the same tokens, unless a number of one in millions lies between two of them.
     let (a, b) = (play(&mut ours, &samples), play(&mut theirs, &samples));
@@ -190,4 +194,84 @@ fn what_it_cannot_do_is_said() {
     assert!(said.contains("engine.device") && said.contains("cuda:N"), "{said}");
     let said = on("cuda:63").unwrap_err().to_string();
     assert!(said.contains("CUDA devices here") && said.contains("\"cpu\""), "{said}");
+}
+
+/// One config on three engines, trained with the same samples: this program's, LibTorch, and a server behind the protocol.
+#[test]
+fn three_engines_have_one_gradient() {
+    let (_folder, dir) = tinker::world();
+    let own = tinker::plan(&dir, "own", &["task.turns=2", "task.on_invalid=resend_image"]);
+    let double = tinker::calm(&dir);
+    let there = tinker::on(&double, own.clone(), |_| ());
+    let training = own.training().unwrap();
+    let mut here = Embedded::open(&own.model, Some(&training)).unwrap();
+    let mut beside = Torch::open(&on_cpu(), &own.model, Some(&training)).unwrap();
+    let mut served = engine::open(&there.engine, &there.model, &training, false).unwrap();
+
+    let samples = data::read(&dir.join("train.jsonl")).unwrap();
+    let samples: Vec<_> = samples.iter().enumerate().map(|(i, sample)| (i as u64, sample)).collect();
+    let frontend = here.frontend.clone();
+    let task = own.task.task(frontend.processor.budget.factor).unwrap();
+    let stage = Stage { task: &*task, frontend: &frontend, options: &own.rollout };
+    let episodes = rollout::play(&stage, &mut here, &samples, own.train.group, 3, 1).unwrap();
+    assert!(episodes.iter().any(|e| e.stream.images.len() == 2), "second pictures are part of it");
+    let groups: Vec<Group> = episodes.chunks(own.train.group).map(|g| g.iter().map(|e| &e.stream).collect()).collect();
+    // The protocol carries no weights of entropies.
+    let learn = |engine: &mut dyn Trainer| {
+        let weigh = |_, _, scores: &_| Ok(Weights { entropies: None, ..weights(scores) });
+        engine.accumulate(&groups, &mut { weigh }).unwrap();
+    };
+    learn(&mut here);
+    learn(&mut beside);
+    learn(&mut *served);
+    served.step(1e-3).unwrap();
+    let whole = here.gradients().unwrap().data.clone();
+    assert!(whole.iter().any(|g| g.abs() > 1e-2));
+    let on_torch = all(&beside, here.model.weights.layout());
+    for (name, gradient, most) in [("LibTorch", on_torch, CLOSE), ("the protocol", double.gradient(), CLOSE)] {
+        let (far, tensor) = apart(&here.model, &whole, &gradient);
+        println!("{name}: {far:.1e} in {tensor}");
+        assert!(far < most, "{name}: {far:e} in {tensor}");
+    }
+}
+
+/// A whole run from a config, its KL and second updates included: samples, rewards and norms are those of the embedded engine, and a run
+/// that was stopped goes on.
+#[test]
+fn a_run_is_the_run_on_the_embedded_engine() {
+    let (_folder, dir) = tinker::world();
+    let extra = ["task.turns=2", "task.on_invalid=resend_image"];
+    let own = tinker::plan(&dir, "own", &extra);
+    let with_torch = |out: &str, more: &[&str]| {
+        let extra: Vec<&str> = extra.iter().chain(more).copied().collect();
+        let mut plan = tinker::plan(&dir, out, &extra);
+        plan.engine = engine::Options::Torch(on_cpu());
+        plan.resolve().unwrap()
+    };
+    let beside = with_torch("beside", &[]);
+    tinker::train(&own, Start::New).unwrap();
+    tinker::train(&beside, Start::New).unwrap();
+    for (step, (a, b)) in tinker::metrics(&own).iter().zip(&tinker::metrics(&beside)).enumerate() {
+        let number = |m: &serde_json::Value, name: &str| m[name].as_f64().unwrap_or(f64::NAN);
+        assert_eq!(a["reward/mean"], b["reward/mean"], "step {}", step + 1);
+        for name in ["actor/pg_loss", "actor/ref_kl", "actor/grad_norm"] {
+            let (a, b) = (number(a, name), number(b, name));
+            assert!((a - b).abs() <= 1e-5 + 1e-3 * a.abs(), "{name} of step {}: {a} and {b}", step + 1);
+        }
+        // It samples and trains in other orders, says so, and by how much.
+        assert!(number(b, "mismatch_logprob/max") < 1e-3 && number(b, "ratio/first_update_gap") == 0.0);
+        let ids = |plan: &_| tinker::episodes(plan, step as u64 + 1).iter().map(|r| r.ids.clone()).collect::<Vec<_>>();
+        assert_eq!(ids(&own), ids(&beside), "step {}", step + 1);
+    }
+    let cut = with_torch("cut", &[]);
+    let interrupt = Interrupt::none();
+    rl::train(&cut, Start::New, &interrupt, &mut |step, _| {
+        if step == 2 {
+            interrupt.ask();
+        }
+    })
+    .unwrap_err();
+    tinker::train(&cut, Start::Resume).unwrap();
+    let weights = |plan: &rl::Plan| std::fs::read(plan.train.out.join("checkpoints/3/model.safetensors")).unwrap();
+    assert_eq!(weights(&cut), weights(&beside), "a run that was stopped ends where it would have");
 }

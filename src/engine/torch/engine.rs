@@ -179,7 +179,7 @@ impl Torch {
         for (i, kept) in trained.into_iter().zip(reference) {
             *kept = self.net.use_instead(i, kept.shallow_clone());
         }
-        std::mem::swap(&mut self.features, &mut HashMap::new());
+        self.features.clear();
         Ok(())
     }
 
@@ -262,6 +262,10 @@ impl Torch {
                 let _ = own.g_sub_(&(&*m * size / (v.sqrt() / root + optim.eps)));
                 let _ = gradient.zero_();
             });
+        }
+        if let Device::Cuda(n) = self.net.device {
+            // What it has still to do would be taken for another's time.
+            Cuda::synchronize(n as i64);
         }
         self.end_step();
         self.forget_views();

@@ -163,8 +163,7 @@ impl Talk {
                     false => (&self.shared[l], 0),
                 };
                 for (cache, new) in into.iter().zip([&k, &v]) {
-                    let place = cache.get(reading.of as i64).narrow(1, at, n);
-                    let _ = { place }.copy_(&new.narrow(0, start, n).transpose(0, 1));
+                    cache.get(reading.of as i64).narrow(1, at, n).copy_(&new.narrow(0, start, n).transpose(0, 1));
                 }
             }
             let o = match members {

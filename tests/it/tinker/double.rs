@@ -102,6 +102,8 @@ struct Model {
     requests: usize,
     /// What was asked to be added up since the last update, with the derivative by each sampled token.
     pending: Vec<(Stream, Vec<f32>)>,
+    /// Of the last update, in the places of the layout.
+    gradient: Vec<f32>,
     /// Counts updates, so that a sampling session knows whether its weights are old.
     version: u64,
 }
@@ -172,6 +174,12 @@ impl Double {
     /// The weights that a path of the server stands for, as written.
     pub fn weights(&self, path: &str) -> Vec<u8> {
         std::fs::read(self.shared.folder(path).join("model.safetensors")).unwrap()
+    }
+
+    /// The gradient that the only model was last updated by.
+    pub fn gradient(&self) -> Vec<f32> {
+        let state = self.shared.state.lock().unwrap();
+        state.models.values().next().unwrap().gradient.clone()
     }
 
     /// Updates that any model was ever given.
@@ -349,7 +357,8 @@ impl Shared {
                 let id = format!("model_{}", state.made);
                 let options = embedded::Options { path: self.checkpoint.clone(), ..embedded::Options::default() };
                 let engine = Embedded::open(&options, Some(&self.training)).unwrap();
-                let model = Model { engine, number: 0, requests: 0, pending: Vec::new(), version: 0 };
+                let model =
+                    Model { engine, number: 0, requests: 0, pending: Vec::new(), gradient: Vec::new(), version: 0 };
                 state.models.insert(id.clone(), model);
                 return Ok(
                     self.future(state, Ok(json!({"model_id": id, "base_model": BASE_MODEL, "type": "create_model"})))
@@ -574,6 +583,7 @@ impl Shared {
             Ok(Weights { logprobs: pending[g].1.iter().map(|slope| slope * scale).collect(), entropies: None })
         };
         model.engine.accumulate(&groups, &mut weigh).unwrap();
+        model.gradient = model.engine.gradients().unwrap().data.clone();
         let norm = model.engine.step(params["learning_rate"].as_f64().unwrap()).unwrap();
         model.version += 1;
         Ok(json!({"metrics": {"skyrl.ai/grad_norm": norm, "skyrl.ai/learning_rate": params["learning_rate"]}}))
