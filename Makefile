@@ -1,5 +1,5 @@
-# check: does it compile · test: all that CI runs before the demo · golden: make the reference files again (needs Python) · engines: against real servers (needs Python 3.12, 13 GB)
-.PHONY: check test golden engines bench demo
+# check: does it compile · test: all that CI runs before the demo · golden: make the reference files again (needs Python) · engines: against real servers (needs Python 3.12, 13 GB) · torch: the engine on LibTorch (needs Python, 5 GB)
+.PHONY: check test golden engines torch bench demo
 
 check:
 	cargo check --workspace --all-targets
@@ -20,6 +20,10 @@ engines:
 	cargo build --release
 	tests/engines/environments.sh
 	python3 tests/engines/run.py
+
+# LibTorch on this machine's CPU beside our own kernels.
+torch:
+	tests/engines/torch.sh
 
 bench:
 	cargo run --release -p foveate-kernels --example speed

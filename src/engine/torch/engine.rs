@@ -51,21 +51,7 @@ impl Torch {
     /// # Errors
     /// A device that is not there; as for the embedded engine otherwise.
     pub fn open(engine: &Options, options: &embedded::Options, training: Option<&Training>) -> Result<Torch> {
-        let device = engine.device()?;
-        let device = match device {
-            None => Device::Cpu,
-            Some(n) => {
-                let there = Cuda::device_count();
-                ensure!(
-                    (n as i64) < there,
-                    BadConfig(format!(
-                        "engine.device = {:?}: LibTorch sees {there} CUDA devices here; look at the driver and CUDA_VISIBLE_DEVICES, or take \"cpu\"",
-                        engine.device
-                    ))
-                );
-                Device::Cuda(n)
-            }
-        };
+        let device = device(engine)?;
         // Its threads and ours take turns.
         tch::set_num_threads(rayon::current_num_threads() as i32);
         let frontend = Frontend::load(&options.path, options.picture_cache_mib)?;
@@ -275,6 +261,29 @@ impl Torch {
     fn trained_ranges(&self) -> Vec<Trained> {
         Trained::of(&self.net.layout, self.trainable)
     }
+}
+
+/// The device that the options name.
+///
+/// # Errors
+/// It is none, or not there.
+fn device(engine: &Options) -> Result<Device> {
+    let Some(n) = engine.device()? else { return Ok(Device::Cpu) };
+    // A linker leaves out a library of which it sees nothing used; LibTorch finds CUDA by having it loaded.
+    // SAFETY: the name ends with a zero, and what the library does when it is loaded is what every program that links it has done.
+    let loaded = unsafe { libc::dlopen(c"libtorch_cuda.so".as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
+    ensure!(
+        !loaded.is_null(),
+        BadConfig(format!(
+            "engine.device = {:?}: libtorch_cuda.so is not found beside LibTorch; take a LibTorch with CUDA and have LD_LIBRARY_PATH name its lib folder",
+            engine.device
+        ))
+    );
+    let device = Device::Cuda(n);
+    guarded(&format!("using engine.device = {:?}", engine.device), || {
+        Ok(drop(Tensor::zeros([1], (Kind::Float, device))))
+    })?;
+    Ok(device)
 }
 
 impl Sampler for Torch {
