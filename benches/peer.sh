@@ -5,6 +5,11 @@
 #
 # MODEL is a preset of `foveate model new` (nano, mini) or a checkpoint folder. The virtual environment needs torch,
 # torchvision, transformers, pillow. Everything is drawn and written under runs/bench; THREADS (default 2) holds for both.
+#
+# DEVICE=cuda compares on a GPU, ours through LibTorch; FOVEATE is then a program built with it, and what ours alone takes stands in OURS:
+#   tests/engines/torch.sh cargo build --release --features torch
+#   DEVICE=cuda DTYPES=bfloat16 PEER_MICRO_BATCH=8 OURS=--recompute tests/engines/torch.sh env FOVEATE=target/torch/release/foveate \
+#     PYTHON=/path/to/venv/bin/python benches/peer.sh qwen2.5-vl-3b 3 -- --kl 0
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:?set PYTHON to an interpreter that has torch and transformers}
@@ -21,8 +26,10 @@ dtypes=${DTYPES:-float32 bfloat16}
 out=runs/bench
 mkdir -p "$out"
 
-cargo build --release --quiet
-foveate=target/release/foveate
+foveate=${FOVEATE:-target/release/foveate}
+[[ -n ${FOVEATE:-} ]] || cargo build --release --quiet
+read -ra ours <<< "${OURS:-}"
+[[ -z ${DEVICE:-} ]] || set -- "$@" --device "$DEVICE"
 if [[ ! -d $model ]]; then
   [[ -d $out/$model ]] || "$foveate" model new --preset "$model" --out "$out/$model" >/dev/null
   name=$model
@@ -56,7 +63,7 @@ results=$out/$name.jsonl
 : > "$results"
 for _ in $(seq "$rounds"); do
   for dtype in $dtypes; do
-    "$foveate" bench step --threads "$threads" --model "$model" --rows "$out/rows.jsonl" --steps 2 --dtype "$dtype" "$@" >> "$results"
+    "$foveate" bench step --threads "$threads" --model "$model" --rows "$out/rows.jsonl" --steps 2 --dtype "$dtype" "${ours[@]}" "$@" >> "$results"
     "$python" benches/peer.py --threads "$threads" --model "$model" --rows "$out/rows.jsonl" --steps 1 --dtype "$dtype" \
       --micro-batch "$micro" "$@" 2>/dev/null >> "$results"
   done
@@ -69,9 +76,11 @@ sides = {}
 for row in rows:
     sides.setdefault((row["impl"], row["dtype"]), []).append(row)
 first = rows[0]
+peers = {dtype: side for (impl, dtype), side in sides.items() if impl == "transformers"}
+base_dtype = "float32" if "float32" in peers else next(iter(peers))
+base = peers[base_dtype]
 print(f"{first['params'] / 1e6:.1f} M parameters, {first['prompts']} prompts x {first['group']}, new tokens {first['new_tokens']}, "
-      f"{first['threads']} threads, medians of {len(next(iter(sides.values())))} interleaved rounds; ratios are over transformers in float32")
-base = next(side for (impl, dtype), side in sides.items() if impl != "foveate" and dtype == "float32")
+      f"{first['threads']} threads, medians of {len(next(iter(sides.values())))} interleaved rounds; ratios are over transformers in " + base_dtype)
 print(f"{'':24}{'tokens':>8}" + "".join(f"{part + ' s':>10}{'ratio':>7}" for part in ("turn1", "turn2", "ref", "update", "total")) + f"{'MiB':>8}{'share':>7}")
 for (impl, dtype), side in sides.items():
     line = f"{impl + ' ' + dtype:24}{side[0]['mean_sequence_tokens']:8}"

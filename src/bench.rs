@@ -400,8 +400,8 @@ impl Rig {
         };
         let training = Training {
             optim: Optim { lr: 1e-6, weight_decay: 0.01, ..Optim::default() },
-            steps: (step.steps + step.warmup) as u64,
             temperature: 1.0,
+            all_ids: false,
             reference: step.kl > 0.0,
             pictures: true,
             seed: 0,
@@ -568,7 +568,7 @@ impl Rig {
                 let mut out = objective.evaluate(&[sequence], &totals)?;
                 Ok(Weights { logprobs: out.gradient.pop().unwrap_or_default(), entropies: None })
             })?;
-            let rate = self.training.optim.lr_at(self.engine.updates(), self.training.steps);
+            let rate = self.training.optim.lr;
             self.engine.step(rate)?;
             if k >= step.warmup {
                 times.push([turn1, turn2, in_reference, started.elapsed().as_secs_f64()]);
@@ -600,7 +600,7 @@ impl Rig {
             self.engine.accumulate(&groups, &mut |_, _, scores| {
                 Ok(Weights { logprobs: vec![-1.0 / trained as f32; scores.logprobs.len()], entropies: None })
             })?;
-            let rate = self.training.optim.lr_at(self.engine.updates(), self.training.steps);
+            let rate = self.training.optim.lr;
             self.engine.step(rate)?;
             if k >= step.warmup {
                 times.push(started.elapsed().as_secs_f64());

@@ -80,7 +80,11 @@ fn needs(path: &Path, overrides: &[String]) -> Result<Option<Need>> {
     let has = |section: &str, key: &str| sections.get(section).and_then(|s| s.get(key)).is_some();
     let of_sft = has("train", "batch") || has("data", "pretrain") || has("data", "reason") || has("data", "snap");
     if of_sft || !sections.contains_key("task") {
-        return sft::need(&config::load(path, overrides)?).map(Some);
+        let plan: sft::Plan = config::load(path, overrides)?;
+        if !plan.engine.has_own_kernels() && held_elsewhere(&plan.engine) {
+            return Ok(None);
+        }
+        return sft::need(&plan).map(Some);
     }
     let plan = config::load::<rl::Plan>(path, overrides)?.resolve()?;
     if !plan.engine.has_own_kernels() && held_elsewhere(&plan.engine) {

@@ -3,7 +3,7 @@
 //! Trained are the assistant's tokens, the end of turn included. The loss is the mean over the trained tokens of the whole
 //! step, so splitting a step into micro-batches changes nothing.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -16,7 +16,7 @@ use crate::chat::{Chat, Content, Convention, Message, Part};
 use crate::config::{self, BadConfig};
 use crate::data::{Dialogue, Format, Order, ReadAs, Sample};
 use crate::engine::embedded::{self, EarlyHints, Embedded};
-use crate::engine::{Frontend, Trainer, Training, Weights};
+use crate::engine::{self, Frontend, Group, Scores, Trainer, Training, Weights};
 use crate::episode::Stream;
 use crate::geometry::{BBox, Budget, Grid, Size, View};
 use crate::image::{self, Patches, Processor};
@@ -42,6 +42,9 @@ pub struct Plan {
     /// A temporary head on the visual tokens; only with `data.pretrain`, whose pictures know their objects.
     #[serde(default)]
     pub dense: Option<dense::Options>,
+    /// Who holds the weights; drawn dialogues and `[dense]` are the embedded engine's alone.
+    #[serde(default, skip_serializing_if = "engine::Options::is_embedded")]
+    pub engine: engine::Options,
     #[serde(default)]
     pub optim: Optim,
     pub train: TrainOptions,
@@ -404,6 +407,18 @@ impl Plan {
         self.optim.validate()?;
         self.model.trainable()?;
         self.model.check_lora()?;
+        self.engine.validate(&self.model, 1.0, 0.0)?;
+        self.engine.ensure_trains(&self.model, 1.0)?;
+        ensure!(
+            !matches!(self.engine, engine::Options::Vllm(_)),
+            BadConfig(
+                "engine.kind = \"vllm\" is for sampling, and fine-tuning samples nothing; leave [engine] out".into()
+            )
+        );
+        ensure!(
+            self.engine.is_embedded() || self.data.pretrain.is_none(),
+            BadConfig("data.pretrain draws its pictures for the embedded engine; leave [engine] out, or name a file in data.train".into())
+        );
         if let Some(recipe) = &self.data.pretrain {
             recipe.validate().map_err(|e| BadConfig(format!("in [data.pretrain]: {e:#}")))?;
         }
@@ -415,41 +430,28 @@ pub fn train(plan: &Plan, start: Start, interrupt: &Interrupt) -> Result<Metrics
     plan.check()?;
     let frontend = Frontend::load(&plan.model.path, 0)?;
     let source = Source::open(plan, &frontend.processor)?;
-    need::of_sft(plan, &first_examples(plan, &source, &frontend)?, source.different())?.ensure_fits(&plan.model)?;
+    if plan.engine.has_own_kernels() {
+        need::of_sft(plan, &first_examples(plan, &source, &frontend)?, source.different())?.ensure_fits(&plan.model)?;
+    }
     let training = Training {
         optim: plan.optim.clone(),
-        steps: plan.train.steps,
         temperature: 1.0,
+        all_ids: true,
         reference: false,
-        pictures: true,
+        pictures: source.different() > 0,
         seed: plan.train.seed,
     };
-    let mut engine = Embedded::open(&plan.model, Some(&training))?;
+    let mut learner = Learner::open(plan, &training, &source, start)?;
     // Its pictures are those that the tower is going to ask for.
-    let frontend = engine.frontend.clone();
+    let frontend = learner.engine().frontend();
     let mut state = State { next: 0, order: source.rows().map(|rows| Order::new(rows, plan.train.seed)).transpose()? };
-    let mut head = match (&plan.dense, &source) {
-        (Some(options), Source::World { world, .. }) => Some((
-            options.clone(),
-            DenseHead::new(words(&frontend.chat, world)?, engine.model.config.text.hidden, plan.train.seed),
-        )),
-        (Some(_), _) => {
-            return Err(
-                BadConfig("[dense] needs pictures that know their objects; it goes with data.pretrain".into()).into()
-            );
-        }
-        (None, _) => None,
-    };
     // Claimed only now that everything a person can get wrong has been read: a failed start leaves no folder behind.
     let written_plan = config::to_toml(plan)?;
     let (folder, checkpoint) = RunFolder::open(&plan.train.out, Kind::Sft, start, &written_plan)?;
     let mut done = 0;
     if let Some(checkpoint) = &checkpoint {
         checkpoint.leaves_steps(plan.train.steps)?;
-        engine.load(&checkpoint.path)?;
-        if let Some((_, head)) = &mut head {
-            head.load(&checkpoint.path)?;
-        }
+        learner.load(&checkpoint.path)?;
         let saved: State = checkpoint.state()?;
         // The same file must have the same rows, or an index would name another dialogue, or none.
         let order = match (saved.order, source.rows()) {
@@ -466,8 +468,10 @@ pub fn train(plan: &Plan, start: Start, interrupt: &Interrupt) -> Result<Metrics
         log = log.with_events()?;
     }
     let bar = Progress::start("fine-tuning", "step", done, plan.train.steps);
-    let rescue = |engine: &mut Embedded, head: Option<&(dense::Options, DenseHead)>, done, state: &State, error| {
-        folder.rescue(done, plan.train.keep_checkpoints, state, |to| save(engine, head, to), error)
+    let rescue = |learner: &mut Learner, done, state: &State, error| match plan.engine.trains_here() {
+        true => folder.rescue(done, plan.train.keep_checkpoints, state, |to| learner.save(to), error),
+        // A server that went away is not asked to save.
+        false => error,
     };
     let mut last = Metrics::new();
     for step in done + 1..=plan.train.steps {
@@ -494,16 +498,16 @@ pub fn train(plan: &Plan, start: Start, interrupt: &Interrupt) -> Result<Metrics
                 plan.data.max_tokens
             );
             metrics.insert("data/left_out".into(), json!(plan.train.batch - examples.len()));
-            update(&mut engine, &examples, step, plan.train.loss, head.as_mut(), &mut metrics)
+            learner.update(&examples, step, plan, &mut metrics)
         });
         if let Err(error) = learnt {
-            return Err(rescue(&mut engine, head.as_ref(), step - 1, &before_step, error));
+            return Err(rescue(&mut learner, step - 1, &before_step, error));
         }
         watch.add("update", started.elapsed());
         watch.write(&mut metrics);
         metrics.insert("perf/max_memory_gb".into(), json!(peak_rss() as f64 / 1e9));
         if let Err(error) = log.append(step, &metrics) {
-            return Err(rescue(&mut engine, head.as_ref(), step, &state, error));
+            return Err(rescue(&mut learner, step, &state, error));
         }
         let number = |key: &str| metrics.get(key).and_then(|v| v.as_f64()).unwrap_or(f64::NAN);
         bar.step(format!("loss {:.3} · right tokens {:.2}", number("loss"), number("accuracy")));
@@ -511,7 +515,7 @@ pub fn train(plan: &Plan, start: Start, interrupt: &Interrupt) -> Result<Metrics
         let asked = interrupt.asked();
         let due = plan.train.checkpoint_every > 0 && step % plan.train.checkpoint_every == 0;
         if asked || due || step == plan.train.steps {
-            folder.checkpoint(step, plan.train.keep_checkpoints, &state, |to| save(&mut engine, head.as_ref(), to))?;
+            folder.checkpoint(step, plan.train.keep_checkpoints, &state, |to| learner.save(to))?;
         }
         if asked {
             return Err(Interrupted::after(step, &plan.train.out).into());
@@ -521,9 +525,129 @@ pub fn train(plan: &Plan, start: Start, interrupt: &Interrupt) -> Result<Metrics
     Ok(last)
 }
 
-fn save(engine: &mut Embedded, head: Option<&(dense::Options, DenseHead)>, to: &Path) -> Result<()> {
-    engine.save(to)?;
-    head.map_or(Ok(()), |(_, head)| head.save(to))
+/// Who learns.
+enum Learner {
+    /// Our own kernels, which also know drawn pictures and what stands in them.
+    Here { engine: Box<Embedded>, head: Option<Box<(dense::Options, DenseHead)>> },
+    /// Any other engine.
+    Elsewhere(Box<dyn Trainer>),
+}
+
+impl Learner {
+    fn open(plan: &Plan, training: &Training, source: &Source, start: Start) -> Result<Learner> {
+        if plan.dense.is_some() && !matches!(source, Source::World { .. }) {
+            return Err(
+                BadConfig("[dense] needs pictures that know their objects; it goes with data.pretrain".into()).into()
+            );
+        }
+        if !plan.engine.is_embedded() {
+            return Ok(Learner::Elsewhere(engine::open(&plan.engine, &plan.model, training, start != Start::New)?));
+        }
+        let engine = Box::new(Embedded::open(&plan.model, Some(training))?);
+        let head = match (&plan.dense, source) {
+            (Some(options), Source::World { world, .. }) => {
+                let words = words(&engine.frontend.chat, world)?;
+                let head = DenseHead::new(words, engine.model.config.text.hidden, plan.train.seed);
+                Some(Box::new((options.clone(), head)))
+            }
+            _ => None,
+        };
+        Ok(Learner::Here { engine, head })
+    }
+
+    fn engine(&mut self) -> &mut dyn Trainer {
+        match self {
+            Learner::Here { engine, .. } => &mut **engine,
+            Learner::Elsewhere(engine) => &mut **engine,
+        }
+    }
+
+    fn save(&mut self, to: &Path) -> Result<()> {
+        self.engine().save(to)?;
+        match self {
+            Learner::Here { head: Some(head), .. } => head.1.save(to),
+            _ => Ok(()),
+        }
+    }
+
+    fn load(&mut self, from: &Path) -> Result<()> {
+        self.engine().load(from)?;
+        match self {
+            Learner::Here { head: Some(head), .. } => head.1.load(from),
+            _ => Ok(()),
+        }
+    }
+
+    /// One optimiser step on some dialogues.
+    fn update(&mut self, examples: &[Example], step: u64, plan: &Plan, metrics: &mut Metrics) -> Result<()> {
+        let mut tally = Tally::new(examples, plan.train.loss);
+        match self {
+            Learner::Here { engine, head } => teach(engine, examples, step, head.as_deref_mut(), &mut tally, metrics)?,
+            Learner::Elsewhere(engine) => {
+                let groups: Vec<Group> = examples.iter().map(|e| e.stream.alone()).collect();
+                engine.accumulate(&groups, &mut |i, _, scores| Ok(tally.weigh(i, scores)))?;
+            }
+        }
+        let engine = self.engine();
+        let rate = plan.optim.lr_at(engine.updates(), plan.train.steps);
+        let norm = engine.step(rate)?;
+        tally.write(metrics);
+        metrics.insert("grad_norm".into(), json!(norm));
+        metrics.insert("lr".into(), json!(rate));
+        if let Learner::Here { head: Some(head), .. } = self
+            && metrics.contains_key("dense/loss")
+        {
+            let (options, head) = &mut **head;
+            head.update(options.lr);
+        }
+        Ok(())
+    }
+}
+
+/// What is said of the dialogues of a step while they are learnt.
+struct Tally<'a> {
+    examples: &'a [Example],
+    weighting: Loss,
+    /// Trained tokens.
+    total: usize,
+    loss: f64,
+    /// Tokens with more than half of the probability, which is the greedy choice.
+    sure: usize,
+    /// Sum and count of each task's losses.
+    by_task: BTreeMap<&'a str, (f64, usize)>,
+}
+
+impl Tally<'_> {
+    fn new(examples: &[Example], weighting: Loss) -> Tally<'_> {
+        let total = examples.iter().map(|e| e.stream.sampled_count()).sum();
+        Tally { examples, weighting, total, loss: 0.0, sure: 0, by_task: BTreeMap::new() }
+    }
+
+    /// The weights of dialogue i.
+    fn weigh(&mut self, i: usize, scores: &Scores) -> Weights {
+        let entry = self.by_task.entry(&self.examples[i].task).or_default();
+        for &l in &scores.logprobs {
+            self.loss -= f64::from(l);
+            self.sure += usize::from(l > -std::f32::consts::LN_2);
+            entry.0 -= f64::from(l);
+            entry.1 += 1;
+        }
+        let share = match self.weighting {
+            Loss::TokenMean => self.total,
+            Loss::DialogueMean => self.examples.len() * scores.logprobs.len(),
+        };
+        Weights { logprobs: vec![-1.0 / share as f32; scores.logprobs.len()], entropies: None }
+    }
+
+    fn write(self, metrics: &mut Metrics) {
+        metrics.insert("loss".into(), json!(self.loss / self.total as f64));
+        metrics.insert("accuracy".into(), json!(self.sure as f64 / self.total as f64));
+        for (task, (sum, n)) in self.by_task {
+            metrics.insert(format!("loss/{task}"), json!(sum / n.max(1) as f64));
+        }
+        metrics.insert("tokens/trained".into(), json!(self.total));
+        metrics.insert("tokens/all".into(), json!(self.examples.iter().map(|e| e.stream.len()).sum::<usize>()));
+    }
 }
 
 /// The tokens in which the dense head answers.
@@ -569,16 +693,15 @@ fn first_examples(plan: &Plan, source: &Source, frontend: &Frontend) -> Result<V
     Ok(examples)
 }
 
-/// One optimiser step on some dialogues.
-fn update(
+/// Adds up the gradient of some dialogues, and of what the dense head and the hints ask beside them.
+fn teach(
     engine: &mut Embedded,
     examples: &[Example],
     step: u64,
-    weighting: Loss,
     mut head: Option<&mut (dense::Options, DenseHead)>,
+    tally: &mut Tally,
     metrics: &mut Metrics,
 ) -> Result<()> {
-    let total: usize = examples.iter().map(|e| e.stream.sampled_count()).sum();
     let images: usize = examples.iter().map(|e| e.drawn.len()).sum();
     let (dense_weight, hint_weight) = match &head {
         Some((o, _)) => {
@@ -587,9 +710,6 @@ fn update(
         }
         None => (0.0, 0.0),
     };
-    let mut loss = 0.0;
-    let mut sure = 0;
-    let mut by_task: std::collections::BTreeMap<String, (f64, usize)> = Default::default();
     let mut fit = Fit::default();
     let merge = engine.frontend.processor.merge;
     let side = f64::from(engine.frontend.processor.budget.factor);
@@ -620,21 +740,7 @@ fn update(
     let hints = embedded::Hints { weight: hint_weight / count(&rows) as f32, rows, early: early.collect() };
     let hinted = engine.accumulate_examples(
         examples,
-        &mut |i, scores| {
-            let entry = by_task.entry(examples[i].task.clone()).or_default();
-            for &l in &scores.logprobs {
-                loss -= f64::from(l);
-                // A token with more than half of the probability is the greedy choice.
-                sure += usize::from(l > -std::f32::consts::LN_2);
-                entry.0 -= f64::from(l);
-                entry.1 += 1;
-            }
-            let share = match weighting {
-                Loss::TokenMean => total,
-                Loss::DialogueMean => examples.len() * scores.logprobs.len(),
-            };
-            Ok(Weights { logprobs: vec![-1.0 / share as f32; scores.logprobs.len()], entropies: None })
-        },
+        &mut |i, scores| Ok(tally.weigh(i, scores)),
         &hints,
         &mut |i, features, grids, table, dtable| {
             let (_, head) = head.as_mut()?;
@@ -652,18 +758,13 @@ fn update(
             Some(gradient)
         },
     )?;
-    let rate = engine.learning_rate();
-    let norm = engine.step(rate)?;
     if hint_weight > 0.0 {
         metrics.insert("dense/hints".into(), json!(hinted.rows / count(&hints.rows) as f64));
         for (((name, _), hints), sum) in dense::EARLY.iter().zip(&hints.early).zip(hinted.early) {
             metrics.insert(format!("dense/{name}"), json!(sum / count(&hints.rows) as f64));
         }
     }
-    if let Some((options, head)) = head
-        && dense_weight > 0.0
-    {
-        head.update(options.lr);
+    if dense_weight > 0.0 {
         metrics.insert("dense/loss".into(), json!(fit.loss));
         metrics.insert("dense/named".into(), json!(fit.named as f64 / fit.on_object.max(1) as f64));
         if fit.on_digit > 0 {
@@ -671,14 +772,5 @@ fn update(
         }
         metrics.insert("dense/sides".into(), json!(fit.sides / fit.on_object.max(1) as f64));
     }
-    metrics.insert("loss".into(), json!(loss / total as f64));
-    metrics.insert("accuracy".into(), json!(sure as f64 / total as f64));
-    for (task, (sum, n)) in by_task {
-        metrics.insert(format!("loss/{task}"), json!(sum / n.max(1) as f64));
-    }
-    metrics.insert("tokens/trained".into(), json!(total));
-    metrics.insert("tokens/all".into(), json!(examples.iter().map(|e| e.stream.len()).sum::<usize>()));
-    metrics.insert("grad_norm".into(), json!(norm));
-    metrics.insert("lr".into(), json!(rate));
     Ok(())
 }

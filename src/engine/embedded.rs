@@ -181,8 +181,6 @@ struct Learning {
     optimizer: AdamW,
     trained: Vec<Trained>,
     optim: Optim,
-    /// Of the whole run, for the schedule.
-    steps: u64,
     /// The trained ranges of the weights as they were at the start.
     reference: Option<Vec<(std::ops::Range<usize>, Vec<f32>)>>,
 }
@@ -240,7 +238,10 @@ impl Embedded {
             true => Trainable::of_adapters(layout),
             false => options.trainable()?,
         };
-        let banned = frontend.chat.banned(model.config.text.vocab);
+        let banned = match training.is_some_and(|training| training.all_ids) {
+            true => Vec::new(),
+            false => frontend.chat.banned(model.config.text.vocab),
+        };
         let training_state = training.map(|t| -> Result<Learning> {
             t.optim.validate()?;
             let Arena { layout, data } = model.weights.arena()?;
@@ -252,7 +253,6 @@ impl Embedded {
                 optimizer: AdamW::new(trained.clone())?,
                 trained,
                 optim: t.optim.clone(),
-                steps: t.steps,
                 reference,
             })
         });
@@ -279,11 +279,6 @@ impl Embedded {
 
     pub fn max_positions(&self) -> usize {
         self.model.config.text.max_positions
-    }
-
-    /// The learning rate of the coming update.
-    pub fn learning_rate(&self) -> f64 {
-        self.training.as_ref().map_or(0.0, |t| t.optim.lr_at(t.optimizer.steps(), t.steps))
     }
 
     pub fn gradients(&self) -> Option<&Gradients> {
@@ -455,7 +450,8 @@ impl Embedded {
                 early.iter_mut().zip(&hints.early).for_each(|(all, hints)| all.extend(placed(&hints.rows[i])));
                 base += examples[i].stream.len();
             }
-            let out = self.model.evaluate(&batch.packed, Head::PLAIN, keep, self.trainable)?;
+            let head = Head { temperature: self.temperature, banned: &self.banned };
+            let out = self.model.evaluate(&batch.packed, head, keep, self.trainable)?;
             let mut weights = Vec::with_capacity(out.logprobs.len());
             for (g, group) in batch.split(&out.logprobs, &out.entropies).iter().enumerate() {
                 weights.extend(weigh(first + g, &group[0])?.logprobs);

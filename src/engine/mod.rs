@@ -133,10 +133,10 @@ fn only_samples() -> anyhow::Error {
 #[derive(Clone, Debug)]
 pub struct Training {
     pub optim: Optim,
-    /// Optimiser updates of the whole run, for the schedule.
-    pub steps: u64,
     /// The temperature that episodes are sampled at.
     pub temperature: f32,
+    /// Every id has its share of the probability, as in fine-tuning; else those that cannot be sampled (vision tokens) have none.
+    pub all_ids: bool,
     /// Keep the first weights for a KL term.
     pub reference: bool,
     /// Whether conversations show pictures: a server that would drop them is refused.

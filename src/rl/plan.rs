@@ -144,8 +144,8 @@ impl Plan {
     pub fn training(&self) -> Result<Training> {
         Ok(Training {
             optim: self.optim.clone(),
-            steps: self.total_updates(),
             temperature: self.rollout.temperature,
+            all_ids: false,
             reference: self.objective()?.needs_reference(),
             pictures: true,
             seed: self.train.seed,

@@ -26,7 +26,14 @@ pub fn engine(model: &Vlm, change: impl FnOnce(&mut Options)) -> Embedded {
 }
 
 pub fn training() -> Training {
-    Training { optim: Optim::default(), steps: 10, temperature: TEMPERATURE, reference: true, pictures: true, seed: 0 }
+    Training {
+        optim: Optim::default(),
+        temperature: TEMPERATURE,
+        all_ids: false,
+        reference: true,
+        pictures: true,
+        seed: 0,
+    }
 }
 
 /// Two groups of three two-turn conversations, each with a picture a turn.

@@ -11,19 +11,21 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use foveate::config::{self, BadConfig};
+use foveate::data;
 use foveate::engine::embedded::Embedded;
 use foveate::engine::{
-    Completion, Frontend, Group, Prompt, Sampler, Sampling, Scores, Trainer, Weights, Who,
+    self, Completion, Frontend, Group, Prompt, Sampler, Sampling, Scores, Trainer, Weights, Who,
     tinker::{Encoding, Options},
 };
-use foveate::episode::Record;
+use foveate::episode::{Episode, Record};
 use foveate::rl;
+use foveate::rollout::{self, Stage};
 use foveate::run::{Interrupt, Start};
 use foveate::sft;
 use safetensors::SafeTensors;
 use serde_json::Value;
 
-use crate::tiny;
+use crate::{agreement, tiny};
 use double::{Act, BASE_MODEL, Double, Kind};
 
 /// A folder with rows and a random model that takes pictures of 4 to 16 tokens.
@@ -233,6 +235,104 @@ fn here(plan: &rl::Plan) -> Vec<u8> {
     let mut engine = AsServed(Embedded::open(&plan.model, Some(&plan.training().unwrap())).unwrap());
     rl::train_with(&mut engine, plan, Start::New, &Interrupt::none(), &mut |_, _| ()).unwrap();
     std::fs::read(plan.train.out.join("checkpoints/3/model.safetensors")).unwrap()
+}
+
+/// One config, and what was sampled under it once, for every engine to learn from.
+pub struct Shared {
+    pub plan: rl::Plan,
+    pub here: Embedded,
+    pub episodes: Vec<Episode>,
+}
+
+pub fn shared(dir: &Path) -> Shared {
+    let plan = plan(dir, "shared", &["task.turns=2", "task.on_invalid=resend_image"]);
+    let mut here = Embedded::open(&plan.model, Some(&plan.training().unwrap())).unwrap();
+    let samples = data::read(&dir.join("train.jsonl")).unwrap();
+    let samples: Vec<_> = samples.iter().enumerate().map(|(i, sample)| (i as u64, sample)).collect();
+    let frontend = here.frontend.clone();
+    let task = plan.task.task(frontend.processor.budget.factor).unwrap();
+    let stage = Stage { task: &*task, frontend: &frontend, options: &plan.rollout };
+    let episodes = rollout::play(&stage, &mut here, &samples, plan.train.group, 3, 1).unwrap();
+    assert!(episodes.iter().any(|e| e.stream.images.len() == 2), "second pictures are part of it");
+    Shared { plan, here, episodes }
+}
+
+/// Adds up a gradient of these episodes; the protocol carries no weights of entropies.
+pub fn learn(engine: &mut dyn Trainer, plan: &rl::Plan, episodes: &[Episode]) {
+    let groups: Vec<Group> = episodes.chunks(plan.train.group).map(|g| g.iter().map(|e| &e.stream).collect()).collect();
+    engine
+        .accumulate(&groups, &mut |_, _, scores| Ok(Weights { entropies: None, ..agreement::weights(scores) }))
+        .unwrap();
+}
+
+#[test]
+fn the_gradient_through_the_protocol_is_the_engines_own() {
+    let (_folder, dir) = world();
+    let Shared { plan, mut here, episodes } = shared(&dir);
+    let double = calm(&dir);
+    let there = on(&double, plan.clone(), |_| ());
+    let mut served = engine::open(&there.engine, &there.model, &plan.training().unwrap(), false).unwrap();
+    learn(&mut here, &plan, &episodes);
+    learn(&mut *served, &plan, &episodes);
+    served.step(1e-3).unwrap();
+    let whole = &here.gradients().unwrap().data;
+    assert!(whole.iter().any(|g| g.abs() > 1e-2));
+    let (far, tensor) = agreement::apart(&here.model, whole, &double.gradient());
+    assert!(far < 1e-5, "{far:e} in {tensor}");
+}
+
+/// Three steps on dialogues with pictures. `eps` as in [`plan`].
+pub fn fine_tuning(dir: &Path, out: &str) -> sft::Plan {
+    let text = format!(
+        "[model]\npath = {:?}\n[data]\ntrain = {:?}\nmax_pixels = 12544\nmin_pixels = 3136\n[optim]\nlr = 3e-3\neps = 1e-2\n\
+         schedule = \"linear\"\n[train]\nout = {:?}\nsteps = 3\nbatch = 4\ncheckpoint_every = 1\n",
+        taught(dir),
+        tiny::four_numbers(dir),
+        dir.join(out)
+    );
+    config::parse(&text, &[]).unwrap()
+}
+
+/// Trajectories are learnt on a server as they are here, and a run that was stopped goes on there.
+#[test]
+fn fine_tuning_on_a_server_is_fine_tuning_here() {
+    let (_folder, dir) = world();
+    let own = fine_tuning(&dir, "sft-here");
+    let metrics = sft::train(&own, Start::New, &Interrupt::none()).unwrap();
+    let at_home = std::fs::read(own.train.out.join("checkpoints/3/model.safetensors")).unwrap();
+    let first = std::fs::read(taught(&dir).join("model.safetensors")).unwrap();
+    // Servers' distributions have every id.
+    let mut training = plan(&dir, "none", &[]).training().unwrap();
+    (training.reference, training.all_ids) = (false, true);
+    let double = Double::start(Kind::default(), &taught(&dir), training, hostile);
+    let mut there = fine_tuning(&dir, "sft-there");
+    there.engine = on(&double, plan(&dir, "none", &[]), |_| ()).engine;
+    let stopped = Interrupt::none();
+    stopped.ask();
+    let error = sft::train(&there, Start::New, &stopped).unwrap_err().to_string();
+    assert!(error.contains("interrupted after step 1"), "{error}");
+    let there_metrics = sft::train(&there, Start::Resume, &Interrupt::none()).unwrap();
+    assert_eq!(double.updates(), 3);
+    for name in ["loss", "accuracy", "lr", "tokens/trained"] {
+        let (a, b) = (metrics[name].as_f64().unwrap(), there_metrics[name].as_f64().unwrap());
+        assert!((a - b).abs() <= 1e-4 * a.abs(), "{name}: {a} and {b}");
+    }
+    let state: Value =
+        serde_json::from_slice(&std::fs::read(there.train.out.join("checkpoints/3/tinker.json")).unwrap()).unwrap();
+    let far = apart(&at_home, &double.weights(state["state"].as_str().unwrap()), &first);
+    assert!(far < 1e-3, "{far}");
+
+    // What a server cannot do is said before it is asked.
+    let said = |change: &dyn Fn(&mut sft::Plan)| {
+        let mut plan = there.clone();
+        change(&mut plan);
+        sft::train(&plan, Start::New, &Interrupt::none()).unwrap_err().to_string()
+    };
+    assert!(said(&|plan| plan.model.freeze = vec!["vision".into()]).contains("model.freeze"));
+    let drawn = said(&|plan| {
+        (plan.data.train, plan.data.pretrain) = (None, Some(foveate::synth::recipe::Recipe::default()));
+    });
+    assert!(drawn.contains("data.pretrain"), "{drawn}");
 }
 
 #[test]

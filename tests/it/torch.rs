@@ -2,14 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
-use foveate::data;
 use foveate::engine::embedded::{Embedded, Options};
 use foveate::engine::torch::{self, Torch};
-use foveate::engine::{self, Group, Prompt, Sampler, Sampling, Trainer, Weights, Who};
+use foveate::engine::{self, Prompt, Sampler, Sampling, Trainer, Who};
 use foveate::model::layout::Layout;
 use foveate::model::{Dtype, Vlm, lora};
 use foveate::rl;
-use foveate::rollout::{self, Stage};
 use foveate::run::{Interrupt, Start};
 
 use crate::agreement::{self, apart, gradient, groups, play, sampled, samples, training, weights};
@@ -200,30 +198,17 @@ fn what_it_cannot_do_is_said() {
 #[test]
 fn three_engines_have_one_gradient() {
     let (_folder, dir) = tinker::world();
-    let own = tinker::plan(&dir, "own", &["task.turns=2", "task.on_invalid=resend_image"]);
+    let tinker::Shared { plan, mut here, episodes } = tinker::shared(&dir);
+    let training = plan.training().unwrap();
+    let mut beside = Torch::open(&on_cpu(), &plan.model, Some(&training)).unwrap();
     let double = tinker::calm(&dir);
-    let there = tinker::on(&double, own.clone(), |_| ());
-    let training = own.training().unwrap();
-    let mut here = Embedded::open(&own.model, Some(&training)).unwrap();
-    let mut beside = Torch::open(&on_cpu(), &own.model, Some(&training)).unwrap();
+    let there = tinker::on(&double, plan.clone(), |_| ());
     let mut served = engine::open(&there.engine, &there.model, &training, false).unwrap();
-
-    let samples = data::read(&dir.join("train.jsonl")).unwrap();
-    let samples: Vec<_> = samples.iter().enumerate().map(|(i, sample)| (i as u64, sample)).collect();
-    let frontend = here.frontend.clone();
-    let task = own.task.task(frontend.processor.budget.factor).unwrap();
-    let stage = Stage { task: &*task, frontend: &frontend, options: &own.rollout };
-    let episodes = rollout::play(&stage, &mut here, &samples, own.train.group, 3, 1).unwrap();
-    assert!(episodes.iter().any(|e| e.stream.images.len() == 2), "second pictures are part of it");
-    let groups: Vec<Group> = episodes.chunks(own.train.group).map(|g| g.iter().map(|e| &e.stream).collect()).collect();
-    // The protocol carries no weights of entropies.
-    let learn = |engine: &mut dyn Trainer| {
-        let weigh = |_, _, scores: &_| Ok(Weights { entropies: None, ..weights(scores) });
-        engine.accumulate(&groups, &mut { weigh }).unwrap();
-    };
+    let learn = |engine: &mut dyn Trainer| tinker::learn(engine, &plan, &episodes);
     learn(&mut here);
     learn(&mut beside);
     learn(&mut *served);
+    // That is when the server adds up.
     served.step(1e-3).unwrap();
     let whole = here.gradients().unwrap().data.clone();
     assert!(whole.iter().any(|g| g.abs() > 1e-2));
@@ -274,4 +259,24 @@ fn a_run_is_the_run_on_the_embedded_engine() {
     tinker::train(&cut, Start::Resume).unwrap();
     let weights = |plan: &rl::Plan| std::fs::read(plan.train.out.join("checkpoints/3/model.safetensors")).unwrap();
     assert_eq!(weights(&cut), weights(&beside), "a run that was stopped ends where it would have");
+}
+
+/// Fine-tuning on dialogues with pictures, from a config.
+#[test]
+fn fine_tuning_is_that_of_the_embedded_engine() {
+    let (_folder, dir) = tinker::world();
+    let weights = |plan: &foveate::sft::Plan| {
+        let start = Start::New;
+        let metrics = foveate::sft::train(plan, start, &Interrupt::none()).unwrap();
+        let model = Vlm::load(&plan.train.out.join("checkpoints/3")).unwrap();
+        (metrics["loss"].as_f64().unwrap(), model.weights.arena().unwrap().data.clone())
+    };
+    let own = tinker::fine_tuning(&dir, "own-sft");
+    let (loss, ours) = weights(&own);
+    let mut beside = tinker::fine_tuning(&dir, "beside-sft");
+    beside.engine = engine::Options::Torch(on_cpu());
+    let (theirs_loss, theirs) = weights(&beside);
+    assert!((loss - theirs_loss).abs() < 1e-4 * loss, "{loss} and {theirs_loss}");
+    let far = ours.iter().zip(&theirs).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(far < 1e-4, "{far}");
 }

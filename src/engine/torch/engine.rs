@@ -70,7 +70,11 @@ impl Torch {
         let net = guarded("putting the model on the device", || {
             Ok(Net::new(&model, device, kind, training.is_some().then_some(trainable)))
         })?;
-        let banned = frontend.chat.banned(net.config.text.vocab).iter().map(|&id| i64::from(id)).collect::<Vec<_>>();
+        let banned = match training.is_some_and(|training| training.all_ids) {
+            true => Vec::new(),
+            false => frontend.chat.banned(net.config.text.vocab),
+        };
+        let banned: Vec<i64> = banned.into_iter().map(i64::from).collect();
         let learning = |training: &Training| {
             training.optim.validate()?;
             let zeros = |i: usize| [(); 2].map(|()| net.own(i).detach().zeros_like());
@@ -281,7 +285,8 @@ fn device(engine: &Options) -> Result<Device> {
     );
     let device = Device::Cuda(n);
     guarded(&format!("using engine.device = {:?}", engine.device), || {
-        Ok(drop(Tensor::zeros([1], (Kind::Float, device))))
+        drop(Tensor::zeros([1], (Kind::Float, device)));
+        Ok(())
     })?;
     Ok(device)
 }
