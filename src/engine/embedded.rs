@@ -213,7 +213,7 @@ impl Embedded {
             )),
         };
         let model = match (training, &options.lora) {
-            (Some(training), Some(lora)) => lora::open(&options.path, lora, options.trainable()?, training.seed)?,
+            (Some(training), Some(lora)) => lora::open(&options.path, lora, options.trainable()?, training.seed, hold)?,
             _ => Vlm::open(&options.path, hold)?,
         };
         if training.is_some() && options.lora.is_none() && lora::is_adapter(&options.path) {

@@ -93,3 +93,27 @@ fn guarded<T>(doing: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
         anyhow::bail!("{doing}: LibTorch says {said:?}{advice}")
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_are_named_as_torch_names_them() {
+        let device = |name: &str| Options { device: name.into() }.device();
+        for (name, number) in [("cpu", None), ("cuda", Some(0)), ("cuda:3", Some(3))] {
+            assert_eq!(device(name).unwrap(), number);
+        }
+        for name in ["", "gpu", "cuda:", "cuda:x", "CPU"] {
+            let error = device(name).unwrap_err();
+            assert!(error.is::<BadConfig>() && error.to_string().contains("cuda:N"), "{error}");
+        }
+    }
+
+    #[cfg(not(feature = "torch"))]
+    #[test]
+    fn without_libtorch_it_says_how_to_get_it() {
+        let error = Options::default().validate().unwrap_err();
+        assert!(error.is::<BadConfig>() && error.to_string().contains("--features torch"), "{error}");
+    }
+}

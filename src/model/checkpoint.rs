@@ -309,11 +309,28 @@ impl Checkpoint {
 
 /// Opens the parameters of a layout in a model folder.
 pub fn open_weights(dir: &Path, layout: &Arc<Layout>, hold: Hold) -> Result<Weights> {
+    open_beside(dir, layout, layout, &[], hold)
+}
+
+/// The same where `adapted` has more tensors behind those of the layout, whose values are `others`.
+pub(super) fn open_beside(
+    dir: &Path,
+    layout: &Arc<Layout>,
+    adapted: &Arc<Layout>,
+    others: &[f32],
+    hold: Hold,
+) -> Result<Weights> {
     let checkpoint = Checkpoint::open(dir, layout)?;
     let other = checkpoint.not_mappable(layout);
     match (hold, other) {
-        (Hold::Auto | Hold::Mapped, None) => Ok(Weights::Mapped(Arc::new(checkpoint.into_mapped(layout)?))),
-        (Hold::Auto | Hold::Memory, _) => Ok(Weights::Memory(checkpoint.into_memory(layout)?)),
+        (Hold::Auto | Hold::Mapped, None) => {
+            Ok(Weights::Mapped(Arc::new(checkpoint.into_mapped(layout)?.beside(adapted, others))))
+        }
+        (Hold::Auto | Hold::Memory, _) => {
+            let mut arena = checkpoint.into_memory(adapted)?;
+            arena.data[layout.len..].copy_from_slice(others);
+            Ok(Weights::Memory(arena))
+        }
         (Hold::Mapped, Some(tensor)) => bail!(
             "{} is stored as {:?}, and only bf16 can be read where it lies; leave out \"mapped\", or write a bf16 copy with \
              `foveate model export {} --out NEW --dtype bf16`: {}",
@@ -334,11 +351,6 @@ pub fn would_map(dir: &Path, layout: &Layout, hold: Hold) -> Result<bool> {
         Hold::Auto if lora::is_adapter(dir) => false,
         Hold::Auto => Checkpoint::open(dir, layout)?.not_mappable(layout).is_none(),
     })
-}
-
-/// Reads the parameters of a layout into an arena that has more behind them, which is left at 0.
-pub(super) fn load_beside(dir: &Path, layout: &Arc<Layout>, adapted: &Arc<Layout>) -> Result<Arena> {
-    Checkpoint::open(dir, layout)?.into_memory(adapted)
 }
 
 /// Reads the parameters of a layout from a model folder into memory.

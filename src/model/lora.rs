@@ -115,6 +115,22 @@ impl Trainable {
     }
 }
 
+/// The values of fresh adapters, which lie behind the model's own.
+fn fresh(layout: &Layout, seed: u64) -> Vec<f32> {
+    let mut values = Vec::new();
+    for (i, entry) in layout.entries.iter().enumerate().filter(|(_, entry)| entry.adapter) {
+        if entry.name.contains(LORA_B) {
+            values.resize(values.len() + entry.range.len(), 0.0);
+            continue;
+        }
+        let mut random = ChaCha8Rng::seed_from_u64(seed);
+        random.set_stream(i as u64);
+        let bound = 1.0 / (entry.shape[1] as f32).sqrt();
+        values.extend(entry.range.clone().map(|_| random.random_range(-bound..bound)));
+    }
+    values
+}
+
 impl Vlm {
     /// Puts fresh adapters beside some maps: `a` uniform within `1/√inputs` and `b` 0, as PEFT draws them.
     ///
@@ -125,22 +141,7 @@ impl Vlm {
         ensure!(!arena.layout.has_adapters(), "the model has adapters already");
         arena.layout = arena.layout.adapted(modules);
         arena.data.reserve_exact(arena.layout.len - arena.data.len());
-        arena.data.resize(arena.layout.len, 0.0);
-        self.draw(seed)
-    }
-
-    /// Draws the `a` of all adapters.
-    fn draw(&mut self, seed: u64) -> Result<()> {
-        let Arena { layout, data } = self.weights.arena_mut()?;
-        for (i, entry) in layout.entries.iter().enumerate().filter(|(_, entry)| entry.adapter) {
-            if entry.name.contains(LORA_B) {
-                continue;
-            }
-            let mut random = ChaCha8Rng::seed_from_u64(seed);
-            random.set_stream(i as u64);
-            let bound = 1.0 / (entry.shape[1] as f32).sqrt();
-            data[entry.range.clone()].iter_mut().for_each(|w| *w = random.random_range(-bound..bound));
-        }
+        arena.data.extend(fresh(&arena.layout, seed));
         Ok(())
     }
 

@@ -168,6 +168,17 @@ impl Mapped {
         Mapped { layout: layout.clone(), files, places, small }
     }
 
+    /// With more tensors behind those of its layout, in memory.
+    pub(super) fn beside(mut self, adapted: &Arc<Layout>, others: &[f32]) -> Mapped {
+        let offset = self.small.len();
+        let behind = self.layout.len;
+        self.small.extend_from_slice(others);
+        let new = &adapted.entries[self.places.len()..];
+        let place = |entry: &Entry| entry.range.start - behind + offset..entry.range.end - behind + offset;
+        self.places.extend(new.iter().map(|entry| Place::Memory(place(entry))));
+        Mapped::new(adapted, self.files, self.places, self.small)
+    }
+
     fn get(&self, place: &Range<usize>) -> Matrix<'_> {
         // Entries cover the layout without gaps, and what is asked for lies within one of them.
         let entries = &self.layout.entries;

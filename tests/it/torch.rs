@@ -6,7 +6,7 @@ use foveate::engine::embedded::{Embedded, Options};
 use foveate::engine::torch::{self, Torch};
 use foveate::engine::{self, Prompt, Sampler, Sampling, Trainer, Who};
 use foveate::model::layout::Layout;
-use foveate::model::{Dtype, Vlm, lora};
+use foveate::model::{Compute, Dtype, Vlm, lora};
 use foveate::rl;
 use foveate::run::{Interrupt, Start};
 
@@ -279,4 +279,43 @@ fn fine_tuning_is_that_of_the_embedded_engine() {
     assert!((loss - theirs_loss).abs() < 1e-4 * loss, "{loss} and {theirs_loss}");
     let far = ours.iter().zip(&theirs).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
     assert!(far < 1e-4, "{far}");
+}
+
+/// Products in bf16, on a model whose file is in bf16: adapters beside weights that are read from where they lie.
+#[test]
+fn bf16_is_close_to_f32() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("bf16");
+    tiny::model(5).save(&path, Dtype::Bf16, Some(&tiny::nano())).unwrap();
+    let samples = samples(dir.path());
+    let adapters = lora::Options { rank: 3, alpha: 6.0, targets: vec!["*".into()] };
+    for lora in [None, Some(adapters)] {
+        let plain = Options { path: path.clone(), lora, ..Options::default() };
+        let rounded = Options { compute: Compute::Bf16, recompute: true, ..plain.clone() };
+        let mut ours = Embedded::open(&plain, Some(&training())).unwrap();
+        let layout = ours.model.weights.layout().clone();
+        let mut theirs = opened(&rounded);
+        let episodes = play(&mut theirs, &samples);
+        let learn = |engine: &mut dyn Trainer| {
+            let mut logprobs = Vec::new();
+            let mut weigh = |_, _, scores: &engine::Scores| {
+                logprobs.extend_from_slice(&scores.logprobs);
+                Ok(engine::Weights { logprobs: vec![1.0; scores.logprobs.len()], entropies: None })
+            };
+            engine.accumulate(&groups(&episodes), &mut weigh).unwrap();
+            logprobs
+        };
+        let (a, b) = (learn(&mut ours), learn(&mut theirs));
+        let most = a.iter().zip(&b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(most > 0.0 && most < 0.3, "log-probs are off by {most}");
+        let off = |a: &[f32], b: &[f32]| {
+            let square = |x: &mut dyn Iterator<Item = f32>| x.map(|x| f64::from(x).powi(2)).sum::<f64>();
+            (square(&mut a.iter().zip(b).map(|(a, b)| a - b)) / square(&mut a.iter().copied())).sqrt()
+        };
+        let gradient = off(&ours.gradients().unwrap().data, &all(&theirs, &layout));
+        println!("log-probs at most {most:.3}, gradient {gradient:.4}");
+        assert!(gradient > 0.0 && gradient < 0.1, "the gradient is off by {gradient}");
+        assert!(theirs.step(1e-3).unwrap() > 0.0);
+        assert_ne!(learn(&mut theirs), b, "the step is seen by the products");
+    }
 }

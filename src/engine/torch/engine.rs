@@ -56,7 +56,9 @@ impl Torch {
         tch::set_num_threads(rayon::current_num_threads() as i32);
         let frontend = Frontend::load(&options.path, options.picture_cache_mib)?;
         let model = match (training, &options.lora) {
-            (Some(training), Some(lora)) => lora::open(&options.path, lora, options.trainable()?, training.seed)?,
+            (Some(training), Some(lora)) => {
+                lora::open(&options.path, lora, options.trainable()?, training.seed, options.weights)?
+            }
             _ => Vlm::open(&options.path, options.weights)?,
         };
         let trainable = match model.weights.layout().has_adapters() {

@@ -13,12 +13,12 @@ use safetensors::tensor::{SafeTensors, TensorView};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-use super::{Options, maps};
+use super::{Options, fresh, maps};
 use crate::config::BadConfig;
 use crate::model::checkpoint::{self, published_name};
-use crate::model::layout::{Arena, Entry, LORA_A, LORA_B, Layout, Module, Trainable};
+use crate::model::layout::{Entry, LORA_A, LORA_B, Layout, Module, Trainable};
 use crate::model::weights::{Outgoing, copy_companions, in_place, write_json};
-use crate::model::{Config, Vlm};
+use crate::model::{Config, Hold, Vlm};
 
 const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";
@@ -193,12 +193,6 @@ impl Adapter {
         let entries = layout.entries.iter().filter(|entry| entry.adapter);
         entries.filter_map(|entry| Some((entry.range.clone(), tensors.remove(&entry.name)?.1))).collect()
     }
-
-    fn fill(self, arena: &mut Arena) {
-        for (place, values) in self.placed(&arena.layout) {
-            arena.data[place].copy_from_slice(&values);
-        }
-    }
 }
 
 /// Whether a key of PEFT's config leaves the computation as it is here: those that are read, those that speak of training alone, and whatever
@@ -277,40 +271,41 @@ pub fn modules(dir: &Path, options: &Options, layout: &Layout, train: Trainable)
     Ok(modules)
 }
 
-/// Opens a model for training adapters: those that its folder holds, or fresh ones.
+/// Opens a model for training adapters: those that its folder holds, or fresh ones. The adapters are in memory, the model's own weights where
+/// `hold` says.
 ///
 /// # Errors
 /// As [`modules`], and what cannot be read.
-pub fn open(dir: &Path, options: &Options, train: Trainable, seed: u64) -> Result<Vlm> {
+pub fn open(dir: &Path, options: &Options, train: Trainable, seed: u64, hold: Hold) -> Result<Vlm> {
     if is_adapter(dir) {
         modules(dir, options, &Layout::new(&Config::load(dir)?), train)?;
-        return read(dir);
+        return read_beside(dir, hold);
     }
     let config = Config::load(dir)?;
-    let modules = options.modules(&Layout::new(&config), train)?;
-    let mut model = beside(dir, config, &modules)?;
-    model.draw(seed)?;
-    Ok(model)
-}
-
-/// A model with room for adapters, all 0, behind its weights: read into its place, for a copy would need twice the memory.
-fn beside(dir: &Path, config: Config, modules: &[Module]) -> Result<Vlm> {
     let layout = Layout::new(&config);
-    let arena = checkpoint::load_beside(dir, &layout, &layout.adapted(modules))?;
-    Ok(Vlm::new(config, arena.into()))
+    let adapted = layout.adapted(&options.modules(&layout, train)?);
+    let weights = checkpoint::open_beside(dir, &layout, &adapted, &fresh(&adapted, seed), hold)?;
+    Ok(Vlm::new(config, weights))
 }
 
-/// A model with the adapter of a folder beside its weights.
+/// A model with the adapter of a folder beside its weights, in memory.
 ///
 /// # Errors
 /// What cannot be read, or does not belong together.
 pub fn read(dir: &Path) -> Result<Vlm> {
+    read_beside(dir, Hold::Memory)
+}
+
+/// Read into its place: a copy would need twice the memory.
+fn read_beside(dir: &Path, hold: Hold) -> Result<Vlm> {
     let base = base(dir)?;
     let config = Config::load(&base)?;
-    let adapter = Adapter::read(dir, &Layout::new(&config))?;
-    let mut model = beside(&base, config, &adapter.modules)?;
-    adapter.fill(model.weights.arena_mut()?);
-    Ok(model)
+    let layout = Layout::new(&config);
+    let adapter = Adapter::read(dir, &layout)?;
+    let adapted = layout.adapted(&adapter.modules);
+    let values: Vec<f32> = adapter.placed(&adapted).into_iter().flat_map(|(_, values)| values).collect();
+    let weights = checkpoint::open_beside(&base, &layout, &adapted, &values, hold)?;
+    Ok(Vlm::new(config, weights))
 }
 
 /// What an adapter's folder holds.
@@ -350,8 +345,9 @@ impl std::fmt::Display for About {
 /// # Errors
 /// An adapter of other maps, widths or scales.
 pub fn read_into(model: &mut Vlm, dir: &Path) -> Result<()> {
-    let adapter = fitting(dir, &model.config, model.weights.layout())?;
-    adapter.fill(model.weights.arena_mut()?);
+    let read = adapters(dir, &model.config, model.weights.layout())?;
+    let data = &mut model.weights.arena_mut()?.data;
+    read.into_iter().for_each(|(place, values)| data[place].copy_from_slice(&values));
     Ok(())
 }
 
@@ -360,17 +356,13 @@ pub fn read_into(model: &mut Vlm, dir: &Path) -> Result<()> {
 /// # Errors
 /// As [`read_into`].
 pub fn adapters(dir: &Path, config: &Config, layout: &Layout) -> Result<Placed> {
-    Ok(fitting(dir, config, layout)?.placed(layout))
-}
-
-fn fitting(dir: &Path, config: &Config, layout: &Layout) -> Result<Adapter> {
     let adapter = Adapter::read(dir, &Layout::new(config))?;
     ensure!(
         adapter.modules == layout.modules(),
         "the checkpoint's adapter is not the one that model.lora describes; write its rank, alpha and targets into the config: {}",
         dir.display()
     );
-    Ok(adapter)
+    Ok(adapter.placed(layout))
 }
 
 /// Writes a model's adapter as PEFT does, with the config, tokenizer and picture settings of the model. `opened` is the folder that the
@@ -463,7 +455,7 @@ mod tests {
         presets::one_layer().save(&base, crate::model::Dtype::F32, None).unwrap();
         let options = Options { rank: 3, alpha: 6.0, targets: vec!["*.q_proj".into(), "visual.blocks.*.qkv".into()] };
         let train = Trainable::ALL;
-        let mut model = open(&base, &options, train, 5).unwrap();
+        let mut model = open(&base, &options, train, 5, Hold::Memory).unwrap();
         for entry in model.weights.layout().clone().entries.iter().filter(|e| e.adapter) {
             let data = &mut model.weights.arena_mut().unwrap().data[entry.range.clone()];
             data.iter_mut().enumerate().for_each(|(i, w)| *w += (i as f32).sin());
@@ -471,8 +463,8 @@ mod tests {
         save(&model, &out, &base).unwrap();
         let data = |model: &Vlm| model.weights.arena().unwrap().data.clone();
         // Gone on with, and read into a fresh one.
-        assert_eq!(data(&open(&out, &options, train, 9).unwrap()), data(&model));
-        let mut fresh = open(&base, &options, train, 9).unwrap();
+        assert_eq!(data(&open(&out, &options, train, 9, Hold::Memory).unwrap()), data(&model));
+        let mut fresh = open(&base, &options, train, 9, Hold::Memory).unwrap();
         assert_ne!(data(&fresh), data(&model));
         read_into(&mut fresh, &out).unwrap();
         assert_eq!(data(&fresh), data(&model));
@@ -481,14 +473,14 @@ mod tests {
         assert!(format!("{:#}", Vlm::open(&out, Hold::Mapped).unwrap_err()).contains("model export"));
         assert!(model.save(&dir.path().join("no"), crate::model::Dtype::F32, None).is_err());
 
-        let refuses = |options: &Options| open(&out, options, train, 9).unwrap_err().to_string();
+        let refuses = |options: &Options| open(&out, options, train, 9, Hold::Memory).unwrap_err().to_string();
         assert!(refuses(&Options { rank: 4, ..options.clone() }).contains("rank 3"));
         assert!(
             refuses(&Options { targets: vec!["*.q_proj".into()], ..options.clone() }).contains("has visual.blocks.0")
         );
         assert!(refuses(&Options { targets: vec!["*".into()], ..options.clone() }).contains("lacks "));
         let frozen = Trainable { vision: false, ..train };
-        assert!(open(&out, &options, frozen, 9).unwrap_err().to_string().contains("model.freeze"));
+        assert!(open(&out, &options, frozen, 9, Hold::Memory).unwrap_err().to_string().contains("model.freeze"));
         let mut other =
             open(&base, &Options { targets: vec!["*.k_proj".into()], ..options.clone() }, train, 1).unwrap();
         assert!(read_into(&mut other, &out).unwrap_err().to_string().contains("model.lora"));
