@@ -42,7 +42,7 @@ pub fn main(path: Option<&Path>, overrides: &[String], as_json: bool) -> Result<
     println!("products in bf16  {tiles}");
     println!("threads           {}", rayon::current_num_threads());
     println!("memory            {}", machine.memory.map_or("unknown".into(), gib));
-    println!("engines           embedded (CPU)");
+    println!("engines           {}", engines().join(", "));
     if let Some(need) = need {
         println!("\n{}", path.map(|p| p.display().to_string()).unwrap_or_default());
         for (name, bytes) in need.parts().into_iter().filter(|(_, bytes)| *bytes > 0) {
@@ -92,6 +92,16 @@ fn needs(path: &Path, overrides: &[String]) -> Result<Option<Need>> {
     }
     let task = plan.task.task(Processor::load(&plan.model.path)?.budget.factor)?;
     need::of_rl(&plan, &*task, &rows_of(&plan.data.train, &plan.task, &plan.data.read_as())?, true).map(Some)
+}
+
+/// What `engine.kind` can be here.
+fn engines() -> Vec<String> {
+    let devices = engine::torch::devices();
+    let torch = match devices.is_empty() {
+        true => "torch where it is built in".to_owned(),
+        false => format!("torch ({})", devices.join(", ")),
+    };
+    vec!["embedded (CPU)".into(), torch, "tinker, vllm and openai (servers)".into()]
 }
 
 fn held_elsewhere(engine: &engine::Options) -> bool {

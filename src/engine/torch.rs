@@ -62,6 +62,14 @@ impl Options {
     }
 }
 
+/// The devices that LibTorch sees; none where the program was built without it.
+pub fn devices() -> Vec<String> {
+    #[cfg(feature = "torch")]
+    return engine::devices();
+    #[cfg(not(feature = "torch"))]
+    Vec::new()
+}
+
 /// Does something in which LibTorch may fail, which tch tells by a panic: that becomes an error, and is not printed.
 #[cfg(feature = "torch")]
 fn guarded<T>(doing: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {

@@ -328,6 +328,8 @@ mod tests {
         config::parse::<crate::sft::Plan>(include_str!("../../configs/nano_pretrain.toml"), &[]).unwrap();
         config::parse::<crate::sft::Plan>(include_str!("../../configs/nano_several.toml"), &[]).unwrap();
         config::parse::<crate::sft::Plan>(include_str!("../../configs/nano_many.toml"), &[]).unwrap();
-        config::parse::<crate::sft::Plan>(include_str!("../../configs/mirg_sft.toml"), &[]).unwrap();
+        for text in [include_str!("../../configs/mirg_sft.toml"), include_str!("../../configs/mirg_tinker_sft.toml")] {
+            config::parse::<crate::sft::Plan>(text, &[]).unwrap();
+        }
     }
 }

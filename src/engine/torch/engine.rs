@@ -269,17 +269,27 @@ impl Torch {
     }
 }
 
+/// Has LibTorch know of CUDA: it does by having that library loaded, which a linker leaves out where it sees nothing of it used.
+fn load_cuda() -> bool {
+    // SAFETY: the name ends with a zero, and what the library does when it is loaded is what every program that links it has done.
+    let loaded = unsafe { libc::dlopen(c"libtorch_cuda.so".as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
+    !loaded.is_null()
+}
+
+/// The devices that there are.
+pub fn devices() -> Vec<String> {
+    let cuda = if load_cuda() { Cuda::device_count() } else { 0 };
+    std::iter::once("cpu".to_owned()).chain((0..cuda).map(|n| format!("cuda:{n}"))).collect()
+}
+
 /// The device that the options name.
 ///
 /// # Errors
 /// It is none, or not there.
 fn device(engine: &Options) -> Result<Device> {
     let Some(n) = engine.device()? else { return Ok(Device::Cpu) };
-    // A linker leaves out a library of which it sees nothing used; LibTorch finds CUDA by having it loaded.
-    // SAFETY: the name ends with a zero, and what the library does when it is loaded is what every program that links it has done.
-    let loaded = unsafe { libc::dlopen(c"libtorch_cuda.so".as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
     ensure!(
-        !loaded.is_null(),
+        load_cuda(),
         BadConfig(format!(
             "engine.device = {:?}: libtorch_cuda.so is not found beside LibTorch; take a LibTorch with CUDA and have LD_LIBRARY_PATH name its lib folder",
             engine.device

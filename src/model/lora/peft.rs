@@ -482,7 +482,8 @@ mod tests {
         let frozen = Trainable { vision: false, ..train };
         assert!(open(&out, &options, frozen, 9, Hold::Memory).unwrap_err().to_string().contains("model.freeze"));
         let mut other =
-            open(&base, &Options { targets: vec!["*.k_proj".into()], ..options.clone() }, train, 1).unwrap();
+            open(&base, &Options { targets: vec!["*.k_proj".into()], ..options.clone() }, train, 1, Hold::Memory)
+                .unwrap();
         assert!(read_into(&mut other, &out).unwrap_err().to_string().contains("model.lora"));
         let config = out.join(CONFIG);
         let good = fs::read_to_string(&config).unwrap();
