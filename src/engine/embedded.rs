@@ -626,11 +626,7 @@ impl Trainer for Embedded {
     }
 
     fn save(&mut self, dir: &Path) -> Result<()> {
-        // Always exact: a run that goes on from here must go on bit for bit. `model export` writes bf16.
-        match self.model.weights.layout().has_adapters() {
-            true => lora::save(&self.model, dir, &self.options.path)?,
-            false => self.model.save(dir, Dtype::F32, Some(&lora::base_or(&self.options.path)?))?,
-        }
+        self.export(dir)?;
         if let Some(training) = &self.training {
             training.optimizer.save(&dir.join(OPTIMIZER))?;
         }
@@ -649,6 +645,14 @@ impl Trainer for Embedded {
         self.end_step();
         self.tower.forget();
         Ok(())
+    }
+
+    fn export(&self, dir: &Path) -> Result<()> {
+        // Always exact: a run that goes on from here must go on bit for bit. `model export` writes bf16.
+        match self.model.weights.layout().has_adapters() {
+            true => lora::save(&self.model, dir, &self.options.path),
+            false => self.model.save(dir, Dtype::F32, Some(&lora::base_or(&self.options.path)?)),
+        }
     }
 }
 

@@ -56,7 +56,11 @@ impl Options {
 
     /// Whether this program's own kernels compute: then the memory of a run can be reckoned.
     pub fn has_own_kernels(&self) -> bool {
-        matches!(self, Options::Embedded {} | Options::Vllm(_))
+        match self {
+            Options::Embedded {} => true,
+            Options::Vllm(options) => options.device.is_none(),
+            Options::Torch(_) | Options::Tinker(_) | Options::Openai(_) => false,
+        }
     }
 
     /// Whether the weights that are trained are this program's.
@@ -373,6 +377,13 @@ pub trait Trainer: Sampler {
     /// Writes into `dir` what [`Trainer::load`] needs to go on: weights (Hugging Face layout) and optimiser state, or where they are.
     fn save(&mut self, dir: &Path) -> Result<()>;
     fn load(&mut self, dir: &Path) -> Result<()>;
+    /// Writes the model, or its adapters, as other programs read them, and nothing that only training needs.
+    ///
+    /// # Errors
+    /// Weights that are held elsewhere, and what cannot be written.
+    fn export(&self, dir: &Path) -> Result<()> {
+        bail!("this engine's weights are not here, so they cannot be written to {}", dir.display())
+    }
 }
 
 /// Whether the text written so far ends a turn by a stop text.

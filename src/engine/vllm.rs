@@ -16,13 +16,13 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::embedded::Embedded;
 use super::pngs::Pngs;
 use super::remote::{ended, one_by_one};
+use super::{self as engine, torch};
 use super::{Completion, Frontend, Group, Prompt, Sampler, Sampling, Scores, Trainer, Training, Weights, Who};
 use crate::config::BadConfig;
 use crate::episode::Stream;
-use crate::model::lora;
+use crate::model::{Config, Layout};
 use crate::openai::{Pool, PoolOptions, Server, Unanswered, data_uri, from_json, sha256};
 use crate::progress::say;
 
@@ -37,6 +37,9 @@ pub struct Options {
     /// A folder that the servers see under the same path: versions of the adapters are written there. Needed by `rl`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub adapters: Option<PathBuf>,
+    /// Train with LibTorch on this device (`cpu`, `cuda`, `cuda:N`) instead of this program's own kernels.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
     /// The environment variable that holds the key; unset, none is sent.
     pub api_key_env: String,
     /// Requests under way at once.
@@ -55,6 +58,7 @@ impl Default for Options {
             urls: Vec::new(),
             model: String::new(),
             adapters: None,
+            device: None,
             api_key_env: "VLLM_API_KEY".into(),
             max_in_flight: 256,
             max_retries: 5,
@@ -68,7 +72,12 @@ impl Options {
     /// # Errors
     /// What is missing or cannot work, named.
     pub fn validate(&self) -> Result<()> {
+        self.trainer().map_or(Ok(()), |torch| torch.validate())?;
         self.pool().validate()
+    }
+
+    fn trainer(&self) -> Option<torch::Options> {
+        self.device.clone().map(|device| torch::Options { device })
     }
 
     fn pool(&self) -> PoolOptions<'_> {
@@ -102,6 +111,12 @@ impl Options {
 
 /// Servers that sample, and what is trained here.
 pub struct Fleet {
+    servers: Servers,
+    training: Option<Adapters>,
+}
+
+/// What asking them takes; threads share it.
+struct Servers {
     options: Options,
     frontend: Frontend,
     pngs: Pngs,
@@ -109,14 +124,11 @@ pub struct Fleet {
     /// Ids that end a completion: ends of turn, and vision tokens, which would have no picture.
     stops: Vec<u32>,
     banned: Vec<u32>,
-    training: Option<Adapters>,
 }
 
 /// Adapters that are trained here and known there.
 struct Adapters {
-    trainer: Embedded,
-    /// The model whose adapters they are.
-    base: PathBuf,
+    trainer: Box<dyn Trainer>,
     /// Absolute, for the servers have working folders of their own.
     folder: PathBuf,
     /// Tells the versions of this run from those of another at the same servers.
@@ -151,17 +163,18 @@ impl Fleet {
             let folder =
                 std::path::absolute(&folder).with_context(|| format!("engine.adapters = {}", folder.display()))?;
             let began = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
-            let trainer = Embedded::open(model, Some(training))?;
-            if let Some(other) = trainer.model.weights.layout().modules().iter().find(|module| !module.name.starts_with("model.layers.")) {
+            let (layout, _) = model.learns(Layout::new(&Config::load(&model.path)?))?;
+            if let Some(other) = layout.modules().iter().find(|module| !module.name.starts_with("model.layers.")) {
                 bail!(BadConfig(format!(
                     "model.lora.targets gives {} an adapter, which vLLM would load and not use; with engine.kind = \"vllm\" take \
                      \"model.layers.*\", or add model.freeze = [\"vision\", \"merger\"]",
                     other.name
                 )));
             }
+            let trainer = options.trainer().map_or(engine::Options::Embedded {}, engine::Options::Torch);
+            let trainer = engine::open(&trainer, model, training, false)?;
             Ok(Adapters {
                 trainer,
-                base: model.path.clone(),
                 folder,
                 run: format!("foveate-{:x}-{began:x}", std::process::id()),
                 loaded: None,
@@ -170,20 +183,20 @@ impl Fleet {
         });
         let training = training.transpose()?;
         let frontend = match &training {
-            Some(Adapters { trainer, .. }) => trainer.frontend.clone(),
+            Some(Adapters { trainer, .. }) => trainer.frontend(),
             None => Frontend::load(&model.path, model.picture_cache_mib)?,
         };
         // Rows of the table without a token are as unlikely as they are untrained; the servers' table is not known here.
         let banned = frontend.chat.banned(0);
-        Ok(Fleet {
+        let servers = Servers {
             pool,
             pngs: Pngs::new(frontend.clone()),
             stops: frontend.chat.special.stops.iter().chain(&banned).copied().collect(),
             banned,
             frontend,
             options: options.clone(),
-            training,
-        })
+        };
+        Ok(Fleet { servers, training })
     }
 
     /// Gives the servers the adapters as they stand, and takes back those before.
@@ -202,9 +215,9 @@ impl Fleet {
         std::fs::create_dir_all(&adapters.folder)
             .and_then(|()| std::fs::create_dir(&path))
             .with_context(|| format!("making the folder {}", path.display()))?;
-        lora::save(&adapters.trainer.model, &path, &adapters.base)?;
+        adapters.trainer.export(&path)?;
         let load = |server: &Server| {
-            self.told(server, "load_lora_adapter", &json!({"lora_name": name, "lora_path": path})).with_context(|| {
+            self.servers.told(server, "load_lora_adapter", &json!({"lora_name": name, "lora_path": path})).with_context(|| {
                 format!(
                     "loading version {version} of the adapters at {}, which must see {} under this path (engine.adapters), with --enable-lora and \
                      a --max-lora-rank as high as theirs",
@@ -213,7 +226,7 @@ impl Fleet {
                 )
             })
         };
-        if let Err(error) = self.pool.servers.iter().try_for_each(load) {
+        if let Err(error) = self.servers.pool.servers.iter().try_for_each(load) {
             self.take_back(Some((version, name)));
             return Err(error);
         }
@@ -226,12 +239,18 @@ impl Fleet {
     fn take_back(&self, loaded: Option<(u64, String)>) {
         let (Some((_, name)), Some(adapters)) = (loaded, &self.training) else { return };
         let body = json!({"lora_name": name}).to_string();
-        for server in &self.pool.servers {
+        for server in &self.servers.pool.servers {
             let _ = server.tell_briefly(&format!("{}/unload_lora_adapter", server.base()), body.as_bytes());
         }
         let _ = std::fs::remove_dir_all(adapters.folder.join(&name));
     }
 
+    fn trainer(&mut self) -> Result<&mut dyn Trainer> {
+        Ok(&mut *self.training.as_mut().context("the engine was opened for sampling only")?.trainer)
+    }
+}
+
+impl Servers {
     /// Has one server do something about adapters. It answers in words.
     fn told(&self, server: &Server, what: &str, body: &Value) -> Result<()> {
         let url = format!("{}/{what}", server.base());
@@ -268,7 +287,7 @@ impl Fleet {
     }
 
     /// A request for one continuation. A picture stands among the ids as one token, which the server expands.
-    fn request(&self, stream: &Stream, sampling: &Sampling, seed: u64) -> Result<Value> {
+    fn request(&self, model: &str, stream: &Stream, sampling: &Sampling, seed: u64) -> Result<Value> {
         let (mut ids, mut pictures, mut at) = (Vec::with_capacity(stream.len()), Vec::new(), 0);
         for placed in &stream.images {
             ids.extend_from_slice(&stream.ids[at..=placed.first]);
@@ -277,10 +296,6 @@ impl Fleet {
             pictures.push(json!({"type": "image_url", "url": data_uri("png", &png), "uuid": sha256(&png)}));
         }
         ids.extend_from_slice(&stream.ids[at..]);
-        let model = match &self.training {
-            Some(Adapters { loaded: Some((_, name)), .. }) => name,
-            _ => &self.options.model,
-        };
         let mut params = json!({
             "max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature, "seed": seed >> 1,
             "logprobs": 0, "stop_token_ids": self.stops, "detokenize": false,
@@ -299,8 +314,9 @@ impl Fleet {
         Ok(request)
     }
 
-    fn answer(&self, stream: &Stream, sampling: &Sampling, seed: u64) -> Result<Completion> {
-        let body = serde_json::to_vec(&self.request(stream, sampling, seed)?).context("writing a request as JSON")?;
+    fn answer(&self, model: &str, stream: &Stream, sampling: &Sampling, seed: u64) -> Result<Completion> {
+        let body =
+            serde_json::to_vec(&self.request(model, stream, sampling, seed)?).context("writing a request as JSON")?;
         let read =
             |body: &[u8]| from_json(body, "the reply has no whole sample with its log-probs at choices[0]", sampled);
         let generate = |server: &Server| {
@@ -333,10 +349,6 @@ impl Fleet {
         self.pool.spent.count(prompt.len() as u64, ids.len() as u64);
         ended(&self.frontend, &self.banned, sampling, (ids, logprobs), cut)
     }
-
-    fn trainer(&mut self) -> Result<&mut Embedded> {
-        Ok(&mut self.training.as_mut().context("the engine was opened for sampling only")?.trainer)
-    }
 }
 
 /// What is needed of a reply.
@@ -365,7 +377,11 @@ impl Sampler for Fleet {
     fn sample(&mut self, prompts: &[Prompt], sampling: &Sampling) -> Result<Vec<Vec<Completion>>> {
         ensure!(!sampling.ignore_end, "a server cannot be told to go on after an end of turn");
         self.publish()?;
-        one_by_one(prompts, self.options.max_in_flight, |stream, seed| self.answer(stream, sampling, seed))
+        let Fleet { servers, training } = self;
+        let loaded = training.as_ref().and_then(|adapters| adapters.loaded.as_ref());
+        let model = loaded.map_or(&servers.options.model, |(_, name)| name);
+        let servers = &*servers;
+        one_by_one(prompts, servers.options.max_in_flight, |stream, seed| servers.answer(model, stream, sampling, seed))
     }
 
     fn end_step(&mut self) {
@@ -377,7 +393,7 @@ impl Sampler for Fleet {
 
 impl Trainer for Fleet {
     fn frontend(&self) -> Frontend {
-        self.frontend.clone()
+        self.servers.frontend.clone()
     }
 
     fn samples_exactly(&self) -> bool {
@@ -425,8 +441,9 @@ impl Trainer for Fleet {
 
 impl Drop for Fleet {
     fn drop(&mut self) {
-        if self.pool.spent.answers() > 0 {
-            say(&format!("{} gave {}", self.options.model, self.pool.spent.told("samples")));
+        let Servers { options, pool, .. } = &self.servers;
+        if pool.spent.answers() > 0 {
+            say(&format!("{} gave {}", options.model, pool.spent.told("samples")));
         }
         let loaded = self.training.as_mut().and_then(|adapters| adapters.loaded.take());
         self.take_back(loaded);

@@ -11,7 +11,7 @@ use foveate::rl;
 use foveate::run::{Interrupt, Start};
 
 use crate::agreement::{self, apart, gradient, groups, play, sampled, samples, training, weights};
-use crate::{tinker, tiny};
+use crate::{tinker, tiny, vllm};
 
 fn on_cpu() -> torch::Options {
     torch::Options { device: "cpu".into() }
@@ -318,4 +318,19 @@ fn bf16_is_close_to_f32() {
         assert!(theirs.step(1e-3).unwrap() > 0.0);
         assert_ne!(learn(&mut theirs), b, "the step is seen by the products");
     }
+}
+
+/// Samples from vLLM, adapters on LibTorch: the run that it is with our own kernels.
+#[test]
+fn it_trains_what_vllm_samples_with() {
+    let (_folder, dir) = tinker::world();
+    let ours = vllm::run(&dir, "ours", |_| ());
+    let theirs = vllm::run(&dir, "theirs", |options| options.device = Some("cpu".into()));
+    assert_eq!(ours.len(), 3);
+    for (a, b) in ours.iter().zip(&theirs) {
+        assert_eq!(a["reward/mean"], b["reward/mean"]);
+        let [a, b] = [a, b].map(|metrics| metrics["actor/grad_norm"].as_f64().unwrap());
+        assert!(a > 1e-4 && (a - b).abs() <= 1e-3 * a, "{a} and {b}");
+    }
+    assert!(theirs.iter().all(|metrics| metrics["mismatch_logprob/max"].as_f64().unwrap() < 1e-3));
 }

@@ -247,6 +247,16 @@ fn adapters(plan: &rl::Plan) -> Vec<u8> {
     std::fs::read(plan.train.out.join("checkpoints/3/adapter_model.safetensors")).unwrap()
 }
 
+/// What a whole run with a server that does nothing wrong tells of each step.
+#[cfg(feature = "torch")]
+pub fn run(dir: &Path, out: &str, change: impl FnOnce(&mut Options)) -> Vec<Value> {
+    let server = Server::start(&taught(dir), Kind::Good, |_, _| Act::Good);
+    let mut plan = on(&[&server], dir, out, &["task.turns=2", "task.on_invalid=resend_image"]);
+    change(settings_of(&mut plan));
+    train(&plan, Start::New).unwrap();
+    metrics(&plan)
+}
+
 #[test]
 fn each_step_samples_from_the_adapters_as_they_stand_and_what_goes_wrong_changes_nothing() {
     let (_folder, dir) = world();

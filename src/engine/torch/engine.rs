@@ -414,14 +414,7 @@ impl Trainer for Torch {
     }
 
     fn save(&mut self, dir: &Path) -> Result<()> {
-        let Net { config, layout, .. } = &self.net;
-        let place = |entry: &Entry| layout.entries.partition_point(|other| other.range.end <= entry.range.start);
-        let values = |entry: &Entry| to_vec(self.net.own(place(entry))).into();
-        let model = Outgoing { config, layout, values: &values };
-        match layout.has_adapters() {
-            true => lora::save_outgoing(&model, dir, &self.options.path)?,
-            false => save_outgoing(&model, dir, Dtype::F32, Some(&lora::base_or(&self.options.path)?))?,
-        }
+        self.export(dir)?;
         let Some(training) = &self.training else { return Ok(()) };
         let all = |k: usize| training.moments.iter().flat_map(|both| to_vec(&both[k])).collect();
         AdamW::of(self.trained_ranges(), all(0), all(1), training.updates)?.save(&dir.join(OPTIMIZER))
@@ -462,5 +455,16 @@ impl Trainer for Torch {
         self.end_step();
         self.features.clear();
         Ok(())
+    }
+
+    fn export(&self, dir: &Path) -> Result<()> {
+        let Net { config, layout, .. } = &self.net;
+        let place = |entry: &Entry| layout.entries.partition_point(|other| other.range.end <= entry.range.start);
+        let values = |entry: &Entry| to_vec(self.net.own(place(entry))).into();
+        let model = Outgoing { config, layout, values: &values };
+        match layout.has_adapters() {
+            true => lora::save_outgoing(&model, dir, &self.options.path),
+            false => save_outgoing(&model, dir, Dtype::F32, Some(&lora::base_or(&self.options.path)?)),
+        }
     }
 }
