@@ -171,7 +171,6 @@ impl Torch {
         for (i, kept) in trained.into_iter().zip(reference) {
             *kept = self.net.use_instead(i, kept.shallow_clone());
         }
-        self.features.clear();
         Ok(())
     }
 
@@ -262,6 +261,60 @@ impl Torch {
         self.end_step();
         self.forget_views();
         Ok(norm)
+    }
+
+    fn save_here(&self, dir: &Path) -> Result<()> {
+        self.export_here(dir)?;
+        let Some(training) = &self.training else { return Ok(()) };
+        let all = |k: usize| training.moments.iter().flat_map(|both| to_vec(&both[k])).collect();
+        AdamW::of(self.trained_ranges(), all(0), all(1), training.updates)?.save(&dir.join(OPTIMIZER))
+    }
+
+    fn load_here(&mut self, dir: &Path) -> Result<()> {
+        let layout = self.net.layout.clone();
+        let state = match &self.training {
+            Some(_) => Some(AdamW::load(self.trained_ranges(), &dir.join(OPTIMIZER))?),
+            None => None,
+        };
+        let write = |net: &mut Net, i: usize, values: &[f32]| {
+            net.write(i, |own| own.copy_(&Tensor::from_slice(values).view_as(own)));
+        };
+        if layout.has_adapters() {
+            for (range, values) in lora::adapters(dir, &self.net.config, &layout)? {
+                let i = self.net.place(&range);
+                write(&mut self.net, i, &values);
+            }
+        } else {
+            let weights = checkpoint::load_weights(dir, &layout)?;
+            for (i, entry) in layout.entries.iter().enumerate() {
+                write(&mut self.net, i, &weights.data[entry.range.clone()]);
+            }
+        }
+        if let (Some(training), Some(state)) = (&mut self.training, state) {
+            let (m, v) = state.moments();
+            let mut at = 0;
+            for both in &mut training.moments {
+                let n = both[0].numel();
+                for (moment, values) in both.iter_mut().zip([m, v]) {
+                    moment.copy_(&Tensor::from_slice(&values[at..at + n]).view_as(moment));
+                }
+                at += n;
+            }
+            training.updates = state.steps();
+        }
+        self.end_step();
+        self.features.clear();
+        Ok(())
+    }
+
+    fn export_here(&self, dir: &Path) -> Result<()> {
+        let Net { config, layout, .. } = &self.net;
+        let values = |entry: &Entry| to_vec(self.net.own(self.net.place(&entry.range))).into();
+        let model = Outgoing { config, layout, values: &values };
+        match layout.has_adapters() {
+            true => lora::save_outgoing(&model, dir, &self.options.path),
+            false => save_outgoing(&model, dir, Dtype::F32, Some(&lora::base_or(&self.options.path)?)),
+        }
     }
 
     fn trained_ranges(&self) -> Vec<Trained> {
@@ -377,17 +430,17 @@ impl Trainer for Torch {
     }
 
     fn logprobs(&mut self, groups: &[Group], who: Who) -> Result<Vec<Vec<Scores>>> {
-        guarded("computing log-probs", || {
-            if who == Who::Policy {
-                return self.score(groups);
-            }
-            let own = std::mem::take(&mut self.features);
-            self.swap_reference()?;
-            let scores = self.score(groups);
-            self.swap_reference()?;
-            self.features = own;
-            scores
-        })
+        let doing = "computing log-probs";
+        if who == Who::Policy {
+            return guarded(doing, || self.score(groups));
+        }
+        // What was seen belongs to the policy, not to the reference.
+        let own = std::mem::take(&mut self.features);
+        self.swap_reference()?;
+        let scores = guarded(doing, || self.score(groups));
+        self.swap_reference()?;
+        self.features = own;
+        scores
     }
 
     fn accumulate(
@@ -414,57 +467,14 @@ impl Trainer for Torch {
     }
 
     fn save(&mut self, dir: &Path) -> Result<()> {
-        self.export(dir)?;
-        let Some(training) = &self.training else { return Ok(()) };
-        let all = |k: usize| training.moments.iter().flat_map(|both| to_vec(&both[k])).collect();
-        AdamW::of(self.trained_ranges(), all(0), all(1), training.updates)?.save(&dir.join(OPTIMIZER))
+        guarded("writing a checkpoint", || self.save_here(dir))
     }
 
     fn load(&mut self, dir: &Path) -> Result<()> {
-        let layout = self.net.layout.clone();
-        let state = match &self.training {
-            Some(_) => Some(AdamW::load(self.trained_ranges(), &dir.join(OPTIMIZER))?),
-            None => None,
-        };
-        let write = |net: &mut Net, i: usize, values: &[f32]| {
-            net.write(i, |own| own.copy_(&Tensor::from_slice(values).view_as(own)));
-        };
-        if layout.has_adapters() {
-            for (range, values) in lora::adapters(dir, &self.net.config, &layout)? {
-                let i = layout.entries.partition_point(|entry| entry.range.end <= range.start);
-                write(&mut self.net, i, &values);
-            }
-        } else {
-            let weights = checkpoint::load_weights(dir, &layout)?;
-            for (i, entry) in layout.entries.iter().enumerate() {
-                write(&mut self.net, i, &weights.data[entry.range.clone()]);
-            }
-        }
-        if let (Some(training), Some(state)) = (&mut self.training, state) {
-            let (m, v) = state.moments();
-            let mut at = 0;
-            for both in &mut training.moments {
-                let n = both[0].numel();
-                for (moment, values) in both.iter_mut().zip([m, v]) {
-                    moment.copy_(&Tensor::from_slice(&values[at..at + n]).view_as(moment));
-                }
-                at += n;
-            }
-            training.updates = state.steps();
-        }
-        self.end_step();
-        self.features.clear();
-        Ok(())
+        guarded("reading a checkpoint", || self.load_here(dir))
     }
 
     fn export(&self, dir: &Path) -> Result<()> {
-        let Net { config, layout, .. } = &self.net;
-        let place = |entry: &Entry| layout.entries.partition_point(|other| other.range.end <= entry.range.start);
-        let values = |entry: &Entry| to_vec(self.net.own(place(entry))).into();
-        let model = Outgoing { config, layout, values: &values };
-        match layout.has_adapters() {
-            true => lora::save_outgoing(&model, dir, &self.options.path),
-            false => save_outgoing(&model, dir, Dtype::F32, Some(&lora::base_or(&self.options.path)?)),
-        }
+        guarded("writing the model", || self.export_here(dir))
     }
 }

@@ -96,7 +96,8 @@ impl Net {
         self.kind
     }
 
-    fn place(&self, range: &Range<usize>) -> usize {
+    /// Which entry a range lies in.
+    pub fn place(&self, range: &Range<usize>) -> usize {
         // Entries cover the layout without gaps, and what is asked for lies within one of them.
         self.layout.entries.partition_point(|entry| entry.range.end <= range.start)
     }
