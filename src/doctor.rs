@@ -10,7 +10,7 @@ use foveate_kernels::pairs;
 use crate::commands::gib;
 use crate::config;
 use crate::data::{ReadAs, Sample};
-use crate::engine;
+use crate::engine::{self, torch, vllm};
 use crate::eval;
 use crate::image::Processor;
 use crate::need::{self, Need};
@@ -96,7 +96,7 @@ fn needs(path: &Path, overrides: &[String]) -> Result<Option<Need>> {
 
 /// What `engine.kind` can be here.
 fn engines() -> Vec<String> {
-    let devices = engine::torch::devices();
+    let devices = torch::devices();
     let torch = match devices.is_empty() {
         true => "torch where it is built in".to_owned(),
         false => format!("torch ({})", devices.join(", ")),
@@ -107,10 +107,10 @@ fn engines() -> Vec<String> {
 fn held_elsewhere(engine: &engine::Options) -> bool {
     let server = match engine {
         engine::Options::Embedded {} => return false,
-        engine::Options::Torch(options) => {
+        engine::Options::Torch(torch::Options { device })
+        | engine::Options::Vllm(vllm::Options { device: Some(device), .. }) => {
             progress::say(&format!(
-                "LibTorch holds the weights on {}, and its memory is not reckoned; docs/cluster.md has a table",
-                options.device
+                "LibTorch holds the weights on {device}, and its memory is not reckoned; docs/cluster.md has a table"
             ));
             return true;
         }

@@ -407,14 +407,14 @@ impl Plan {
         self.optim.validate()?;
         self.model.trainable()?;
         self.model.check_lora()?;
-        self.engine.validate(&self.model, 1.0, 0.0)?;
-        self.engine.ensure_trains(&self.model, 1.0)?;
         ensure!(
             !matches!(self.engine, engine::Options::Vllm(_)),
             BadConfig(
                 "engine.kind = \"vllm\" is for sampling, and fine-tuning samples nothing; leave [engine] out".into()
             )
         );
+        self.engine.validate(&self.model, 1.0, 0.0)?;
+        self.engine.ensure_trains(&self.model, 1.0)?;
         ensure!(
             self.engine.is_embedded() || self.data.pretrain.is_none(),
             BadConfig("data.pretrain draws its pictures for the embedded engine; leave [engine] out, or name a file in data.train".into())

@@ -198,6 +198,8 @@ pub struct Embedded {
     tower: Tower,
 }
 
+pub(super) const MERGED: &str =
+    "the adapter was merged into its model, and all weights are trained; add [model.lora] to go on with the adapter";
 /// The optimiser's state in a checkpoint folder.
 pub(super) const OPTIMIZER: &str = "optimizer.safetensors";
 
@@ -217,9 +219,7 @@ impl Embedded {
             _ => Vlm::open(&options.path, hold)?,
         };
         if training.is_some() && options.lora.is_none() && lora::is_adapter(&options.path) {
-            progress::say(
-                "the adapter was merged into its model, and all weights are trained; add [model.lora] to go on with the adapter",
-            );
+            progress::say(MERGED);
         }
         Embedded::with_model(model, options, training)
     }

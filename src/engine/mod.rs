@@ -74,7 +74,7 @@ impl Options {
     pub fn validate(&self, model: &embedded::Options, temperature: f32, entropy_coef: f64) -> Result<()> {
         if !self.trains_here() && model.compute != Compute::F32 {
             bail!(BadConfig(
-                "model.compute is for the embedded engine; a server decides itself how it computes".into()
+                "model.compute is for engines that compute here; a server decides itself how it computes".into()
             ));
         }
         match self {
@@ -85,10 +85,14 @@ impl Options {
             Options::Tinker(options) => options.validate()?,
         }
         if model.lora.is_some() {
-            bail!(BadConfig("model.lora is for the embedded engine; a server's adapters are engine.lora_rank".into()));
+            bail!(BadConfig(
+                "model.lora is for engines that train here; a server's adapters are engine.lora_rank".into()
+            ));
         }
         if !model.freeze.is_empty() {
-            bail!(BadConfig("model.freeze is for the embedded engine; a server decides itself what it trains".into()));
+            bail!(BadConfig(
+                "model.freeze is for engines that train here; a server decides itself what it trains".into()
+            ));
         }
         if temperature != 1.0 {
             bail!(BadConfig(format!(

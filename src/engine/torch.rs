@@ -62,6 +62,13 @@ impl Options {
     }
 }
 
+/// Without autograd's graph, also where it ends in a panic.
+#[cfg(feature = "torch")]
+fn no_grad<T>(work: impl FnOnce() -> T) -> T {
+    let _guard = tch::no_grad_guard();
+    work()
+}
+
 /// The devices that LibTorch sees; none where the program was built without it.
 pub fn devices() -> Vec<String> {
     #[cfg(feature = "torch")]

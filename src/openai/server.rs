@@ -158,7 +158,9 @@ pub(crate) fn data_uri(kind: &str, bytes: &[u8]) -> String {
 fn judge<T>(status: StatusCode, wait: Option<Duration>, body: &[u8], key: Option<&str>, read: Read<T>) -> Outcome<T> {
     let clean = || http::without_key(String::from_utf8_lossy(body).into_owned(), key);
     if status.is_success() {
-        return match read(body).or_else(|_| read(clean().as_bytes())) {
+        // Read again without the key only for the words that are shown of it.
+        let found = read(body).map_err(|why| read(clean().as_bytes()).err().unwrap_or(why));
+        return match found {
             Ok(answer) => Outcome::Answer(answer),
             Err(why) => Outcome::Again { why, wait, fault: Fault::Reply },
         };

@@ -73,7 +73,7 @@ pub struct Tower {
 }
 
 /// Values of cached features kept at most: 64 Mi f32 are 256 MiB.
-pub(super) const FEATURE_VALUES: usize = 64 << 20;
+pub const FEATURE_VALUES: usize = 64 << 20;
 
 /// Patches of one pass; a larger picture is alone in its pass.
 const PATCHES_AT_ONCE: usize = 4096;

@@ -4,14 +4,14 @@ use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use tch::{Cuda, Device, Kind, Tensor, no_grad};
+use tch::{Cuda, Device, Kind, Tensor};
 
-use super::net::{Head, Net, go_back, to_vec};
+use super::net::{Head, Net, to_vec};
 use super::speech::{Talk, Unread, Voice};
-use super::{Options, guarded};
+use super::{Options, guarded, no_grad};
 use crate::batch::{self, Batch};
 use crate::config::BadConfig;
-use crate::engine::embedded::tower::{ViewKey, key, patches, runs};
+use crate::engine::embedded::tower::{FEATURE_VALUES, ViewKey, key, patches, runs};
 use crate::engine::embedded::{self, OPTIMIZER};
 use crate::engine::{Completion, Frontend, Group, Prompt, Sampler, Sampling, Scores, Trainer, Training, Weights, Who};
 use crate::episode::Placed;
@@ -19,12 +19,15 @@ use crate::model::layout::Entry;
 use crate::model::weights::{Outgoing, save_outgoing};
 use crate::model::{Compute, Dtype, Trainable, Vlm, checkpoint, lora};
 use crate::optim::{AdamW, Optim, Trained, clip_scale};
+use crate::progress::say;
 
 struct Learning {
     optim: Optim,
     /// First and second moments of each trained tensor.
     moments: Vec<[Tensor; 2]>,
     updates: u64,
+    /// An update broke off half way.
+    torn: bool,
     /// What products took of each trained tensor at the start.
     reference: Option<Vec<Tensor>>,
 }
@@ -40,7 +43,8 @@ pub struct Torch {
     training: Option<Learning>,
     /// Features of views under the weights as they are, `[tokens, D]`.
     features: HashMap<ViewKey, Tensor>,
-    talks: Vec<Talk>,
+    /// None where all of its members have gone on in another.
+    talks: Vec<Option<Talk>>,
     /// Which talk a conversation stands in, and where.
     sessions: HashMap<u64, (usize, usize)>,
 }
@@ -61,6 +65,9 @@ impl Torch {
             }
             _ => Vlm::open(&options.path, options.weights)?,
         };
+        if training.is_some() && options.lora.is_none() && lora::is_adapter(&options.path) {
+            say(embedded::MERGED);
+        }
         let trainable = match model.weights.layout().has_adapters() {
             true => Trainable::of_adapters(model.weights.layout()),
             false => options.trainable()?,
@@ -85,6 +92,7 @@ impl Torch {
                     optim: training.optim.clone(),
                     moments: net.trained().map(zeros).collect(),
                     updates: 0,
+                    torn: false,
                     reference: training.reference.then(|| net.trained().map(|i| net.used(i).copy()).collect()),
                 })
             })
@@ -113,6 +121,11 @@ impl Torch {
 
     /// Computes the features of views that are not known yet.
     fn see(&mut self, views: &[&Placed]) -> Result<()> {
+        let held: usize = self.features.values().map(Tensor::numel).sum();
+        if held > FEATURE_VALUES && views.iter().any(|v| !self.features.contains_key(&key(v))) {
+            // Simple and rare: start over with what is wanted now.
+            self.features.clear();
+        }
         let mut asked = HashSet::new();
         let is_new = |v: &&&Placed| !self.features.contains_key(&key(v)) && asked.insert(key(v));
         let missing: Vec<Placed> = views.iter().filter(is_new).map(|v| (*v).clone()).collect();
@@ -212,14 +225,14 @@ impl Torch {
         for views in runs(order) {
             let (patches, grids) = patches(&self.frontend.pictures, &self.frontend.processor, &views)?;
             let slopes: Vec<&Tensor> = views.iter().filter_map(|view| on_features.get(&key(view))).collect();
-            go_back(&self.net.look(&patches, &grids, true), &Tensor::cat(&slopes, 0));
+            self.net.look_back(&patches, &grids, &Tensor::cat(&slopes, 0), self.options.recompute);
         }
         Ok(())
     }
 
     fn step_here(&mut self, learning_rate: f64) -> Result<f64> {
         let trained: Vec<usize> = self.net.trained().collect();
-        let Learning { optim, moments, updates, .. } =
+        let Learning { optim, moments, updates, torn, .. } =
             self.training.as_mut().context("the engine was opened for sampling only")?;
         let norms: Vec<Tensor> = trained
             .iter()
@@ -234,6 +247,7 @@ impl Torch {
         );
         let scale = clip_scale(norm, optim.clip_norm);
         *updates += 1;
+        *torn = true;
         let correction = |beta: f64| 1.0 - beta.powi(*updates as i32);
         let (size, root) = (learning_rate / correction(optim.beta1), correction(optim.beta2).sqrt());
         for (&i, [m, v]) in trained.iter().zip(moments) {
@@ -249,11 +263,15 @@ impl Torch {
                 let _ = own.g_mul_scalar_(1.0 - learning_rate * decay);
                 let _ = m.lerp_(&gradient, 1.0 - optim.beta1);
                 let _ = v.g_mul_scalar_(optim.beta2);
-                let _ = v.g_add_(&(gradient.square() * (1.0 - optim.beta2)));
-                let _ = own.g_sub_(&(&*m * size / (v.sqrt() / root + optim.eps)));
+                let _ = v.addcmul_(&(&gradient * (1.0 - optim.beta2)), &gradient);
+                // In the gradient's own place: a large table has no room for many of its size.
+                gradient.copy_(v);
+                let _ = gradient.sqrt_().g_div_scalar_(root).g_add_scalar_(optim.eps).reciprocal_();
+                let _ = own.g_sub_(&(gradient.g_mul_(m).g_mul_scalar_(size)));
                 let _ = gradient.zero_();
             });
         }
+        *torn = false;
         if let Device::Cuda(n) = self.net.device {
             // What it has still to do would be taken for another's time.
             Cuda::synchronize(n as i64);
@@ -264,6 +282,10 @@ impl Torch {
     }
 
     fn save_here(&self, dir: &Path) -> Result<()> {
+        ensure!(
+            !self.training.as_ref().is_some_and(|training| training.torn),
+            "an update broke off half way, so the weights are between two steps and are not written; resume from the last checkpoint"
+        );
         self.export_here(dir)?;
         let Some(training) = &self.training else { return Ok(()) };
         let all = |k: usize| training.moments.iter().flat_map(|both| to_vec(&both[k])).collect();
@@ -365,25 +387,30 @@ impl Sampler for Torch {
         guarded("sampling", || {
             let known = |p: &Prompt| {
                 let place = self.sessions.get(&p.session).copied().filter(|_| p.seeds.len() == 1)?;
-                let rows = self.talks[place.0].rows(place.1);
+                let rows = self.talks[place.0].as_ref()?.rows(place.1);
                 (rows < p.stream.len()).then_some((place, rows))
             };
             let places: Vec<_> = prompts.iter().map(known).collect();
-            let mut seen = Vec::with_capacity(prompts.len());
-            for (prompt, place) in prompts.iter().zip(&places) {
-                let read = place.map_or(0, |(_, rows)| rows);
-                let views: Vec<&Placed> = prompt.stream.images.iter().filter(|image| image.first >= read).collect();
-                self.see(&views)?;
-                seen.push(self.features(&views)?);
-            }
+            let views_of = |(prompt, place): (&Prompt, &Option<(_, usize)>)| -> Vec<Placed> {
+                let read = place.as_ref().map_or(0, |(_, rows)| *rows);
+                prompt.stream.images.iter().filter(|image| image.first >= read).cloned().collect()
+            };
+            let views: Vec<Vec<Placed>> = prompts.iter().zip(&places).map(views_of).collect();
+            self.see(&views.iter().flatten().collect::<Vec<_>>())?;
+            let features = views.iter().map(|views| self.features(&views.iter().collect::<Vec<_>>()));
+            let mut seen: Vec<Option<Tensor>> = features.collect::<Result<_>>()?;
             let (chat, net) = (&self.frontend.chat, &self.net);
             let read_at_once = self.options.micro_batch_tokens;
             let voice = Voice { net, chat, banned: &self.banned, sampling, read_at_once };
             // Those that go on from the same talk go on together, and so do those that begin.
             let mut runs: Vec<(Option<usize>, Vec<usize>)> = Vec::new();
+            let length = |i: usize| prompts[i].stream.len();
             for (i, place) in places.iter().enumerate() {
                 let talk = place.map(|((talk, _), _)| talk);
-                match runs.iter_mut().find(|(of, _)| *of == talk) {
+                // A talk's prompts stand in tensors as long as the longest: prompts of other lengths begin one of their own.
+                let alike =
+                    |other: usize| talk.is_some() || length(i).max(length(other)) <= 2 * length(i).min(length(other));
+                match runs.iter_mut().find(|(of, members)| *of == talk && alike(members[0])) {
                     Some((_, prompts)) => prompts.push(i),
                     None => runs.push((talk, vec![i])),
                 }
@@ -396,7 +423,8 @@ impl Sampler for Torch {
                     None => Talk::begin(&voice, &unread)?,
                     Some(talk) => {
                         let members = chosen.iter().filter_map(|&i| places[i]).map(|((_, member), _)| member);
-                        self.talks[talk].go_on(&voice, &unread, &members.collect::<Vec<_>>())?
+                        let talk = self.talks[talk].as_ref().context("a conversation's talk is not there")?;
+                        talk.go_on(&voice, &unread, &members.collect::<Vec<_>>())?
                     }
                 };
                 let mut member = 0;
@@ -407,7 +435,12 @@ impl Sampler for Torch {
                     }
                     said[i] = completions;
                 }
-                self.talks.push(talk);
+                self.talks.push(Some(talk));
+            }
+            for i in 0..self.talks.len() {
+                if !self.sessions.values().any(|(talk, _)| *talk == i) {
+                    self.talks[i] = None;
+                }
             }
             Ok(said)
         })
@@ -434,12 +467,14 @@ impl Trainer for Torch {
         if who == Who::Policy {
             return guarded(doing, || self.score(groups));
         }
-        // What was seen belongs to the policy, not to the reference.
-        let own = std::mem::take(&mut self.features);
         self.swap_reference()?;
+        // What a trained tower has seen belongs to the policy, not to the reference.
+        let own = self.trainable.tower().then(|| std::mem::take(&mut self.features));
         let scores = guarded(doing, || self.score(groups));
+        if let Some(own) = own {
+            self.features = own;
+        }
         self.swap_reference()?;
-        self.features = own;
         scores
     }
 

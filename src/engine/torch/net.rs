@@ -8,9 +8,10 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use foveate_kernels::rope::{self, Table};
-use tch::{Device, Kind, Tensor, no_grad};
+use tch::{Device, Kind, Tensor};
 
 use super::attention::Plan;
+use super::no_grad;
 use crate::geometry::Grid;
 use crate::model::block::Dims;
 use crate::model::config::VisionConfig;
@@ -19,7 +20,7 @@ use crate::model::vision::{coordinates, windows};
 use crate::model::{Config, Packed, Trainable, Vlm};
 
 struct Parameter {
-    /// As it is held: f32 where it is trained, and then on autograd's graph.
+    /// As it is written: f32 where it is trained, and then on autograd's graph.
     own: Tensor,
     /// As products take it, on no graph.
     used: Tensor,
@@ -44,6 +45,15 @@ fn multiplies(entry: &Entry) -> bool {
 pub struct Rotation {
     cos: Tensor,
     sin: Tensor,
+}
+
+/// How the patches of some images stand to each other.
+struct Sight {
+    /// The merged token at each sorted place.
+    order: Tensor,
+    rotation: Rotation,
+    /// Attention within windows, and over whole frames.
+    plans: [Plan; 2],
 }
 
 /// A pass over packed rows, kept for its backward pass.
@@ -85,8 +95,11 @@ impl Net {
                 let used = no_grad(|| own.detach().to_kind(used));
                 return Parameter { own, used, trained };
             }
-            let own = held.to_kind(used).to_device(device);
-            Parameter { used: own.shallow_clone(), own, trained }
+            let rounded = held.to_kind(used);
+            let exact = rounded.to_kind(Kind::Float).equal(&held);
+            let used = rounded.to_device(device);
+            // What would lose bits on the device stays as it is on the host, for checkpoints.
+            Parameter { own: if exact { used.shallow_clone() } else { held }, used, trained }
         };
         let parameters = layout.entries.iter().map(parameter).collect();
         Net { config: model.config.clone(), layout, device, kind, parameters }
@@ -191,35 +204,77 @@ impl Net {
         self.finish(block, dims, x, &plan.attend(&q, &k, &v), grad)
     }
 
+    fn sight(&self, grids: &[Grid]) -> Sight {
+        let config = &self.config.vision;
+        let windows = windows(grids, config);
+        let order: Vec<i64> = windows.order.iter().map(|&i| i as i64).collect();
+        let places = coordinates(grids, &windows.order, config.merge);
+        Sight {
+            order: Tensor::from_slice(&order).to_device(self.device),
+            rotation: self.rotation(&rope::vision2d(&places, config.dims().k, VisionConfig::THETA)),
+            plans: [&windows.windows, &windows.frames].map(|spans| Plan::new(spans, self.device)),
+        }
+    }
+
+    /// What goes into the tower's first block: patches, sorted by window.
+    fn embedded(&self, patches: &[f32], sight: &Sight, grad: bool) -> Tensor {
+        let config = &self.config.vision;
+        let (unit, d) = ((config.merge * config.merge) as i64, config.hidden as i64);
+        let patches = Tensor::from_slice(patches).view([-1, config.patch_values() as i64]).to_device(self.device);
+        // A still picture is the same in every frame: the weights of the frames add up.
+        let folded = self.tensor(&self.layout.vision.patch.w, grad).to_kind(Kind::Float);
+        let folded = folded.sum_dim_intlist([2i64].as_slice(), false, Kind::Float).view([d, -1]).to_kind(self.kind);
+        let x = patches.to_kind(self.kind).linear::<Tensor>(&folded, None).to_kind(Kind::Float);
+        x.view([-1, unit, d]).index_select(0, &sight.order).view([-1, d])
+    }
+
+    fn tower_block(&self, i: usize, x: &Tensor, sight: &Sight, grad: bool) -> Tensor {
+        let config = &self.config.vision;
+        let plan = &sight.plans[usize::from(config.full_blocks.contains(&i))];
+        self.block(&self.layout.vision.blocks[i], &config.dims(), x, &sight.rotation, plan, grad)
+    }
+
+    fn merged(&self, x: &Tensor, sight: &Sight, grad: bool) -> Tensor {
+        let (config, index) = (&self.config.vision, &self.layout.vision);
+        let wide = (config.merge * config.merge * config.hidden) as i64;
+        let x = self.normed(x, &index.merger_norm, VisionConfig::EPS, grad).view([-1, wide]).to_kind(self.kind);
+        let merged = self.affine(&index.merger_in, &x, grad).gelu("none");
+        let features = self.affine(&index.merger_out, &merged, grad).to_kind(Kind::Float);
+        features.index_select(0, &sight.order.argsort(0, false))
+    }
+
     /// Features of some images, f32.
     ///
     /// # Shapes
     /// patches `[P, patch_values]` -> `[tokens, D]`
     pub fn look(&self, patches: &[f32], grids: &[Grid], grad: bool) -> Tensor {
-        let (config, index) = (&self.config.vision, &self.layout.vision);
-        let dims = config.dims();
-        let (unit, d) = ((config.merge * config.merge) as i64, dims.hidden as i64);
-        let windows = windows(grids, config);
-        let order: Vec<i64> = windows.order.iter().map(|&i| i as i64).collect();
-        let order = Tensor::from_slice(&order).to_device(self.device);
-        let table = rope::vision2d(&coordinates(grids, &windows.order, config.merge), dims.k, VisionConfig::THETA);
-        let rotation = self.rotation(&table);
-        let plans = [&windows.windows, &windows.frames].map(|spans| Plan::new(spans, self.device));
+        let sight = self.sight(grids);
+        let blocks = 0..self.layout.vision.blocks.len();
+        let first = self.embedded(patches, &sight, grad);
+        let last = blocks.fold(first, |x, i| self.tower_block(i, &x, &sight, grad));
+        self.merged(&last, &sight, grad)
+    }
 
-        let patches = Tensor::from_slice(patches).view([-1, config.patch_values() as i64]).to_device(self.device);
-        // A still picture is the same in every frame: the weights of the frames add up.
-        let folded = self.tensor(&index.patch.w, grad).to_kind(Kind::Float);
-        let folded = folded.sum_dim_intlist([2i64].as_slice(), false, Kind::Float).view([d, -1]).to_kind(self.kind);
-        let x = patches.to_kind(self.kind).linear::<Tensor>(&folded, None).to_kind(Kind::Float);
-        let mut x = x.view([-1, unit, d]).index_select(0, &order).view([-1, d]);
-        for (i, block) in index.blocks.iter().enumerate() {
-            let plan = &plans[usize::from(config.full_blocks.contains(&i))];
-            x = self.block(block, &dims, &x, &rotation, plan, grad);
+    /// Goes through the tower and back, with the gradient `slope` by its features; `recompute` as in [`Net::run`].
+    pub fn look_back(&self, patches: &[f32], grids: &[Grid], slope: &Tensor, recompute: bool) {
+        if !recompute {
+            return go_back(&self.look(patches, grids, true), slope);
         }
-        let x = self.normed(&x, &index.merger_norm, dims.eps, grad).view([-1, unit * d]).to_kind(self.kind);
-        let merged = self.affine(&index.merger_in, &x, grad).gelu("none");
-        let features = self.affine(&index.merger_out, &merged, grad).to_kind(Kind::Float);
-        features.index_select(0, &order.argsort(0, false))
+        let sight = self.sight(grids);
+        let first = self.embedded(patches, &sight, true);
+        let mut inputs = Vec::new();
+        let last = no_grad(|| {
+            (0..self.layout.vision.blocks.len()).fold(first.detach(), |x, i| {
+                let y = self.tower_block(i, &x, &sight, false);
+                inputs.push(x);
+                y
+            })
+        });
+        let mut slope = again(&last, slope, &|x| self.merged(x, &sight, true));
+        for (i, x) in inputs.into_iter().enumerate().rev() {
+            slope = again(&x, &slope, &|x| self.tower_block(i, x, &sight, true));
+        }
+        go_back(&first, &slope);
     }
 
     /// What goes into the first layer: embeddings, and features `[n, D]` in some rows.
@@ -334,11 +389,6 @@ impl Net {
         let mut slope = Tensor::cat(&slopes, 0);
         let Pass { first, mut inputs, hidden, rows, rotation, plan } = pass;
         let Some(last) = inputs.pop() else { return go_back(&hidden, &slope) };
-        let again = |x: &Tensor, slope: &Tensor, compute: &dyn Fn(&Tensor) -> Tensor| {
-            let x = x.detach().set_requires_grad(true);
-            go_back(&compute(&x), slope);
-            x.grad()
-        };
         let at_rows = again(&last, &slope, &|x| self.last(x, true));
         slope = first.zeros_like().detach().index_add(0, &rows, &at_rows);
         let dims = self.config.text.dims();
@@ -359,6 +409,13 @@ impl Rotation {
         let crossed = Tensor::cat(&[-x.narrow(2, half, half), x.narrow(2, 0, half)], 2);
         (x * &self.cos + crossed * &self.sin).to_kind(kind)
     }
+}
+
+/// Computes a second time what came of `x`, now to go back from it: the gradient by `x`.
+fn again(x: &Tensor, slope: &Tensor, compute: &dyn Fn(&Tensor) -> Tensor) -> Tensor {
+    let x = x.detach().set_requires_grad(true);
+    go_back(&compute(&x), slope);
+    x.grad()
 }
 
 /// Goes back from `y`, whose gradient is `slope`; where nothing that is trained led to it there is nowhere to go.

@@ -7,7 +7,7 @@
 use anyhow::{Context, Result};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use tch::{Kind, Tensor, no_grad_guard};
+use tch::{Device, Kind, Tensor, no_grad_guard};
 
 use super::attention::{Plan, dot};
 use super::net::{Net, Rotation, to_vec};
@@ -18,7 +18,7 @@ use crate::model::block::Dims;
 use crate::model::{self, Positions};
 use foveate_kernels::attention::Span;
 
-/// Room for so many tokens is added at a time.
+/// Room for tokens of a member's own is a multiple of it, and doubled where it is too small.
 const ROOM: usize = 64;
 
 /// Who speaks, and how.
@@ -69,11 +69,10 @@ impl Talk {
         let longest = unread.iter().map(|u| u.prompt.stream.len()).max().unwrap_or(0);
         let prompt_of: Vec<usize> =
             unread.iter().enumerate().flat_map(|(i, u)| u.prompt.seeds.iter().map(move |_| i)).collect();
-        let room = (voice.sampling.max_new_tokens + 1).next_multiple_of(ROOM);
         let mut talk = Talk {
             shared: empty(voice.net, unread.len(), longest),
             shared_len: unread.iter().map(|u| u.prompt.stream.len()).collect(),
-            own: empty(voice.net, prompt_of.len(), room),
+            own: empty(voice.net, prompt_of.len(), ROOM),
             own_len: vec![0; prompt_of.len()],
             prompt_of,
         };
@@ -90,14 +89,11 @@ impl Talk {
         let _guard = no_grad_guard();
         let new = |i: usize| unread[i].prompt.stream.len() - self.rows(members[i]);
         let needed = (0..members.len()).map(|i| self.own_len[members[i]] + new(i)).max().unwrap_or(0);
-        let room = (needed + voice.sampling.max_new_tokens + 1).next_multiple_of(ROOM);
+        let room = (needed + 1).next_multiple_of(ROOM);
         let chosen: Vec<i64> = members.iter().map(|&m| m as i64).collect();
         let chosen = Tensor::from_slice(&chosen).to_device(voice.net.device);
         let own = empty(voice.net, members.len(), room);
-        for (to, from) in own.iter().flatten().zip(self.own.iter().flatten()) {
-            let kept = from.size()[2].min(room as i64);
-            to.narrow(2, 0, kept).copy_(&from.index_select(0, &chosen).narrow(2, 0, kept));
-        }
+        copy(&own, &self.own, |from| from.index_select(0, &chosen));
         let mut talk = Talk {
             shared: self.shared.iter().map(|kv| kv.each_ref().map(Tensor::shallow_clone)).collect(),
             shared_len: self.shared_len.clone(),
@@ -232,6 +228,7 @@ impl Talk {
                 break;
             }
             let ids: Vec<u32> = drawn.iter().map(|&(id, _)| id).collect();
+            self.make_room(net);
             hidden = self.step(net, &steps, &ids, &next);
             for s in (0..said.len()).filter(|&s| !done[s]) {
                 self.own_len[s] += 1;
@@ -240,6 +237,16 @@ impl Talk {
         }
         let mut said = said.into_iter();
         Ok(unread.iter().map(|u| said.by_ref().take(u.prompt.seeds.len()).collect()).collect())
+    }
+
+    /// Makes room for one more token of each member.
+    fn make_room(&mut self, net: &Net) {
+        let room = self.own[0][0].size()[2] as usize;
+        if self.own_len.iter().any(|&len| len + 1 > room) {
+            let larger = empty(net, self.own_len.len(), 2 * room);
+            copy(&larger, &self.own, Tensor::shallow_clone);
+            self.own = larger;
+        }
     }
 
     /// One more token of each member, whose keys are written behind its own: final hidden states `[S, D]`.
@@ -318,11 +325,11 @@ impl Steps {
             let x = x.view([self.prompts, kv, -1, times, last]).transpose(1, 2);
             x.reshape([-1, kv, times, last]).index_select(0, &self.places)
         };
-        let masked = |scores: Tensor, unseen: &Tensor| {
-            (scores.to_kind(Kind::Float) * scale).masked_fill(unseen, f64::NEG_INFINITY)
-        };
-        let at_prompt = masked(gather(&by_head).matmul(&shared[0].transpose(2, 3)), &self.unseen);
-        let at_own = masked(by_head.matmul(&own[0].transpose(2, 3)), unseen);
+        let masked = |scores: Tensor, unseen: &Tensor| (scores * scale).masked_fill(unseen, f64::NEG_INFINITY);
+        // Scores are f32 as the trainer's are: rounded to bf16, large ones would be off by whole nats.
+        let scores = |q: &Tensor, k: &Tensor| q.to_kind(Kind::Float).matmul(&k.to_kind(Kind::Float).transpose(2, 3));
+        let at_prompt = masked(scores(&gather(&by_head), &shared[0]), &self.unseen);
+        let at_own = masked(scores(&by_head, &own[0]), unseen);
         let (prompt, room) = (at_prompt.size()[3], at_own.size()[3]);
         let shares = Tensor::cat(&[scatter(&at_prompt), at_own], 3).softmax(3, Kind::Float).to_kind(q.kind());
         let of_prompt = scatter(&gather(&shares.narrow(3, 0, prompt)).matmul(&shared[1]));
@@ -349,8 +356,8 @@ fn drawn(logits: &Tensor, sampling: &Sampling, us: &[f64]) -> Vec<(u32, f32)> {
         (logits, chosen.clamp_max(passed.size()[1] - 1))
     };
     let logprobs = to_vec(&logits.log_softmax(1, Kind::Float).gather(1, &chosen, false));
-    let chosen = Vec::<i64>::try_from(chosen.view([-1])).unwrap_or_default();
-    chosen.into_iter().map(|id| id as u32).zip(logprobs).collect()
+    let chosen = chosen.to_device(Device::Cpu);
+    (0..).zip(logprobs).map(|(s, logprob)| (chosen.int64_value(&[s, 0]) as u32, logprob)).collect()
 }
 
 /// Per layer room for the keys and values of `n` sequences.
@@ -358,6 +365,14 @@ fn empty(net: &Net, n: usize, room: usize) -> Vec<[Tensor; 2]> {
     let text = &net.config.text;
     let size = [n as i64, text.kv_heads as i64, room as i64, text.head_dim() as i64];
     (0..text.layers).map(|_| [(); 2].map(|()| Tensor::zeros(size, (net.kind(), net.device)))).collect()
+}
+
+/// Copies keys and values, as far as there is room.
+fn copy(to: &[[Tensor; 2]], from: &[[Tensor; 2]], chosen: impl Fn(&Tensor) -> Tensor) {
+    for (to, from) in to.iter().flatten().zip(from.iter().flatten()) {
+        let kept = from.size()[2].min(to.size()[2]);
+        to.narrow(2, 0, kept).copy_(&chosen(&from.narrow(2, 0, kept)));
+    }
 }
 
 /// What is to be read of each conversation; `place` says whose it is and how much is known.
