@@ -65,7 +65,7 @@ for _ in $(seq "$rounds"); do
   for dtype in $dtypes; do
     "$foveate" bench step --threads "$threads" --model "$model" --rows "$out/rows.jsonl" --steps 2 --dtype "$dtype" "${ours[@]}" "$@" >> "$results"
     "$python" benches/peer.py --threads "$threads" --model "$model" --rows "$out/rows.jsonl" --steps 1 --dtype "$dtype" \
-      --micro-batch "$micro" "$@" 2>/dev/null >> "$results"
+      --micro-batch "$micro" "$@" 2> "$out/peer.err" >> "$results" || { tail -3 "$out/peer.err" >&2; exit 1; }
   done
 done
 
