@@ -127,6 +127,17 @@ impl Options {
         Ok(trainable)
     }
 
+    /// The same of a model that is open: where it has adapters, nothing but these.
+    ///
+    /// # Errors
+    /// As [`Options::trainable`].
+    pub fn trainable_of(&self, layout: &Layout) -> Result<Trainable> {
+        match layout.has_adapters() {
+            true => Ok(Trainable::of_adapters(layout)),
+            false => self.trainable(),
+        }
+    }
+
     /// # Errors
     /// Adapters that this model cannot have.
     pub fn check_lora(&self) -> Result<()> {
@@ -234,14 +245,8 @@ impl Embedded {
         }
         let frontend = Frontend::load(&options.path, options.picture_cache_mib)?;
         let layout = model.weights.layout();
-        let trainable = match layout.has_adapters() {
-            true => Trainable::of_adapters(layout),
-            false => options.trainable()?,
-        };
-        let banned = match training.is_some_and(|training| training.all_ids) {
-            true => Vec::new(),
-            false => frontend.chat.banned(model.config.text.vocab),
-        };
+        let trainable = options.trainable_of(layout)?;
+        let banned = frontend.banned(model.config.text.vocab, training);
         let training_state = training.map(|t| -> Result<Learning> {
             t.optim.validate()?;
             let Arena { layout, data } = model.weights.arena()?;

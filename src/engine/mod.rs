@@ -259,6 +259,14 @@ impl Frontend {
             convention: Convention::of("qwen2_5_vl")?,
         })
     }
+
+    /// Ids that have no share of the probability: those that cannot be sampled, or none ([`Training::all_ids`]).
+    fn banned(&self, vocab: usize, training: Option<&Training>) -> Vec<u32> {
+        match training.is_some_and(|training| training.all_ids) {
+            true => Vec::new(),
+            false => self.chat.banned(vocab),
+        }
+    }
 }
 
 /// A conversation to be continued `seeds.len()` times.

@@ -68,10 +68,7 @@ impl Torch {
         if training.is_some() && options.lora.is_none() && lora::is_adapter(&options.path) {
             say(embedded::MERGED);
         }
-        let trainable = match model.weights.layout().has_adapters() {
-            true => Trainable::of_adapters(model.weights.layout()),
-            false => options.trainable()?,
-        };
+        let trainable = options.trainable_of(model.weights.layout())?;
         let kind = match options.compute {
             Compute::F32 => Kind::Float,
             Compute::Bf16 => Kind::BFloat16,
@@ -79,10 +76,7 @@ impl Torch {
         let net = guarded("putting the model on the device", || {
             Ok(Net::new(&model, device, kind, training.is_some().then_some(trainable)))
         })?;
-        let banned = match training.is_some_and(|training| training.all_ids) {
-            true => Vec::new(),
-            false => frontend.chat.banned(net.config.text.vocab),
-        };
+        let banned = frontend.banned(net.config.text.vocab, training);
         let banned: Vec<i64> = banned.into_iter().map(i64::from).collect();
         let learning = |training: &Training| {
             training.optim.validate()?;
