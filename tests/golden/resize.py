@@ -70,6 +70,10 @@ files = {
     "turned.jpg": (small, {"exif": turned, "quality": 95, "subsampling": 0}),
     "grey.jpg": (small.convert("L"), {"quality": 90}),
     "cmyk.jpg": (small.convert("CMYK"), {"quality": 95}),
+    "chroma-halved.jpg": (picture(61, 45), {"quality": 75, "subsampling": "4:2:0"}),
+    "chroma-narrow.jpg": (picture(61, 45), {"quality": 30, "subsampling": "4:2:2", "restart_marker_blocks": 3}),
+    "progressive.jpg": (picture(61, 45), {"quality": 85, "progressive": True}),
+    "kept-as-rgb.jpg": (picture(37, 29), {"quality": 85, "keep_rgb": True}),
 }
 for name, (image, options) in files.items():
     image.save(decode / name, **options)
