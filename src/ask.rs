@@ -15,9 +15,9 @@ use self::aloud::{Aloud, Screen};
 use self::saving::Saving;
 use crate::config::BadConfig;
 use crate::data::Sample;
-use crate::engine::Frontend;
 use crate::engine::embedded::{ComputeName, Embedded, Options as EngineOptions};
 use crate::engine::openai::{self, Served};
+use crate::engine::{Frontend, Sampler};
 use crate::episode::{BoxOutcome, Stop, Turn};
 use crate::geometry::{BBox, Budget};
 use crate::image::Processor;
@@ -122,8 +122,8 @@ pub fn main(options: &Options) -> Result<()> {
             need::of_ask(&engine, &*task, &play, task_options.max_pixels(), &sample)?.ensure_room(ADVICE)?;
             end_cleanly(screen.terminal && !options.json)?;
             let embedded = Embedded::open(&engine, None)?;
-            if !options.json {
-                progress::say(&embedded.about());
+            if let (Some(about), false) = (embedded.about(), options.json) {
+                progress::say(&about);
             }
             Speaker::Here(Box::new(embedded))
         }

@@ -406,10 +406,7 @@ impl Rig {
             pictures: true,
             seed: 0,
         };
-        let kind = match &step.device {
-            Some(device) => engine::Options::Torch(engine::torch::Options { device: device.clone() }),
-            None => engine::Options::Embedded {},
-        };
+        let kind = engine::Options::on_device(step.device.as_deref());
         let engine = engine::open(&kind, &options, &training, false)?;
         let (config, frontend) = (Config::load(&step.model)?, engine.frontend());
         let (layout, trainable) = options.learns(Layout::new(&config))?;

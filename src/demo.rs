@@ -11,7 +11,7 @@ use clap::ValueEnum;
 use serde_json::json;
 
 use crate::data::Sample;
-use crate::engine::embedded::{Embedded, Options as EngineOptions};
+use crate::engine::{self, embedded};
 use crate::episode::Episode;
 use crate::eval::{self, Bench, EvalOptions, Figures};
 use crate::progress::Progress;
@@ -53,10 +53,15 @@ pub struct Request {
     pub quick: bool,
     pub seed: u64,
     pub overwrite: bool,
+    /// Who trains and answers.
+    pub engine: engine::Options,
     pub json: bool,
 }
 
 pub fn main(request: &Request) -> Result<()> {
+    if let engine::Options::Torch(options) = &request.engine {
+        options.validate()?;
+    }
     match request.story {
         Story::Mgpo => plates::main(request),
         Story::Mirg => mirg::main(request),
@@ -165,15 +170,15 @@ fn judge(
     task: &TaskOptions,
     rollout: &rollout::Options,
     test: &[Sample],
-    seed: u64,
+    request: &Request,
     interrupt: &Interrupt,
 ) -> Result<Vec<Episode>> {
-    let mut engine = Embedded::open(&EngineOptions { path: model.to_owned(), ..EngineOptions::default() }, None)?;
-    let task = task.task(engine.frontend.processor.budget.factor)?;
-    let frontend = engine.frontend.clone();
-    let options = EvalOptions { seed, ..EvalOptions::default() };
+    let model = embedded::Options { path: model.to_owned(), ..embedded::Options::default() };
+    let (mut engine, frontend) = engine::open_sampler(&request.engine, &model, true)?;
+    let task = task.task(frontend.processor.budget.factor)?;
+    let options = EvalOptions { seed: request.seed, ..EvalOptions::default() };
     let bench = Bench { frontend: &frontend, rollout, options: &options, interrupt };
-    eval::play_all(&bench, name, &*task, &mut engine, test)
+    eval::play_all(&bench, name, &*task, &mut *engine, test)
 }
 
 fn minutes_and_memory(seconds: f64) -> String {

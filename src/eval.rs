@@ -187,6 +187,7 @@ pub fn main(invocation: &Invocation) -> Result<()> {
         &plan.model,
         data::shows_pictures(asked.iter().flat_map(|asked| asked.samples.iter())),
     )?;
+    engine.about().iter().for_each(|about| progress::say(about));
     let bench = Bench { frontend: &frontend, rollout: &plan.rollout, options: &plan.eval, interrupt: &interrupt };
     // Claimed only now that everything a person can get wrong has been read: a failed start leaves no folder behind.
     let (folder, _) = RunFolder::open(&plan.eval.out, Kind::Eval, invocation.start, &written_plan)?;

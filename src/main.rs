@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 use foveate::config::BadConfig;
-use foveate::{ask, bench, commands, demo, doctor, eval, report, rl, run, sft};
+use foveate::{ask, bench, commands, demo, doctor, engine, eval, report, rl, run, sft};
 use foveate_kernels::memory::OnLines;
 
 #[global_allocator]
@@ -48,6 +48,9 @@ enum Command {
         /// Replace an earlier demo in the same folder
         #[arg(long)]
         overwrite: bool,
+        /// Train and answer with LibTorch on this device (cpu, cuda, cuda:N) instead of the embedded engine
+        #[arg(long)]
+        device: Option<String>,
         /// One JSON object on stdout
         #[arg(long)]
         json: bool,
@@ -196,9 +199,10 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
 
 fn run_command(command: Command) -> anyhow::Result<()> {
     match command {
-        Command::Demo { story, out, quick, seed, overwrite, json } => {
+        Command::Demo { story, out, quick, seed, overwrite, device, json } => {
             let out = out.unwrap_or_else(|| story.folder().into());
-            demo::main(&demo::Request { story, out, quick, seed, overwrite, json })
+            let engine = engine::Options::on_device(device.as_deref());
+            demo::main(&demo::Request { story, out, quick, seed, overwrite, engine, json })
         }
         Command::Sft(args) => sft::main(&args.invocation()),
         Command::Rl(args) => rl::main(&args.invocation()),

@@ -75,6 +75,7 @@ pub fn main(request: &Request) -> Result<()> {
     for (run, name, changes) in SFTS {
         let mut plan: sft::Plan = parsed("mirg_sft.toml", SFT, scale.sft, changes)?;
         plan.model.path.clone_from(&base);
+        plan.engine.clone_from(&request.engine);
         plan.data.train = Some(traces.join("sft.jsonl"));
         (plan.train.out, plan.train.seed) = (request.out.join(run), request.seed);
         trained(sft::train(&plan, start_of(&plan.train.out), &interrupt), request)?;
@@ -86,6 +87,7 @@ pub fn main(request: &Request) -> Result<()> {
     for (run, name, changes) in RLS {
         let mut plan: rl::Plan = parsed("mirg_rl.toml", RL, scale.rl, changes)?;
         plan.model.path.clone_from(&from);
+        plan.engine.clone_from(&request.engine);
         plan.data.train = traces.join("rl.jsonl");
         (plan.train.out, plan.train.seed) = (request.out.join(run), request.seed);
         // Nothing is chosen by these: the table at the end asks all of them of the last weights.
@@ -105,7 +107,7 @@ pub fn main(request: &Request) -> Result<()> {
     // Greedy, as benchmarks of grounding are.
     let rollout = crate::rollout::Options { temperature: 0.0, ..full.rollout.clone() };
     for (k, (name, model)) in models.iter().enumerate() {
-        let episodes = judge(name, model, &full.task, &rollout, &test, request.seed, &interrupt)?;
+        let episodes = judge(name, model, &full.task, &rollout, &test, request, &interrupt)?;
         let records: Vec<_> = episodes.iter().map(Episode::record).collect();
         evals.write_episodes(k as u64 + 1, &records)?;
         items.add(name, &episodes, &test, &[], &[]);

@@ -81,7 +81,7 @@ pub fn main(request: &Request) -> Result<()> {
     for (k, (name, model, protocol)) in entries.iter().enumerate() {
         let of = if *protocol == Protocol::OneTurn { &one_turn } else { &two_turns };
         let task = TaskOptions::Crop(protocol.options(of, of.turns));
-        let episodes = judge(name, model, &task, &mgpo.rollout, &test, request.seed, &interrupt)?;
+        let episodes = judge(name, model, &task, &mgpo.rollout, &test, request, &interrupt)?;
         let records: Vec<_> = episodes.iter().map(Episode::record).collect();
         evals.write_episodes(k as u64 + 1, &records)?;
         items.add(name, &episodes, &test, &[], &[]);
@@ -104,6 +104,7 @@ fn plan(name: &str, text: &str, request: &Request, run: &str, data: &Path, scale
     let overrides: Vec<String> = scale.plan.iter().map(|s| (*s).to_owned()).collect();
     let mut plan: Plan = config::parse(text, &overrides).with_context(|| format!("in configs/{name}"))?;
     plan.model.path = assets_dir()?.join("nano");
+    plan.engine.clone_from(&request.engine);
     plan.data.train = data.join("train.jsonl");
     plan.train.out = request.out.join(run);
     plan.train.seed = request.seed;

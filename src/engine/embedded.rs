@@ -348,14 +348,6 @@ impl Embedded {
         completions.into_iter().next().context("a prompt was not answered")
     }
 
-    /// The model as a person reads it, and where its weights are.
-    pub fn about(&self) -> String {
-        let Vlm { weights, .. } = &self.model;
-        let millions = weights.layout().len as f64 / 1e6;
-        let products = if self.options.compute == Compute::Bf16 { ", products in bf16" } else { "" };
-        format!("{}: {millions:.1} M parameters, {}{products}", self.options.path.display(), weights.held())
-    }
-
     /// Continues conversations in their lanes, or deals them out to new ones. Where somebody listens, the lanes speak one after the other.
     fn generate(
         &mut self,
@@ -544,6 +536,13 @@ impl Sampler for Embedded {
 
     fn end_step(&mut self) {
         self.lanes.clear();
+    }
+
+    fn about(&self) -> Option<String> {
+        let Vlm { weights, .. } = &self.model;
+        let millions = weights.layout().len as f64 / 1e6;
+        let products = if self.options.compute == Compute::Bf16 { ", products in bf16" } else { "" };
+        Some(format!("{}: {millions:.1} M parameters, {}{products}", self.options.path.display(), weights.held()))
     }
 }
 

@@ -25,7 +25,6 @@ use crate::episode::Stream;
 use crate::image::{PictureCache, Processor};
 use crate::model::Compute;
 use crate::optim::Optim;
-use crate::progress;
 
 /// `[engine]` of a config: who holds the weights. `kind` says which; without the section it is `embedded`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -50,6 +49,14 @@ impl Default for Options {
 }
 
 impl Options {
+    /// LibTorch on a device that the command line names, or this program's own kernels.
+    pub fn on_device(device: Option<&str>) -> Options {
+        match device {
+            Some(device) => Options::Torch(torch::Options { device: device.to_owned() }),
+            None => Options::Embedded {},
+        }
+    }
+
     pub fn is_embedded(&self) -> bool {
         matches!(self, Options::Embedded {})
     }
@@ -209,7 +216,6 @@ pub fn open_sampler(
     Ok(match engine {
         Options::Embedded {} => {
             let engine = embedded::Embedded::open(model, None)?;
-            progress::say(&engine.about());
             let frontend = engine.frontend.clone();
             (Box::new(engine), frontend)
         }
@@ -361,6 +367,10 @@ pub trait Sampler {
     fn sample(&mut self, prompts: &[Prompt], sampling: &Sampling) -> Result<Vec<Vec<Completion>>>;
     /// Drops what was kept for the conversations of a step.
     fn end_step(&mut self);
+    /// The model as a person reads it, and where its weights are, if these are here.
+    fn about(&self) -> Option<String> {
+        None
+    }
 }
 
 /// Streams with a common prompt; the engine may share its work on it.

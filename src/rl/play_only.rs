@@ -12,7 +12,7 @@ use crate::engine::recorded::Recorded;
 use crate::episode::Episode;
 use crate::eval;
 use crate::need;
-use crate::progress::Progress;
+use crate::progress::{Progress, say};
 use crate::run::{Interrupt, Interrupted, Invocation, Kind, Metrics, RunFolder, of_answers};
 
 /// `foveate rollout CONFIG`: plays one step's worth of questions per step and writes the episodes; nothing is trained.
@@ -31,6 +31,7 @@ pub fn main(invocation: &Invocation) -> Result<()> {
     }
     let interrupt = Interrupt::install()?;
     let (mut engine, frontend) = engine::open_sampler(&plan.engine, &plan.model, data::shows_pictures(&rows))?;
+    engine.about().iter().for_each(|about| say(about));
     let context = Loop { plan: &plan, objective: &objective, task: &*task, frontend: &frontend };
     let (folder, _) = RunFolder::open(&plan.train.out, Kind::Rollout, invocation.start, &written_plan)?;
     // A record that cannot be read is told of before anything is taken back.

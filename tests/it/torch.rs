@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use foveate::demo;
 use foveate::engine::embedded::{Embedded, Options};
 use foveate::engine::torch::{self, Torch};
 use foveate::engine::{self, Prompt, Sampler, Sampling, Trainer, Who};
@@ -353,4 +354,27 @@ fn frozen_weights_keep_their_bits() {
         let same = before.data[entry.range.clone()] == after.data[entry.range.clone()];
         assert_eq!(same, !options.trainable().unwrap().trains(entry), "{}", entry.name);
     }
+}
+
+#[test]
+fn the_demo_runs_to_its_report() {
+    let dir = tempfile::tempdir().unwrap();
+    let request = demo::Request {
+        story: demo::Story::Mgpo,
+        out: dir.path().join("demo"),
+        quick: true,
+        seed: 1,
+        overwrite: false,
+        engine: engine::Options::on_device(Some("cpu")),
+        json: true,
+    };
+    demo::main(&request).unwrap();
+    let read = |name: &str| std::fs::read_to_string(request.out.join(name)).unwrap();
+    let summary: serde_json::Value = serde_json::from_str(&read("eval/summary.json")).unwrap();
+    assert_eq!(summary["rows"].as_array().unwrap().len(), 7, "models and controls");
+    assert!(read("mgpo/config.toml").contains("kind = \"torch\""));
+    assert!(read("report.html").contains("What number is on the plate?"));
+    // A device that is none is refused before anything is drawn.
+    let request = demo::Request { engine: engine::Options::on_device(Some("gpu")), overwrite: true, ..request };
+    assert!(demo::main(&request).unwrap_err().to_string().contains("expected \"cpu\", \"cuda\""));
 }

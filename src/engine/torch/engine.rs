@@ -444,6 +444,19 @@ impl Sampler for Torch {
         self.talks.clear();
         self.sessions.clear();
     }
+
+    fn about(&self) -> Option<String> {
+        let millions = self.net.layout.len as f64 / 1e6;
+        let kind = match self.options.compute {
+            Compute::F32 => "f32",
+            Compute::Bf16 => "bf16",
+        };
+        let place = match self.net.device {
+            Device::Cuda(n) => format!("cuda:{n}"),
+            _ => "the CPU".into(),
+        };
+        Some(format!("{}: {millions:.1} M parameters in {kind}, LibTorch on {place}", self.options.path.display()))
+    }
 }
 
 impl Trainer for Torch {
