@@ -15,9 +15,9 @@ use self::aloud::{Aloud, Screen};
 use self::saving::Saving;
 use crate::config::BadConfig;
 use crate::data::Sample;
-use crate::engine::embedded::{ComputeName, Embedded, Options as EngineOptions};
+use crate::engine::embedded::Embedded;
 use crate::engine::openai::{self, Served};
-use crate::engine::{Frontend, Sampler};
+use crate::engine::{ComputeName, Frontend, ModelOptions, Sampler};
 use crate::episode::{BoxOutcome, Stop, Turn};
 use crate::geometry::{BBox, Budget};
 use crate::image::Processor;
@@ -91,11 +91,11 @@ pub struct Options {
 pub fn main(options: &Options) -> Result<()> {
     options.check()?;
     let mut saving = options.save.as_deref().map(Saving::into).transpose()?;
-    let engine = EngineOptions {
+    let engine = ModelOptions {
         path: options.model.clone(),
         weights: options.weights,
         compute: options.compute.into(),
-        ..EngineOptions::default()
+        ..ModelOptions::default()
     };
     // From here on what a person can get wrong is found in the order of its cost: the config, the pictures, the weights.
     let positions = Config::load(&options.model)?.text.max_positions;

@@ -11,7 +11,7 @@ use clap::ValueEnum;
 use serde_json::json;
 
 use crate::data::Sample;
-use crate::engine::{self, embedded};
+use crate::engine::{self, ModelOptions};
 use crate::episode::Episode;
 use crate::eval::{self, Bench, EvalOptions, Figures};
 use crate::progress::Progress;
@@ -173,7 +173,7 @@ fn judge(
     request: &Request,
     interrupt: &Interrupt,
 ) -> Result<Vec<Episode>> {
-    let model = embedded::Options { path: model.to_owned(), ..embedded::Options::default() };
+    let model = ModelOptions { path: model.to_owned(), ..ModelOptions::default() };
     let (mut engine, frontend) = engine::open_sampler(&request.engine, &model, true)?;
     let task = task.task(frontend.processor.budget.factor)?;
     let options = EvalOptions { seed: request.seed, ..EvalOptions::default() };

@@ -27,7 +27,7 @@ use serde_json::json;
 use crate::config::{self, BadConfig};
 use crate::data::{self, Format, Read, ReadAs, Sample};
 use crate::engine::recorded::Recorded;
-use crate::engine::{self, Frontend, Sampler, embedded};
+use crate::engine::{self, Frontend, ModelOptions, Sampler};
 use crate::episode::Episode;
 use crate::image::Processor;
 use crate::need;
@@ -42,7 +42,7 @@ use items::{ITEMS, Items};
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Plan {
-    pub model: embedded::Options,
+    pub model: ModelOptions,
     #[serde(default, skip_serializing_if = "engine::Options::is_embedded")]
     pub engine: engine::Options,
     pub data: DataOptions,

@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use crate::chat::{Chat, Convention};
 use crate::commands::gib;
 use crate::data::Sample;
-use crate::engine::embedded;
+use crate::engine::ModelOptions;
 use crate::engine::embedded::memory::{self, Held, Learns};
 use crate::engine::{Completion, Finish, Frontend, Group, Prompt, Sampler, Sampling};
 use crate::episode::{Episode, Stream};
@@ -74,7 +74,7 @@ impl Need {
 
     /// # Errors
     /// There is not so much memory, with the number and what to do.
-    pub fn ensure_fits(&self, options: &embedded::Options) -> Result<()> {
+    pub fn ensure_fits(&self, options: &ModelOptions) -> Result<()> {
         if !options.check_memory {
             return Ok(());
         }
@@ -178,7 +178,7 @@ pub fn of_sft(plan: &sft::Plan, examples: &[sft::Example], different: usize) -> 
 
 /// Of `foveate ask`: one conversation. Its pictures are opened here, so this is where bad ones are named.
 pub fn of_ask(
-    options: &embedded::Options,
+    options: &ModelOptions,
     task: &dyn Task,
     rollout: &rollout::Options,
     max_pixels: u64,
@@ -205,7 +205,7 @@ struct Model {
 }
 
 impl Model {
-    fn open(options: &embedded::Options, learns: bool) -> Result<Model> {
+    fn open(options: &ModelOptions, learns: bool) -> Result<Model> {
         let path = &options.path;
         let config = Config::load(path)?;
         let layout = Layout::new(&config);

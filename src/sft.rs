@@ -18,7 +18,7 @@ use self::learner::Learner;
 use crate::chat::{Chat, Content, Convention, Message, Part};
 use crate::config::{self, BadConfig};
 use crate::data::{Dialogue, Format, Order, ReadAs, Sample};
-use crate::engine::embedded;
+use crate::engine::ModelOptions;
 use crate::engine::{self, Frontend, Training};
 use crate::episode::Stream;
 use crate::geometry::{BBox, Budget, Grid, Size, View};
@@ -37,7 +37,7 @@ use crate::tasks::{Options as TaskOptions, Task, check_rows, ensure_possible};
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Plan {
-    pub model: embedded::Options,
+    pub model: ModelOptions,
     pub data: DataOptions,
     /// Ask the rows of `data.train` as this task does, and learn their answers; only tasks of `kind = "multi_image"`.
     #[serde(default)]

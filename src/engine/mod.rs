@@ -6,6 +6,7 @@
 
 pub mod embedded;
 pub mod openai;
+mod options;
 mod pngs;
 pub mod recorded;
 mod remote;
@@ -25,6 +26,8 @@ use crate::episode::Stream;
 use crate::image::{PictureCache, Processor};
 use crate::model::Compute;
 use crate::optim::Optim;
+
+pub use self::options::{ComputeName, ModelOptions};
 
 /// `[engine]` of a config: who holds the weights. `kind` says which; without the section it is `embedded`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -78,7 +81,7 @@ impl Options {
     /// # Errors
     /// What this engine cannot do of what the rest of the config asks: `freeze` and `lora` of the model, the `temperature` that is trained at,
     /// and the entropy bonus.
-    pub fn validate(&self, model: &embedded::Options, temperature: f32, entropy_coef: f64) -> Result<()> {
+    pub fn validate(&self, model: &ModelOptions, temperature: f32, entropy_coef: f64) -> Result<()> {
         if !self.trains_here() && model.compute != Compute::F32 {
             bail!(BadConfig(
                 "model.compute is for engines that compute here; a server decides itself how it computes".into()
@@ -118,7 +121,7 @@ impl Options {
 impl Options {
     /// # Errors
     /// An engine that samples and does not train, or not as the rest of the config asks.
-    pub fn ensure_trains(&self, model: &embedded::Options, temperature: f32) -> Result<()> {
+    pub fn ensure_trains(&self, model: &ModelOptions, temperature: f32) -> Result<()> {
         match self {
             Options::Embedded {} | Options::Torch(_) | Options::Tinker(_) => Ok(()),
             Options::Vllm(options) => {
@@ -165,12 +168,7 @@ pub struct Training {
 ///
 /// # Errors
 /// A model, a server or options that cannot do what is asked.
-pub fn open(
-    engine: &Options,
-    model: &embedded::Options,
-    training: &Training,
-    resumes: bool,
-) -> Result<Box<dyn Trainer>> {
+pub fn open(engine: &Options, model: &ModelOptions, training: &Training, resumes: bool) -> Result<Box<dyn Trainer>> {
     Ok(match engine {
         Options::Openai(_) => return Err(only_samples()),
         Options::Embedded {} => Box::new(embedded::Embedded::open(model, Some(training))?),
@@ -192,11 +190,7 @@ pub fn open(
     })
 }
 
-fn open_torch(
-    options: &torch::Options,
-    model: &embedded::Options,
-    training: Option<&Training>,
-) -> Result<Box<dyn Trainer>> {
+fn open_torch(options: &torch::Options, model: &ModelOptions, training: Option<&Training>) -> Result<Box<dyn Trainer>> {
     options.validate()?;
     #[cfg(feature = "torch")]
     return Ok(Box::new(torch::Torch::open(options, model, training)?));
@@ -208,11 +202,7 @@ fn open_torch(
 ///
 /// # Errors
 /// As [`open`].
-pub fn open_sampler(
-    engine: &Options,
-    model: &embedded::Options,
-    pictures: bool,
-) -> Result<(Box<dyn Sampler>, Frontend)> {
+pub fn open_sampler(engine: &Options, model: &ModelOptions, pictures: bool) -> Result<(Box<dyn Sampler>, Frontend)> {
     Ok(match engine {
         Options::Embedded {} => {
             let engine = embedded::Embedded::open(model, None)?;

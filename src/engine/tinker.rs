@@ -114,7 +114,7 @@ impl Tinker {
     /// Options that cannot work, a server that is not there, refuses the key or does not have the model.
     pub fn open(
         options: &Options,
-        model: &super::embedded::Options,
+        model: &super::ModelOptions,
         training: Option<&Training>,
         pictures: bool,
     ) -> Result<Tinker> {

@@ -96,7 +96,7 @@ impl Options {
 
     /// # Errors
     /// What training through it needs besides.
-    pub fn validate_training(&self, model: &super::embedded::Options) -> Result<()> {
+    pub fn validate_training(&self, model: &super::ModelOptions) -> Result<()> {
         self.validate()?;
         if model.lora.is_none() || self.adapters.is_none() {
             bail!(BadConfig(
@@ -155,7 +155,7 @@ impl Fleet {
     ///
     /// # Errors
     /// Options that cannot work, a model that cannot be read.
-    pub fn open(options: &Options, model: &super::embedded::Options, training: Option<&Training>) -> Result<Fleet> {
+    pub fn open(options: &Options, model: &super::ModelOptions, training: Option<&Training>) -> Result<Fleet> {
         let pool = options.pool().open()?;
         let training = training.map(|training| -> Result<Adapters> {
             options.validate_training(model)?;

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::{self, BadConfig};
 use crate::data::{Format, ReadAs};
-use crate::engine::{self, Training, embedded};
+use crate::engine::{self, ModelOptions, Training};
 use crate::objective::Objective;
 use crate::optim::Optim;
 use crate::rollout;
@@ -16,7 +16,7 @@ use crate::tasks::Options as TaskOptions;
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Plan {
-    pub model: embedded::Options,
+    pub model: ModelOptions,
     #[serde(default, skip_serializing_if = "engine::Options::is_embedded")]
     pub engine: engine::Options,
     pub data: DataOptions,

@@ -4,7 +4,8 @@
 use std::path::Path;
 
 use foveate::data::{self, Sample};
-use foveate::engine::embedded::{Embedded, Options};
+use foveate::engine::ModelOptions;
+use foveate::engine::embedded::Embedded;
 use foveate::engine::{Group, Scores, Trainer, Training, Weights, Who};
 use foveate::episode::Episode;
 use foveate::geometry::Grid;
@@ -19,8 +20,8 @@ use crate::tiny;
 
 pub const TEMPERATURE: f32 = 0.8;
 
-pub fn engine(model: &Vlm, change: impl FnOnce(&mut Options)) -> Embedded {
-    let mut options = Options { path: tiny::nano(), ..Options::default() };
+pub fn engine(model: &Vlm, change: impl FnOnce(&mut ModelOptions)) -> Embedded {
+    let mut options = ModelOptions { path: tiny::nano(), ..ModelOptions::default() };
     change(&mut options);
     Embedded::with_model(model.clone(), &options, Some(&training())).unwrap()
 }

@@ -11,7 +11,8 @@ use serde_json::Value;
 
 use crate::tiny;
 use foveate::data::Sample;
-use foveate::engine::embedded::{Embedded, Options};
+use foveate::engine::ModelOptions;
+use foveate::engine::embedded::Embedded;
 use foveate::model::weights::save_sharded;
 use foveate::model::{Config, Dtype, Hold, Vlm, Weights, presets};
 use foveate::rollout::{self, Stage};
@@ -85,7 +86,7 @@ fn weights_in_their_files_say_what_they_say_in_memory() {
     for folder in [tiny::nano(), shards] {
         let mut played = Vec::new();
         for weights in [Hold::Memory, Hold::Auto] {
-            let options = Options { path: folder.clone(), weights, ..Options::default() };
+            let options = ModelOptions { path: folder.clone(), weights, ..ModelOptions::default() };
             let mut engine = Embedded::open(&options, None).unwrap();
             assert_eq!(matches!(engine.model.weights, Weights::Mapped(_)), weights == Hold::Auto);
             let task = foveate::tasks::crop::Crop::new(tiny::task(), engine.frontend.processor.budget.factor).unwrap();

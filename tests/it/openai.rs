@@ -16,7 +16,8 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use foveate::chat::{Content, Message, Part};
 use foveate::config::{self, BadConfig};
-use foveate::engine::embedded::{self, Embedded};
+use foveate::engine::ModelOptions;
+use foveate::engine::embedded::Embedded;
 use foveate::engine::openai::{Options, Served};
 use foveate::engine::{Finish, Frontend, Prompt, Sampler, Sampling};
 use foveate::episode::{Record, Stream};
@@ -57,7 +58,7 @@ struct Server {
 
 impl Server {
     fn start(script: impl Fn(usize) -> Act + Send + Sync + 'static) -> Server {
-        let options = embedded::Options { path: tiny::nano(), ..embedded::Options::default() };
+        let options = ModelOptions { path: tiny::nano(), ..ModelOptions::default() };
         let shared = Arc::new(Shared {
             engine: Mutex::new(Embedded::open(&options, None).unwrap()),
             pictures: tempfile::tempdir().unwrap(),

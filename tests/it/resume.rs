@@ -145,7 +145,7 @@ fn adapters_go_on_as_if_they_had_not_stopped() {
     // Another run goes on with the adapter, from its folder.
     let on = rl_plan(&dir, "on", &lora);
     let on = rl::Plan {
-        model: foveate::engine::embedded::Options { path: whole.train.out.join("checkpoints/4"), ..on.model },
+        model: foveate::engine::ModelOptions { path: whole.train.out.join("checkpoints/4"), ..on.model },
         ..on
     };
     rl::train(&on, Start::New, &Interrupt::none(), &mut |_, _| ()).unwrap();

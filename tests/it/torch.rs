@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use foveate::demo;
-use foveate::engine::embedded::{Embedded, Options};
+use foveate::engine::ModelOptions;
+use foveate::engine::embedded::Embedded;
 use foveate::engine::torch::{self, Torch};
 use foveate::engine::{self, Prompt, Sampler, Sampling, Trainer, Who};
 use foveate::model::layout::Layout;
@@ -25,7 +26,7 @@ fn saved(dir: &Path) -> PathBuf {
     path
 }
 
-fn opened(options: &Options) -> Torch {
+fn opened(options: &ModelOptions) -> Torch {
     Torch::open(&on_cpu(), options, Some(&training())).unwrap()
 }
 
@@ -63,7 +64,8 @@ fn log_probs_and_gradients_are_those_of_the_embedded_engine() {
         (vec!["embeddings".to_owned(), "text".to_owned()], false, 8192),
     ] {
         let named = format!("{freeze:?} {recompute} {rows}");
-        let options = Options { path: path.clone(), freeze, recompute, micro_batch_tokens: rows, ..Options::default() };
+        let options =
+            ModelOptions { path: path.clone(), freeze, recompute, micro_batch_tokens: rows, ..ModelOptions::default() };
         let mut other = opened(&options);
         let theirs = other.logprobs(&groups(&episodes), Who::Policy).unwrap();
         for (a, b) in scored.iter().flatten().zip(theirs.iter().flatten()) {
@@ -86,7 +88,7 @@ fn log_probs_and_gradients_are_those_of_the_embedded_engine() {
 #[test]
 fn it_says_what_the_embedded_engine_says() {
     let dir = tempfile::tempdir().unwrap();
-    let options = Options { path: saved(dir.path()), ..Options::default() };
+    let options = ModelOptions { path: saved(dir.path()), ..ModelOptions::default() };
     let samples = samples(dir.path());
     let mut ours = agreement::engine(&tiny::model(5), |_| ());
     let mut theirs = opened(&options);
@@ -138,7 +140,7 @@ fn steps_and_checkpoints_are_those_of_the_embedded_engine() {
     let adapters =
         lora::Options { rank: 3, alpha: 6.0, targets: vec!["model.layers.*".into(), "visual.merger.*".into()] };
     for lora in [None, Some(adapters)] {
-        let options = Options { path: path.clone(), lora, ..Options::default() };
+        let options = ModelOptions { path: path.clone(), lora, ..ModelOptions::default() };
         let mut ours = Embedded::open(&options, Some(&training())).unwrap();
         let mut theirs = opened(&options);
         let episodes = play(&mut ours, &samples);
@@ -187,7 +189,7 @@ fn steps_and_checkpoints_are_those_of_the_embedded_engine() {
 #[test]
 fn what_it_cannot_do_is_said() {
     let dir = tempfile::tempdir().unwrap();
-    let options = Options { path: saved(dir.path()), ..Options::default() };
+    let options = ModelOptions { path: saved(dir.path()), ..ModelOptions::default() };
     let on = |device: &str| Torch::open(&torch::Options { device: device.into() }, &options, None).map(drop);
     let said = on("gpu").unwrap_err().to_string();
     assert!(said.contains("engine.device") && said.contains("cuda:N"), "{said}");
@@ -291,8 +293,8 @@ fn bf16_is_close_to_f32() {
     let samples = samples(dir.path());
     let adapters = lora::Options { rank: 3, alpha: 6.0, targets: vec!["*".into()] };
     for lora in [None, Some(adapters)] {
-        let plain = Options { path: path.clone(), lora, ..Options::default() };
-        let rounded = Options { compute: Compute::Bf16, recompute: true, ..plain.clone() };
+        let plain = ModelOptions { path: path.clone(), lora, ..ModelOptions::default() };
+        let rounded = ModelOptions { compute: Compute::Bf16, recompute: true, ..plain.clone() };
         let mut ours = Embedded::open(&plain, Some(&training())).unwrap();
         let layout = ours.model.weights.layout().clone();
         let mut theirs = opened(&rounded);
@@ -341,7 +343,7 @@ fn it_trains_what_vllm_samples_with() {
 fn frozen_weights_keep_their_bits() {
     let dir = tempfile::tempdir().unwrap();
     let freeze = vec!["vision".to_owned(), "embeddings".to_owned()];
-    let options = Options { path: saved(dir.path()), freeze, compute: Compute::Bf16, ..Options::default() };
+    let options = ModelOptions { path: saved(dir.path()), freeze, compute: Compute::Bf16, ..ModelOptions::default() };
     let mut engine = opened(&options);
     let episodes = play(&mut engine, &samples(dir.path()));
     engine.accumulate(&groups(&episodes), &mut |_, _, scores| Ok(weights(scores))).unwrap();

@@ -15,7 +15,8 @@ use std::sync::{Arc, Mutex};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use foveate::config::BadConfig;
-use foveate::engine::embedded::{self, Embedded};
+use foveate::engine::ModelOptions;
+use foveate::engine::embedded::Embedded;
 use foveate::engine::vllm::{Fleet, Options};
 use foveate::engine::{self, Finish, Frontend, Prompt, Sampler, Sampling};
 use foveate::episode::Stream;
@@ -72,7 +73,7 @@ struct Server {
 }
 
 fn open(path: &Path) -> Embedded {
-    Embedded::open(&embedded::Options { path: path.into(), ..embedded::Options::default() }, None).unwrap()
+    Embedded::open(&ModelOptions { path: path.into(), ..ModelOptions::default() }, None).unwrap()
 }
 
 impl Server {
@@ -372,7 +373,7 @@ fn its_own_weights_answer_as_ours_do() {
     let server =
         Server::start(&taught(&dir), Kind::Good, |_, call| if call == 1 { Act::Status(429) } else { Act::Good });
     let mut here = open(&taught(&dir));
-    let model = embedded::Options { path: taught(&dir), ..embedded::Options::default() };
+    let model = ModelOptions { path: taught(&dir), ..ModelOptions::default() };
     let mut there = Fleet::open(&Options { adapters: None, ..options(&[&server], &dir) }, &model, None).unwrap();
     let ids = here.frontend.chat.plain_ids("What number is it?").unwrap();
     let mut stream = Stream::default();

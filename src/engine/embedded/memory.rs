@@ -8,10 +8,11 @@ use std::collections::HashSet;
 
 use foveate_kernels::attention::PANEL;
 
+use super::READ_AT_ONCE;
 use super::tower::{FEATURE_VALUES, choices, key, runs};
-use super::{Options, READ_AT_ONCE};
 use crate::batch;
 use crate::engine::Group;
+use crate::engine::ModelOptions;
 use crate::episode::{Placed, Stream};
 use crate::model::block::Keep;
 use crate::model::generate::LAID_OUT;
@@ -59,7 +60,7 @@ const PLACES_BYTES: u64 = 64 << 20;
 pub fn of_step(
     config: &Config,
     layout: &Layout,
-    options: &Options,
+    options: &ModelOptions,
     train: Trainable,
     learns: Option<Learns>,
     groups: &[Group],
@@ -96,7 +97,7 @@ pub fn of_step(
 pub fn of_dialogues(
     config: &Config,
     layout: &Layout,
-    options: &Options,
+    options: &ModelOptions,
     train: Trainable,
     examples: &[Example],
     steps: u64,

@@ -13,7 +13,9 @@ use crate::batch::{self, Batch};
 use crate::config::BadConfig;
 use crate::engine::embedded::tower::{FEATURE_VALUES, ViewKey, key, patches, runs};
 use crate::engine::embedded::{self, OPTIMIZER};
-use crate::engine::{Completion, Frontend, Group, Prompt, Sampler, Sampling, Scores, Trainer, Training, Weights, Who};
+use crate::engine::{
+    Completion, Frontend, Group, ModelOptions, Prompt, Sampler, Sampling, Scores, Trainer, Training, Weights, Who,
+};
 use crate::episode::Placed;
 use crate::model::layout::Entry;
 use crate::model::weights::{Outgoing, save_outgoing};
@@ -35,7 +37,7 @@ struct Learning {
 pub struct Torch {
     net: Net,
     frontend: Frontend,
-    options: embedded::Options,
+    options: ModelOptions,
     trainable: Trainable,
     temperature: f32,
     /// Ids that cannot be drawn.
@@ -54,7 +56,7 @@ impl Torch {
     ///
     /// # Errors
     /// A device that is not there; as for the embedded engine otherwise.
-    pub fn open(engine: &Options, options: &embedded::Options, training: Option<&Training>) -> Result<Torch> {
+    pub fn open(engine: &Options, options: &ModelOptions, training: Option<&Training>) -> Result<Torch> {
         let device = device(engine)?;
         // Its threads and ours take turns.
         tch::set_num_threads(rayon::current_num_threads() as i32);

@@ -16,7 +16,8 @@ use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use foveate::engine::embedded::{self, Embedded};
+use foveate::engine::ModelOptions;
+use foveate::engine::embedded::Embedded;
 use foveate::engine::{Finish, Group, Prompt, Sampler, Sampling, Trainer, Training, Weights, Who};
 use foveate::episode::Stream;
 use foveate::geometry::{View, smart_resize};
@@ -355,7 +356,7 @@ impl Shared {
                 }
                 state.made += 1;
                 let id = format!("model_{}", state.made);
-                let options = embedded::Options { path: self.checkpoint.clone(), ..embedded::Options::default() };
+                let options = ModelOptions { path: self.checkpoint.clone(), ..ModelOptions::default() };
                 let engine = Embedded::open(&options, Some(&self.training)).unwrap();
                 let model =
                     Model { engine, number: 0, requests: 0, pending: Vec::new(), gradient: Vec::new(), version: 0 };
