@@ -10,6 +10,7 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 pub(crate) use journal::{Answer, Call, End, Journal};
+pub use pool::Price;
 pub(crate) use pool::{Attempt, Pool, PoolOptions, Unanswered};
 pub(crate) use server::{Fault, Outcome, Pace, Server, data_uri, from_json};
 

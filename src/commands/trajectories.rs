@@ -10,6 +10,7 @@ use serde_json::json;
 
 use crate::config::BadConfig;
 use crate::eval;
+use crate::openai::Price;
 use crate::run::Interrupt;
 use crate::synth::teacher;
 use crate::synth::trajectories::{self, Detail, Episodes, Teacher};
@@ -92,6 +93,9 @@ struct Endpoint {
     /// Record of all calls; what is answered there is not asked again [default: OUT.calls.jsonl]
     #[arg(long, value_name = "FILE", requires = "url")]
     calls: Option<PathBuf>,
+    /// What a million tokens cost, for the sum at the end
+    #[arg(long, num_args = 2, value_names = ["READ", "WRITTEN"], requires = "url")]
+    price: Option<Vec<f64>>,
 }
 
 impl Endpoint {
@@ -103,6 +107,11 @@ impl Endpoint {
             let expected = format!("--temperature {temperature}: expected 0 or more");
             ensure!(temperature.is_finite() && temperature >= 0.0, BadConfig(expected));
         }
+        let price = match self.price.as_deref() {
+            Some(&[read, written]) => Some(Price(read, written)),
+            _ => None,
+        };
+        price.map_or(Ok(()), |price| price.validate("--price"))?;
         let calls = match self.calls {
             Some(calls) => calls,
             None => {
@@ -118,6 +127,7 @@ impl Endpoint {
             temperature: self.temperature,
             max_tokens: self.max_tokens.map(NonZeroUsize::get),
             max_pixels: self.max_pixels.get(),
+            price,
             ..teacher::Options::new(&url, &model, calls)
         })
     }
@@ -136,7 +146,7 @@ impl Trajectories {
             Who::Endpoint => {
                 let in_vain = "--brief is for traces by rules; an endpoint writes as its model does";
                 ensure!(!self.brief, BadConfig(in_vain.into()));
-                Teacher::Endpoint(self.endpoint.options(&self.out)?)
+                Teacher::Endpoint(Box::new(self.endpoint.options(&self.out)?))
             }
             Who::Rules => {
                 let in_vain = "--url is for --teacher endpoint; give both, or neither for traces by rules";
@@ -169,8 +179,9 @@ impl Trajectories {
         }
         if let (Some(spent), Teacher::Endpoint(server)) = (&report.spent, &options.teacher) {
             let (calls, tokens) = (spent.calls, spent.prompt_tokens + spent.completion_tokens);
+            let cost = spent.cost.map(|cost| format!(" ({cost:.2})")).unwrap_or_default();
             eprintln!(
-                "{calls} calls: {} rows answered for {tokens} tokens, {} answered before",
+                "{calls} calls: {} rows answered for {tokens} tokens{cost}, {} answered before",
                 spent.answered, spent.reused
             );
             if let Some((row, why)) = spent.failed.first() {

@@ -22,7 +22,7 @@ use crate::chat::{Content, Message, Part};
 use crate::config::BadConfig;
 use crate::episode::Stream;
 use crate::openai::{
-    Answer, Attempt, Call, End, Journal, Outcome, Pool, PoolOptions, Server, Unanswered, data_uri, sha256,
+    Answer, Attempt, Call, End, Journal, Outcome, Pool, PoolOptions, Price, Server, Unanswered, data_uri, sha256,
     with_pictures,
 };
 use crate::progress;
@@ -52,6 +52,9 @@ pub struct Options {
     /// A file that records every call; what is answered there is not asked again.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub calls: Option<PathBuf>,
+    /// What a million tokens cost, read and written, for the sum at the end.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub price: Option<Price>,
 }
 
 impl Default for Options {
@@ -66,6 +69,7 @@ impl Default for Options {
             timeout_s: 300.0,
             pause_s: 1.0,
             calls: None,
+            price: None,
         }
     }
 }
@@ -88,6 +92,7 @@ impl Options {
             max_retries: self.max_retries,
             timeout_s: self.timeout_s,
             pause_s: self.pause_s,
+            price: self.price,
         }
     }
 }

@@ -91,6 +91,7 @@ impl Options {
             max_retries: self.max_retries,
             timeout_s: self.timeout_s,
             pause_s: self.pause_s,
+            price: None,
         }
     }
 

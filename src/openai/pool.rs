@@ -3,7 +3,8 @@
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
+use serde::{Deserialize, Serialize};
 
 use super::server::{Fault, Outcome, Pace, Server};
 use crate::config::BadConfig;
@@ -11,6 +12,33 @@ use crate::http::{self, backoff, chance};
 
 /// A server that asks to wait longer than this is not waited for.
 const LONGEST_WAIT: Duration = Duration::from_secs(3600);
+
+/// What a million tokens cost, read and written, in whatever currency the bill is.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Price(pub f64, pub f64);
+
+impl Price {
+    /// # Errors
+    /// What is no price; `key` names it.
+    pub fn validate(self, key: &str) -> Result<()> {
+        let Price(read, written) = self;
+        ensure!(
+            [read, written].iter().all(|price| price.is_finite() && *price >= 0.0),
+            BadConfig(format!(
+                "{key} = [{read}, {written}]: expected what a million tokens cost, read and written, such as [0.15, 0.6]"
+            ))
+        );
+        Ok(())
+    }
+
+    /// ```
+    /// # use foveate::openai::Price;
+    /// assert_eq!(Price(0.5, 2.0).of(3_000_000, 250_000), 2.0);
+    /// ```
+    pub fn of(self, read: u64, written: u64) -> f64 {
+        (self.0 * read as f64 + self.1 * written as f64) / 1e6
+    }
+}
 
 /// What a config says of a pool: `[engine]` of every kind that has one says it with these keys.
 pub(crate) struct PoolOptions<'a> {
@@ -23,6 +51,7 @@ pub(crate) struct PoolOptions<'a> {
     pub max_retries: usize,
     pub timeout_s: f64,
     pub pause_s: f64,
+    pub price: Option<Price>,
 }
 
 impl PoolOptions<'_> {
@@ -47,6 +76,7 @@ impl PoolOptions<'_> {
         if !(0.0..1e9).contains(&self.pause_s) {
             bail!(BadConfig(format!("engine.pause_s = {}: expected a number of seconds, at least 0", self.pause_s)));
         }
+        self.price.map_or(Ok(()), |price| price.validate("engine.price"))?;
         self.pace().map(|_| ())
     }
 
@@ -65,7 +95,7 @@ impl PoolOptions<'_> {
         let server = |url: &String| Server::new(url, key.clone(), timeout, ["engine.urls", "engine.api_key_env"]);
         Ok(Pool {
             servers: self.urls.iter().map(server).collect::<Result<_>>()?,
-            spent: Spent::default(),
+            spent: Spent { price: self.price, ..Spent::default() },
             max_retries: self.max_retries,
             first_pause: Duration::from_secs_f64(self.pause_s),
             pace: self.pace()?,
@@ -80,6 +110,7 @@ pub(crate) struct Spent {
     answers: AtomicU64,
     read: AtomicU64,
     wrote: AtomicU64,
+    price: Option<Price>,
 }
 
 impl Spent {
@@ -97,7 +128,8 @@ impl Spent {
     /// In words; `answers` is what they are called.
     pub fn told(&self, answers: &str) -> String {
         let [n, read, wrote] = [&self.answers, &self.read, &self.wrote].map(|count| count.load(Ordering::Relaxed));
-        format!("{n} {answers}: {read} tokens read and {wrote} written")
+        let cost = self.price.map(|price| format!(", for {:.2}", price.of(read, wrote)));
+        format!("{n} {answers}: {read} tokens read and {wrote} written{}", cost.unwrap_or_default())
     }
 }
 

@@ -26,7 +26,7 @@ use super::stream;
 use super::trajectories::{Facts, Rejected};
 use crate::data::Sample;
 use crate::http::{self, backoff, sleep};
-use crate::openai::{Answer, Call, End, Fault, Journal, Outcome, Pace, Server};
+use crate::openai::{Answer, Call, End, Fault, Journal, Outcome, Pace, Price, Server};
 use crate::progress::Progress;
 use crate::run::{self, Interrupt, Interrupted};
 use request::Request;
@@ -63,6 +63,8 @@ pub struct Options {
     pub max_pixels: u64,
     /// The record of all calls: what is answered there is not asked again.
     pub calls: PathBuf,
+    /// What a million tokens cost, read and written.
+    pub price: Option<Price>,
 }
 
 impl Options {
@@ -81,12 +83,13 @@ impl Options {
             max_tokens: None,
             max_pixels: 1 << 20,
             calls: calls.into(),
+            price: None,
         }
     }
 }
 
 /// What asking took, in this run.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Spent {
     /// Calls made, answered or not.
     pub calls: usize,
@@ -97,6 +100,9 @@ pub struct Spent {
     /// Tokens of the calls that were answered, as the server counts them.
     pub prompt_tokens: u64,
     pub completion_tokens: u64,
+    /// Of these tokens, where their price is known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cost: Option<f64>,
     /// Rows without an answer, and why the last attempt failed.
     pub failed: Vec<(String, String)>,
 }
@@ -156,7 +162,9 @@ impl<'a> Endpoint<'a> {
 
     /// What was spent so far.
     pub fn spent(&self) -> Spent {
-        self.tally().clone()
+        let spent = self.tally().clone();
+        let cost = self.options.price.map(|price| price.of(spent.prompt_tokens, spent.completion_tokens));
+        Spent { cost, ..spent }
     }
 
     fn has_answered(&self) -> bool {

@@ -366,7 +366,7 @@ pub enum Teacher {
     /// Composed from the row's facts; no model, no network.
     Rules(Detail),
     /// A model that sees the pictures, behind an OpenAI-compatible server.
-    Endpoint(teacher::Options),
+    Endpoint(Box<teacher::Options>),
 }
 
 impl Teacher {

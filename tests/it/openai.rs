@@ -302,6 +302,7 @@ fn what_cannot_be_asked_is_refused_in_one_line() {
     asked(&["engine.urls=[\"http://127.0.0.1:9/v1\"]"], 1, &["127.0.0.1:9", "after 3 attempts"]);
     asked(&["engine.model= "], 2, &["engine.model"]);
     asked(&["engine.requests_per_minute=0"], 2, &["requests per minute"]);
+    asked(&["engine.price=[0.1,-1]"], 2, &["engine.price = [0.1, -1]", "a million tokens"]);
 
     let frontend = Frontend::load(&tiny::nano(), 1).unwrap();
     let good = Options { urls: vec![server.url()], model: "m".into(), ..Options::default() };

@@ -18,6 +18,7 @@ use serde_json::{Value, json};
 
 use crate::served::{self, Listening};
 use crate::tiny;
+use foveate::openai::Price;
 use foveate::run::Interrupt;
 use foveate::synth::teacher;
 use foveate::synth::trajectories::{self, Episodes, Rejected, Report, Teacher, build};
@@ -177,7 +178,7 @@ fn options(dir: &Path, out: &str, endpoint: teacher::Options) -> trajectories::O
         per_task: None,
         share: 1.0,
         seed: 1,
-        teacher: Teacher::Endpoint(endpoint),
+        teacher: Teacher::Endpoint(Box::new(endpoint)),
         episodes: None,
     }
 }
@@ -235,11 +236,14 @@ fn every_way_to_misbehave_ends_in_the_files_of_an_undisturbed_run() {
         }
     };
     let server = Server::start(Duration::ZERO, script);
-    let patient = teacher::Options { max_retries: ways.len(), ..endpoint(dir, &server, "wild") };
+    let price = Some(Price(5000.0, 10_000.0));
+    let patient = teacher::Options { max_retries: ways.len(), price, ..endpoint(dir, &server, "wild") };
     let report = run(&options(dir, "wild", patient)).unwrap();
     let spent = report.spent.unwrap();
     assert_eq!((spent.answered, spent.calls, spent.failed.len()), (n, 2 * ways.len() + n, 0));
     assert_eq!((spent.prompt_tokens, spent.completion_tokens), (100 * n as u64, 20 * n as u64));
+    // 0.5 for what the server read of a row, 0.2 for what it wrote.
+    assert!((spent.cost.unwrap() - 0.7 * n as f64).abs() < 1e-9);
     assert_eq!(files(&dir.join("wild")), undisturbed(dir));
     assert!(files(&dir.join("wild"))[0].contains(&trace(3)), "the traces are in the rows");
 
