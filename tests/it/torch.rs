@@ -373,7 +373,7 @@ fn the_demo_runs_to_its_report() {
     demo::main(&request).unwrap();
     let read = |name: &str| std::fs::read_to_string(request.out.join(name)).unwrap();
     let summary: serde_json::Value = serde_json::from_str(&read("eval/summary.json")).unwrap();
-    assert_eq!(summary["rows"].as_array().unwrap().len(), 7, "models and controls");
+    assert_eq!(summary["rows"].as_object().unwrap().len(), 7, "models and controls");
     assert!(read("mgpo/config.toml").contains("kind = \"torch\""));
     assert!(read("report.html").contains("What number is on the plate?"));
     // A device that is none is refused before anything is drawn.
