@@ -1,14 +1,11 @@
-//! The program from outside: what it says about bad input, what it leaves behind, and what other programs read of it.
-//!
-//! A bad input gives one line on stderr that names the file, row or key, exit code 2 (bad usage or config) or 1 (anything
-//! else), and no half-written file.
+//! The program from outside: what it leaves behind, and what other programs read of it. What it says about bad input is in `bad_input.rs`.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use safetensors::SafeTensors;
-use safetensors::tensor::{Dtype, TensorView};
+use safetensors::tensor::Dtype;
 use serde_json::Value;
 
 use crate::tiny;
@@ -38,7 +35,7 @@ pub fn fed(dir: &Path, args: &[&str], input: &str) -> Output {
     child.wait_with_output().unwrap()
 }
 
-fn text(bytes: &[u8]) -> String {
+pub fn text(bytes: &[u8]) -> String {
     String::from_utf8(bytes.to_vec()).unwrap()
 }
 
@@ -67,7 +64,7 @@ pub fn json(text: &str) -> Value {
 }
 
 /// Everything below a folder, sorted.
-fn files(dir: &Path) -> Vec<PathBuf> {
+pub fn files(dir: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(dir).unwrap() {
         let path = entry.unwrap().path();
@@ -81,7 +78,7 @@ fn files(dir: &Path) -> Vec<PathBuf> {
 }
 
 /// A folder with a model, rows and a config of one short step.
-fn world() -> tempfile::TempDir {
+pub fn world() -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     tiny::checkpoint(dir.path(), 9);
     tiny::rows(dir.path(), 2);
@@ -112,7 +109,7 @@ group = 2
 }
 
 /// Two pictures at the ends of what there is, and two that are none.
-fn strange_pictures(dir: &Path) {
+pub fn strange_pictures(dir: &Path) {
     tiny::picture(&dir.join("dot.png"), 1, 1);
     tiny::picture(&dir.join("thread.png"), 1, 10_000);
     let whole = std::fs::read(dir.join("one.png")).unwrap();
@@ -131,204 +128,6 @@ fn help_lists_every_command() {
     }
     assert_eq!(foveate(dir.path(), &["lr"]).status.code(), Some(2));
     assert_eq!(foveate(dir.path(), &["ask", "--model", "m"]).status.code(), Some(2));
-}
-
-#[test]
-fn bad_configs_are_usage_errors() {
-    let world = world();
-    let dir = world.path();
-    let before = files(dir);
-    refused(dir, &["rl", "nowhere.toml"], 2, &["nowhere.toml", "config"]);
-    refused(dir, &["rl", "rl.toml", "train.stepz=3"], 2, &["unknown key `stepz`", "did you mean `steps`", "rl.toml"]);
-    refused(dir, &["rl", "rl.toml", "objective.clip_hihg=0.3"], 2, &["clip_hihg", "did you mean `clip_high`"]);
-    refused(dir, &["rl", "rl.toml", "optim.learning=1"], 2, &["unknown key `learning`"]);
-    refused(dir, &["rl", "rl.toml", "train.steps=many"], 2, &["steps", "many", "rl.toml"]);
-    refused(dir, &["rl", "rl.toml", "train.group=0"], 2, &["train.group"]);
-    refused(dir, &["rl", "rl.toml", "steps"], 2, &["key=value"]);
-    refused(dir, &["rl", "rl.toml", "rollout.temperature=0"], 2, &["rollout.temperature"]);
-    refused(dir, &["rl", "rl.toml", "task.turns=0"], 2, &["task.turns"]);
-    refused(dir, &["rl", "rl.toml", "task.turns=3"], 2, &["task.turns = 3", "task.free"]);
-    refused(dir, &["rl", "rl.toml", "rollout.temperature=nan"], 2, &["rollout.temperature"]);
-    refused(dir, &["rl", "rl.toml", "rollout.max_new_tokens=0"], 2, &["rollout.max_new_tokens"]);
-    refused(dir, &["rl", "rl.toml", "rollout.stop=['']"], 2, &["rollout.stop"]);
-    refused(dir, &["rl", "rl.toml", "train.group=1"], 2, &["train.group = 1", "advantage"]);
-    refused(dir, &["rl", "rl.toml", "eval.every=1"], 2, &["eval.every = 1", "eval.rows"]);
-    refused(dir, &["rl", "rl.toml", "--dry-run", "task.judge=choice"], 1, &["row", "task.judge", "choices"]);
-    refused(dir, &["rl", "rl.toml", "task.pad_ratio=-1"], 2, &["task.pad_ratio"]);
-    refused(dir, &["rl", "rl.toml", "task.template=none"], 2, &["template", "none"]);
-    refused(dir, &["rl", "rl.toml", "model.freeze=['visoin']"], 2, &["visoin", "vision"]);
-    refused(dir, &["rl", "rl.toml", "optim.lr=-1"], 2, &["optim.lr"]);
-    refused(dir, &["rl", "rl.toml", "--threads", "0"], 2, &["--threads"]);
-    refused(dir, &["doctor", "--threads", "100000"], 2, &["--threads 100000", "1 to 1024"]);
-    refused(dir, &["rollout", "rl.toml", "--resume"], 1, &["no run to resume", "run"]);
-    refused(dir, &["rl", "rl.toml", "--resume"], 1, &["no run to resume", "run"]);
-    refused(dir, &["model", "new", "--preset", "giga", "--out", "m"], 2, &["giga", "nano"]);
-    refused(dir, &["data", "make", "plates", "--out", "d", "--size", "big"], 2, &["--size big"]);
-    assert_eq!(files(dir), before, "nothing was written");
-}
-
-#[test]
-fn bad_data_is_named_by_file_row_and_key() {
-    let world = world();
-    let dir = world.path();
-    strange_pictures(dir);
-    let row = |image: &str, rest: &str| {
-        format!(r#"{{"id": "a", "images": ["{image}"], "question": "?", "answer": "7"{rest}}}"#)
-    };
-    let cases: Vec<(String, &[&str])> = vec![
-        (String::new(), &["no rows"]),
-        ("{\"id\": 1".into(), &["row 1", "not JSON"]),
-        (row("one.png", ", \"choices\": \"A\""), &["row 1", "choices"]),
-        (row("one.png", "").replace("\"7\"", "\"\""), &["row 1", "answer"]),
-        (row("one.png", ", \"choices\": [\"3\", \"5\"]"), &["row 1", "answer", "one of its 2 choices"]),
-        (row("one.png", ", \"targets\": [{\"image\": 2, \"bbox\": [1, 1, 9, 9]}]"), &["row 1", "targets[0].image"]),
-        (
-            row("one.png", ", \"targets\": [{\"image\": 1, \"bbox\": [1, 1, 999, 9]}]"),
-            &["row 1", "targets[0].bbox", "200x150"],
-        ),
-        (format!("{}\n{}", row("one.png", ""), row("one.png", "")), &["row 2", "id"]),
-        (row("lost.png", ""), &["row 1", "images[0]", "lost.png"]),
-        (row("page.jpg", ""), &["row 1", "images[0]", "page.jpg"]),
-        (row("thread.png", ""), &["row 1", "images[0]", "thread.png", "1x10000"]),
-    ];
-    let before = files(dir);
-    for (rows, words) in cases {
-        std::fs::write(dir.join("train.jsonl"), &rows).unwrap();
-        let words = [&["train.jsonl"], words].concat();
-        refused(dir, &["rl", "rl.toml"], 1, &words);
-        refused(dir, &["rollout", "rl.toml"], 1, &words);
-        assert_eq!(files(dir), before, "{rows}");
-        // `data check` lists the same on stdout, one line a problem, and fails.
-        let out = foveate(dir, &["data", "check", "train.jsonl"]);
-        assert_eq!(out.status.code(), Some(1), "{rows}");
-        let listed = text(&out.stdout);
-        assert_eq!(listed.lines().count(), 1, "{listed}");
-        assert!(words[1..].iter().all(|w| listed.contains(w)), "{words:?} in {listed}");
-        let out = foveate(dir, &["data", "check", "train.jsonl", "--json"]);
-        assert_eq!(json(&text(&out.stdout))["problems"].as_array().unwrap().len(), 1);
-    }
-    refused(dir, &["data", "check", "nowhere.jsonl"], 1, &["nowhere.jsonl"]);
-
-    // A picture whose header is whole is opened before the run begins if it is among the first, else when it is played: the row and
-    // the file are named either way.
-    std::fs::write(dir.join("train.jsonl"), row("cut.png", "")).unwrap();
-    let out = foveate(dir, &["rl", "rl.toml"]);
-    let said = text(&out.stderr);
-    assert_eq!(out.status.code(), Some(1), "{said}");
-    assert!(said.contains("row a") && said.contains("cut.png") && said.contains("damaged"), "{said}");
-    assert!(files(dir).iter().all(|f| !f.to_string_lossy().ends_with(".tmp")));
-    assert!(!dir.join("run").exists());
-    // The smallest picture is one.
-    std::fs::write(dir.join("train.jsonl"), row("dot.png", "")).unwrap();
-    let last = json(&good(dir, &["rl", "rl.toml", "train.out=dot", "--json"]));
-    assert_eq!(last["metrics"]["ratio/first_update_gap"], 0.0);
-
-    for (line, word) in [("{\"messages\": 3}", "row 1"), ("", "no dialogue")] {
-        std::fs::write(dir.join("talk.jsonl"), line).unwrap();
-        std::fs::write(dir.join("sft.toml"), "[model]\npath='model'\n[data]\ntrain='talk.jsonl'\n[train]\nout='sft'\n")
-            .unwrap();
-        refused(dir, &["sft", "sft.toml"], 1, &["talk.jsonl", word]);
-        assert!(!dir.join("sft").exists());
-    }
-}
-
-#[test]
-fn bad_dialogues_are_named_before_the_first_step() {
-    let world = world();
-    let dir = world.path();
-    let row = |picture: &str| {
-        format!(
-            r#"{{"messages": [{{"role": "user", "content": [{{"type": "image", "image": "{picture}"}}, {{"type": "text", "text": "?"}}]}}, {{"role": "assistant", "content": "7"}}]}}"#
-        )
-    };
-    std::fs::write(dir.join("d.jsonl"), [row("one.png"), row("one.png"), row("lost.png")].join("\n")).unwrap();
-    std::fs::write(
-        dir.join("sft.toml"),
-        "[model]\npath = 'model'\n[data]\ntrain = 'd.jsonl'\nmax_tokens = 20\n[train]\nout = 'sft'\nsteps = 1\nbatch = 1\n",
-    )
-    .unwrap();
-    let before = files(dir);
-    for args in [&["sft", "sft.toml"][..], &["sft", "sft.toml", "--dry-run"]] {
-        refused(dir, args, 1, &["row 3", "messages[0].content[0].image", "lost.png", "d.jsonl"]);
-    }
-    assert_eq!(files(dir), before);
-    let out = foveate(dir, &["data", "check", "d.jsonl", "--model", "model", "--config", "sft.toml", "--json"]);
-    assert_eq!(out.status.code(), Some(1));
-    let told: Value = serde_json::from_slice(&out.stdout).unwrap();
-    assert_eq!((&told["format"], &told["rows"], &told["pictures"]), (&"dialogues".into(), &3.into(), &2.into()));
-    assert_eq!((&told["problems"][0]["row"], told["problems"].as_array().unwrap().len()), (&3.into(), 1));
-    let written = &told["written"];
-    assert_eq!(
-        (&written["dialogues"], &written["too_long"], &written["max_tokens"]),
-        (&2.into(), &2.into(), &20.into())
-    );
-    // "7" and the end of the turn.
-    assert_eq!((&written["trained"]["least"], &written["pictures"]["most"]), (&2.into(), &1.into()));
-    good(dir, &["sft", "sft.toml", "--dry-run", "data.leave_out_bad=true"]);
-    refused(dir, &["sft", "sft.toml", "data.format=own"], 2, &["data.format"]);
-    std::fs::write(dir.join("d.jsonl"), row("one.png")).unwrap();
-    let shown = good(dir, &["data", "check", "d.jsonl", "--model", "model"]);
-    assert!(shown.contains("1 dialogues") && shown.contains("pictures a dialogue"), "{shown}");
-}
-
-/// Writes the model's weights again after a change to its tensors (name, shape, bytes).
-fn rewrite(dir: &Path, change: impl FnOnce(&mut Vec<(String, Vec<usize>, Vec<u8>)>)) {
-    let path = dir.join("model/model.safetensors");
-    let bytes = std::fs::read(&path).unwrap();
-    let mut tensors: Vec<(String, Vec<usize>, Vec<u8>)> = SafeTensors::deserialize(&bytes)
-        .unwrap()
-        .iter()
-        .map(|(name, t)| (name.to_owned(), t.shape().to_vec(), t.data().to_vec()))
-        .collect();
-    change(&mut tensors);
-    let views = tensors.iter().map(|(n, s, d)| (n.as_str(), TensorView::new(Dtype::F32, s.clone(), d).unwrap()));
-    std::fs::write(&path, safetensors::serialize(views, None).unwrap()).unwrap();
-}
-
-#[test]
-fn damaged_checkpoints_are_named_by_tensor_and_file() {
-    let dir = world();
-    let weights = dir.path().join("model/model.safetensors");
-    let whole = std::fs::read(&weights).unwrap();
-    let fails = |words: &[&str]| {
-        let before = files(dir.path());
-        for args in [
-            &["rl", "rl.toml"][..],
-            &["ask", "--model", "model", "--image", "one.png", "What is it?"],
-            &["model", "export", "model", "--out", "exported"],
-        ] {
-            refused(dir.path(), args, 1, words);
-        }
-        assert_eq!(files(dir.path()), before);
-    };
-    let at = "model.layers.1.mlp.up_proj.weight";
-    rewrite(dir.path(), |t| t.retain(|(name, ..)| name != at));
-    fails(&[at, "missing", "[48, 32]", "model"]);
-    std::fs::write(&weights, &whole).unwrap();
-    let processor = dir.path().join("model/preprocessor_config.json");
-    let settings = std::fs::read_to_string(&processor).unwrap();
-    std::fs::write(&processor, settings.replace("\"patch_size\":14", "\"patch_size\":16")).unwrap();
-    let words = ["`patch_size` is 16", "preprocessor_config.json", "`vision_config.patch_size` is 14", "config.json"];
-    refused(dir.path(), &["ask", "--model", "model", "--image", "one.png", "What is it?"], 1, &words);
-    std::fs::write(&processor, settings).unwrap();
-    rewrite(dir.path(), |t| t.iter_mut().find(|t| t.0 == at).unwrap().2[..4].copy_from_slice(&f32::NAN.to_le_bytes()));
-    fails(&[at, "not finite", "model.safetensors"]);
-    std::fs::write(&weights, &whole).unwrap();
-    rewrite(dir.path(), |t| t.iter_mut().find(|t| t.0 == at).unwrap().1.reverse());
-    fails(&[at, "[32, 48]", "expected [48, 32]", "model.safetensors"]);
-    std::fs::write(&weights, &whole[..whole.len() - 1000]).unwrap();
-    fails(&["model.safetensors", "complete"]);
-    std::fs::write(&weights, &whole[..100]).unwrap();
-    fails(&["model.safetensors"]);
-    std::fs::remove_file(&weights).unwrap();
-    fails(&["no weights", "model"]);
-    std::fs::write(&weights, &whole).unwrap();
-    std::fs::write(dir.path().join("model/config.json"), "{\"model_type\": \"llama\"}").unwrap();
-    fails(&["config.json", "llama"]);
-    std::fs::remove_file(dir.path().join("model/config.json")).unwrap();
-    fails(&["config.json"]);
-    std::fs::remove_file(dir.path().join("model/tokenizer.json")).unwrap();
-    refused(dir.path(), &["trace", "--model", "model", "--messages", "m.json", "--out", "t"], 1, &["tokenizer.json"]);
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 mod agreement;
 mod ask;
+mod bad_input;
 mod cli;
 mod formats;
 mod learns;
