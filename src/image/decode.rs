@@ -4,8 +4,8 @@
 //! that is missing, cut short, damaged or absurdly large gives one error that names it, says what was found and what
 //! to do, and never a panic, a half grey picture or an allocation of the size a header claims.
 //!
-//! Colour modes follow PIL's `convert("RGB")`: alpha is dropped, not blended; a palette is looked up; grey is repeated; CMYK is
-//! multiplied out. 16 bits become 8 by taking the high byte, as PIL does for colour; 16-bit GREY too, where PIL instead
+//! Colour modes follow transformers (`convert_to_rgb` of 5.x, as vLLM and qwen_vl_utils): what is transparent lies on white, blended as PIL's
+//! `alpha_composite` does it; a palette is looked up; grey is repeated; CMYK is multiplied out. 16 bits become 8 by taking the high byte, as PIL does for colour; 16-bit GREY too, where PIL instead
 //! clips everything over 255 to white, which no data set can want.
 //!
 //! A JPEG in colour or grey has the very pixels that libjpeg-turbo gives it, and so Pillow: the model sees here what it sees in transformers
@@ -212,20 +212,29 @@ fn as_libjpeg_turbo(bytes: &[u8]) -> Result<Option<RgbImage>, JpegError> {
     Ok(RgbImage::from_raw(image.width as u32, image.height as u32, image.data))
 }
 
-/// Drops alpha, repeats grey, keeps the high byte of 16 bits.
+/// A value of this opacity on white, with PIL's rounding (`alpha_composite` in 8 bits over an opaque background).
+fn on_white(value: u8, alpha: u8) -> u8 {
+    let (value, alpha) = (u32::from(value), u32::from(alpha));
+    let sum = ((value * alpha + 255 * (255 - alpha)) << 7) + (0x80 << 7);
+    ((((sum >> 8) + sum) >> 8) >> 7) as u8
+}
+
+/// Puts what is transparent on white, repeats grey, keeps the high byte of 16 bits.
 fn to_rgb(image: DynamicImage) -> RgbImage {
     let (width, height) = (image.width(), image.height());
     let high = |v: u16| (v >> 8) as u8;
     let grey = |v: u8| [v; 3];
     let raw: Vec<u8> = match image {
         DynamicImage::ImageRgb8(rgb) => return rgb,
-        DynamicImage::ImageRgba8(i) => i.pixels().flat_map(|p| [p[0], p[1], p[2]]).collect(),
+        DynamicImage::ImageRgba8(i) => i.pixels().flat_map(|p| [0, 1, 2].map(|c| on_white(p[c], p[3]))).collect(),
         DynamicImage::ImageLuma8(i) => i.pixels().flat_map(|p| grey(p[0])).collect(),
-        DynamicImage::ImageLumaA8(i) => i.pixels().flat_map(|p| grey(p[0])).collect(),
+        DynamicImage::ImageLumaA8(i) => i.pixels().flat_map(|p| grey(on_white(p[0], p[1]))).collect(),
         DynamicImage::ImageLuma16(i) => i.pixels().flat_map(|p| grey(high(p[0]))).collect(),
-        DynamicImage::ImageLumaA16(i) => i.pixels().flat_map(|p| grey(high(p[0]))).collect(),
+        DynamicImage::ImageLumaA16(i) => i.pixels().flat_map(|p| grey(on_white(high(p[0]), high(p[1])))).collect(),
         DynamicImage::ImageRgb16(i) => i.pixels().flat_map(|p| [high(p[0]), high(p[1]), high(p[2])]).collect(),
-        DynamicImage::ImageRgba16(i) => i.pixels().flat_map(|p| [high(p[0]), high(p[1]), high(p[2])]).collect(),
+        DynamicImage::ImageRgba16(i) => {
+            i.pixels().flat_map(|p| [0, 1, 2].map(|c| on_white(high(p[c]), high(p[3])))).collect()
+        }
         // Float modes do not come out of these three formats; the type is open, so say how anyway.
         other => return other.into_rgb8(),
     };
@@ -327,12 +336,15 @@ mod tests {
     }
 
     #[test]
-    fn sixteen_bits_keep_their_high_byte_and_alpha_is_dropped() {
+    fn sixteen_bits_keep_their_high_byte_and_what_is_transparent_lies_on_white() {
         let grey: ImageBuffer<Luma<u16>, _> = ImageBuffer::from_raw(2, 1, vec![0x12ff_u16, 0xfe01]).unwrap();
         let picture = decode_bytes(&bytes(grey, ImageFormat::Png), "grey").unwrap();
         assert_eq!(picture.rgb(), [0x12, 0x12, 0x12, 0xfe, 0xfe, 0xfe]);
-        let clear: ImageBuffer<Rgba<u8>, _> = ImageBuffer::from_raw(1, 1, vec![9, 8, 7, 0]).unwrap();
-        assert_eq!(decode_bytes(&bytes(clear, ImageFormat::Png), "clear").unwrap().rgb(), [9, 8, 7]);
+        let half = vec![9, 8, 7, 0, 9, 8, 7, 255, 0, 100, 255, 51];
+        let clear: ImageBuffer<Rgba<u8>, _> = ImageBuffer::from_raw(3, 1, half).unwrap();
+        let shown = decode_bytes(&bytes(clear, ImageFormat::Png), "clear").unwrap();
+        // A fifth of the colour and four fifths of white.
+        assert_eq!(shown.rgb(), [255, 255, 255, 9, 8, 7, 204, 224, 255]);
     }
 
     #[test]

@@ -6,7 +6,7 @@ resize/NAME.png                  a source
 resize/NAME.to-WxH.png           what Pillow makes of it
 resize/NAME.rows-first-WxH.png   the same along rows first, always, as Pillow up to 12 does (on any version: two resizes)
 decode/NAME.EXT                  a file in some mode
-decode/NAME.rgb.png              ImageOps.exif_transpose(...).convert("RGB") of it
+decode/NAME.rgb.png              it upright, in RGB, what is transparent on white as transformers' convert_to_rgb has it
 """
 import pathlib
 
@@ -77,5 +77,8 @@ files = {
 }
 for name, (image, options) in files.items():
     image.save(decode / name, **options)
-    opened = ImageOps.exif_transpose(Image.open(decode / name)).convert("RGB")
-    opened.save(decode / f"{name}.rgb.png", optimize=True)
+    opened = ImageOps.exif_transpose(Image.open(decode / name))
+    if "A" in opened.getbands() or opened.info.get("transparency") is not None:
+        opened = opened.convert("RGBA")
+        opened = Image.alpha_composite(Image.new("RGBA", opened.size, (255, 255, 255, 255)), opened)
+    opened.convert("RGB").save(decode / f"{name}.rgb.png", optimize=True)
