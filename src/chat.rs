@@ -24,6 +24,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::Value as Json;
 use tokenizers::Tokenizer;
 
+use crate::model::config::no_checkpoint;
 use crate::model::lora;
 
 pub use action::{Action, BoxClaim, Flaw, Reading, has_answer};
@@ -76,6 +77,7 @@ impl Chat {
     /// # Errors
     /// A missing or unreadable file; ids in config.json that are not the tokenizer's; a template that ends turns with no token of its own.
     pub fn load(dir: &Path) -> Result<Chat> {
+        ensure!(dir.is_dir(), no_checkpoint(dir));
         let dir = &lora::home(dir, &["tokenizer.json"])?;
         let path = dir.join("tokenizer.json");
         let tokenizer =

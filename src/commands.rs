@@ -23,7 +23,7 @@ use crate::model::presets::{self, Random};
 use crate::model::trace::{Greedy, trace};
 use crate::model::{Config, Dtype, Hold, Layout, Trainable, Vlm, lora};
 use crate::progress::Progress;
-use crate::run::Environment;
+use crate::run::{Environment, ensure_ours};
 use crate::synth::contrast;
 use crate::synth::make::{MakeOptions, Set, make};
 use crate::{eval, report, score};
@@ -456,6 +456,7 @@ impl Trace {
         let goes_on = messages.last().is_none_or(|m| m.role != "assistant");
         let encoded = chat.encode(&messages, goes_on, &tokens)?;
         let greedy = self.greedy.map(|tokens| Greedy { tokens, stop: &chat.special.stops });
+        ensure_ours(&self.out, "\"input_ids\"")?;
         let model = Vlm::open(&self.model, Hold::Auto)?;
         let traced = trace(&model, &encoded.ids, &grids, pixels, greedy)?;
         traced.write(&self.out)?;

@@ -81,6 +81,11 @@ impl Folders {
         if request.overwrite {
             for part in runs.iter().chain(&["data", "eval"]).map(|part| out.join(part)) {
                 if part.exists() {
+                    ensure!(
+                        written_here(&part),
+                        "--overwrite removes an earlier demo, and this folder is of none; choose another --out: {}",
+                        part.display()
+                    );
                     std::fs::remove_dir_all(&part)
                         .with_context(|| format!("removing the earlier demo's {}", part.display()))?;
                 }
@@ -128,6 +133,13 @@ impl Folders {
         }
         Ok(())
     }
+}
+
+/// Whether a part of a demo's folder is what a demo leaves there, or empty.
+fn written_here(part: &Path) -> bool {
+    let marks = ["set.json", "config.toml", "run.lock", "sft.jsonl"];
+    marks.iter().any(|mark| part.join(mark).exists())
+        || std::fs::read_dir(part).is_ok_and(|mut entries| entries.next().is_none())
 }
 
 /// The outcome of a training: an interrupted one says how the demo goes on.

@@ -6,7 +6,7 @@
 //! then the engine counts what it keeps of each token and patch (`engine/embedded/memory.rs`). No weight is read.
 
 use std::collections::HashSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
@@ -45,6 +45,8 @@ pub struct Need {
 
 /// Rows that are rehearsed; the others of a step are taken to be like them.
 const REHEARSED: usize = 8;
+/// Rows among which the largest is looked for.
+pub const LOOKED_AT: usize = 256;
 /// The program, its threads and its libraries.
 pub const PROGRAM: u64 = 24 << 20;
 
@@ -248,8 +250,10 @@ impl Model {
             (rows, None)
         };
         let played = rows.len().min(prompts).clamp(1, REHEARSED);
-        // Spread over the file: neighbours are often alike.
-        let some: Vec<(u64, &Sample)> = (0..played).map(|i| (i as u64, &rows[i * rows.len() / played])).collect();
+        // Spread over the file, for neighbours are often alike; but the first is the largest, wherever it stands.
+        let spread = |n: usize| (0..n).map(move |i| &rows[i * rows.len() / n]);
+        let largest = spread(rows.len().min(LOOKED_AT)).max_by_key(|row| size_of(row, max_pixels));
+        let some: Vec<(u64, &Sample)> = (0..).zip(largest.into_iter().chain(spread(played)).take(played)).collect();
         let Frontend { chat, convention, .. } = &self.frontend;
         let stage = Stage { task, frontend: &self.frontend, options };
         let mut policy = Longest { chat, convention: *convention };
@@ -257,6 +261,14 @@ impl Model {
         let decoded = episodes.iter().map(|e| decoded(&e.stream)).max().unwrap_or(0);
         Ok(Rehearsal { episodes, group, decoded })
     }
+}
+
+/// About how many tokens a row asks with: its views' patches by four, and its words.
+fn size_of(row: &Sample, max_pixels: u64) -> u64 {
+    let pixels = |path: &PathBuf| {
+        crate::image::size(path).map_or(0, |s| (u64::from(s.width) * u64::from(s.height)).min(max_pixels))
+    };
+    row.images.iter().map(pixels).sum::<u64>() / 784 + row.question.len() as u64 / 4
 }
 
 /// Bytes of the largest picture of a conversation.

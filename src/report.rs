@@ -65,6 +65,9 @@ pub struct Options {
     pub figures: Option<PathBuf>,
 }
 
+/// How every page begins.
+pub const DOCTYPE: &str = "<!doctype html>";
+
 /// What was written.
 #[derive(Clone, Debug)]
 pub struct Written {
@@ -82,6 +85,7 @@ pub fn write(runs: &[PathBuf], options: &Options) -> Result<Written> {
         Some(out) => out.clone(),
         None => runs[1..].iter().fold(first.clone(), |shared, run| load::common(&shared, run)).join(REPORT),
     };
+    run::ensure_ours(&out, DOCTYPE)?;
     let loaded = load::load_all(runs)?;
     let shown = Contents::of(&loaded, options.episodes);
     let mut pictures = Pictures::of(&shown.pictures());

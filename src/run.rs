@@ -24,11 +24,12 @@ pub use process::{
     EXIT_INTERRUPTED, Environment, Interrupt, Interrupted, Invocation, Stopwatch, now, peak_of, peak_rss,
 };
 
+use crate::progress::say;
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::fmt;
 use std::fs::{self, File, TryLockError};
-use std::io::{ErrorKind, Write};
+use std::io::{ErrorKind, Read as _, Write};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
@@ -118,6 +119,12 @@ impl RunFolder {
                 fs::read_to_string(&saved).with_context(|| format!("reading the run's config: {}", saved.display()))?;
             return changes::refuse(&text, plan).with_context(|| format!("resuming {}", root.display()));
         }
+        if start == Start::Resume && holds_run(root) {
+            bail!(
+                "the run's {CONFIG} is missing, so this plan cannot be compared with it; put it back, or add --accept-changes: {}",
+                root.display()
+            );
+        }
         match (start, holds_run(root)) {
             (Start::New, true) => bail!(
                 "this folder already holds a run; choose another folder, remove this one, or go on in it with --resume: {}",
@@ -154,6 +161,12 @@ impl RunFolder {
     /// When the disk refuses, or a line of the metrics before the last is damaged.
     pub fn begin(&self, plan: &str, done: Option<u64>) -> Result<()> {
         make_folders(&self.root)?;
+        if done.is_none() && matches!(self.kind, Kind::Rl | Kind::Sft) && has_lines(&self.root, METRICS) {
+            say(&format!(
+                "there is no complete checkpoint in {}: the run starts over, and what it wrote is taken back",
+                self.root.join(CHECKPOINTS).display()
+            ));
+        }
         checkpoint::sweep(&self.root.join(CHECKPOINTS))?;
         metrics::cut_after(&self.root.join(METRICS), done)?;
         for folder in [EPISODES, VALIDATION] {
@@ -428,6 +441,25 @@ fn lines_path(root: &Path, folder: &str, step: u64) -> PathBuf {
     root.join(folder).join(format!("{step}.jsonl"))
 }
 
+/// Whether a file may be written at a place that a person named: there is none yet, or one that this program wrote, known by `mark` in its
+/// first bytes.
+///
+/// # Errors
+/// There is something else, such as an input that was named twice.
+pub fn ensure_ours(path: &Path, mark: &str) -> Result<()> {
+    let Ok(file) = File::open(path) else { return Ok(()) };
+    let mut head = Vec::new();
+    // A folder is told of where it is written.
+    let read = file.take(4096).read_to_end(&mut head).is_ok();
+    if read && !head.is_empty() && !String::from_utf8_lossy(&head).contains(mark) {
+        bail!(
+            "this file is no earlier one of its kind, so it is not written over; choose another place: {}",
+            path.display()
+        );
+    }
+    Ok(())
+}
+
 /// Writes a file so that a reader, or the next start after a crash, finds the old bytes or the new ones and nothing between:
 /// beside its place, synced, renamed into it, and the folder synced.
 ///
@@ -520,11 +552,16 @@ mod tests {
     fn one_process_at_a_time() {
         let folder = tempfile::tempdir().unwrap();
         let run = RunFolder::create(folder.path(), Kind::Rl).unwrap();
+        run.begin("", None).unwrap();
         play(&run, 1..=1, &[]);
         let error = format!("{:#}", RunFolder::open(folder.path(), Kind::Rl, Start::Resume, "").unwrap_err());
         assert!(error.contains("another process"), "{error}");
         drop(run);
         RunFolder::open(folder.path(), Kind::Rl, Start::Resume, "").unwrap();
+        // Nothing to compare the plan with.
+        fs::remove_file(folder.path().join(CONFIG)).unwrap();
+        let error = format!("{:#}", RunFolder::open(folder.path(), Kind::Rl, Start::Resume, "").unwrap_err());
+        assert!(error.contains("config.toml is missing") && error.contains("--accept-changes"), "{error}");
     }
 
     #[test]
@@ -597,6 +634,7 @@ mod tests {
     fn without_a_checkpoint_the_run_starts_over() {
         let folder = tempfile::tempdir().unwrap();
         let run = RunFolder::create(folder.path(), Kind::Rl).unwrap();
+        run.begin("", None).unwrap();
         play(&run, 1..=2, &[]);
         drop(run);
         let (run, latest) = RunFolder::open(folder.path(), Kind::Rl, Start::Resume, "").unwrap();

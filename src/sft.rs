@@ -250,6 +250,16 @@ pub fn stream_of_dialogue(
     stream_of(chat, processor, &dialogue.messages, &views).with_context(of_row)
 }
 
+/// What a step learns from.
+struct Batch {
+    examples: Vec<Example>,
+    /// Dialogues that were longer than `data.max_tokens`.
+    left_out: usize,
+}
+
+/// Drawn dialogues that may be too long before the recipe is at fault.
+const DRAWN_IN_VAIN: usize = 1000;
+
 enum Source {
     World { world: Box<Pretrain>, seed: u64 },
     File { rows: Vec<Dialogue>, budget: Budget },
@@ -304,6 +314,37 @@ impl Source {
             Source::World { .. } => 0,
             Source::File { rows, .. } => count(&mut rows.iter().flat_map(|row| &row.images)),
             Source::Rows { rows, .. } => count(&mut rows.iter().flat_map(|row| &row.images)),
+        }
+    }
+
+    /// The dialogues of a step. Where all that were drawn are too long, it draws on.
+    ///
+    /// # Errors
+    /// A row or picture that cannot be read; nothing but dialogues that are too long.
+    fn batch(&self, plan: &Plan, frontend: &Frontend, state: &mut State, step: u64) -> Result<Batch> {
+        let mut left_out = 0;
+        loop {
+            let mut next = || match &mut state.order {
+                Some(order) => order.next_row() as u64,
+                None => {
+                    state.next += 1;
+                    state.next - 1
+                }
+            };
+            let indices: Vec<u64> = (0..plan.train.batch).map(|_| next()).collect();
+            let drawn = indices.par_iter().map(|&i| self.example(frontend, i, step));
+            let mut examples: Vec<Example> = drawn.collect::<Result<_>>()?;
+            examples.retain(|e| e.stream.len() <= plan.data.max_tokens);
+            left_out += plan.train.batch - examples.len();
+            if !examples.is_empty() {
+                return Ok(Batch { examples, left_out });
+            }
+            // Twice round, for the order changes behind each.
+            ensure!(
+                left_out < 2 * self.rows().unwrap_or(DRAWN_IN_VAIN) + plan.train.batch,
+                "every dialogue is longer than data.max_tokens = {}; raise it or lower the pixel budget",
+                plan.data.max_tokens
+            );
         }
     }
 
@@ -388,8 +429,11 @@ impl Plan {
     /// Refuses what cannot work, before anything is loaded.
     fn check(&self) -> Result<()> {
         ensure!(
-            self.train.steps > 0 && self.train.batch > 0,
-            BadConfig("train.steps and train.batch must be at least 1".into())
+            (1..=1 << 40).contains(&self.train.steps) && (1..=1 << 20).contains(&self.train.batch),
+            BadConfig(format!(
+                "train.steps = {} and train.batch = {}: expected at least 1, and at most 2^40 steps of 2^20 dialogues",
+                self.train.steps, self.train.batch
+            ))
         );
         if self.task.is_some() {
             let unused = [
@@ -406,6 +450,10 @@ impl Plan {
         ensure!(
             self.task.is_some() || self.data.format.is_none(),
             BadConfig("data.format is of the rows that a [task] asks; dialogues have one form".into())
+        );
+        ensure!(
+            !self.train.out.as_os_str().is_empty(),
+            BadConfig("train.out is empty; name the folder that the run is to make".into())
         );
         self.optim.validate()?;
         self.model.trainable()?;
@@ -434,7 +482,8 @@ pub fn train(plan: &Plan, start: Start, interrupt: &Interrupt) -> Result<Metrics
     let frontend = Frontend::load(&plan.model.path, 0)?;
     let source = Source::open(plan, &frontend.processor)?;
     if plan.engine.has_own_kernels() {
-        need::of_sft(plan, &first_examples(plan, &source, &frontend)?, source.different())?.ensure_fits(&plan.model)?;
+        need::of_sft(plan, &longest_examples(plan, &source, &frontend)?, source.different())?
+            .ensure_fits(&plan.model)?;
     }
     let training = Training {
         optim: plan.optim.clone(),
@@ -481,26 +530,10 @@ pub fn train(plan: &Plan, start: Start, interrupt: &Interrupt) -> Result<Metrics
         let mut watch = Stopwatch::start();
         let mut metrics = Metrics::new();
         let before_step = state.clone();
-        let indices: Vec<u64> = (0..plan.train.batch)
-            .map(|_| match &mut state.order {
-                Some(order) => order.next_row() as u64,
-                None => {
-                    state.next += 1;
-                    state.next - 1
-                }
-            })
-            .collect();
-        let drawn = watch
-            .time("data", || indices.par_iter().map(|&i| source.example(&frontend, i, step)).collect::<Result<_>>());
+        let drawn = watch.time("data", || source.batch(plan, &frontend, &mut state, step));
         let started = std::time::Instant::now();
-        let learnt = drawn.and_then(|mut examples: Vec<Example>| {
-            examples.retain(|e| e.stream.len() <= plan.data.max_tokens);
-            ensure!(
-                !examples.is_empty(),
-                "every dialogue of step {step} is longer than data.max_tokens = {}; raise it or lower the pixel budget",
-                plan.data.max_tokens
-            );
-            metrics.insert("data/left_out".into(), json!(plan.train.batch - examples.len()));
+        let learnt = drawn.and_then(|Batch { examples, left_out }| {
+            metrics.insert("data/left_out".into(), json!(left_out));
             learner.update(&examples, step, plan, &mut metrics)
         });
         if let Err(error) = learnt {
@@ -513,7 +546,7 @@ pub fn train(plan: &Plan, start: Start, interrupt: &Interrupt) -> Result<Metrics
             return Err(rescue(&mut learner, step, &state, error));
         }
         let number = |key: &str| metrics.get(key).and_then(|v| v.as_f64()).unwrap_or(f64::NAN);
-        bar.step(format!("loss {:.3} · right tokens {:.2}", number("loss"), number("accuracy")));
+        bar.step(format!("loss {:.3} · likely tokens {:.2}", number("loss"), number("tokens/likely")));
         last = metrics;
         let asked = interrupt.asked();
         let due = plan.train.checkpoint_every > 0 && step % plan.train.checkpoint_every == 0;
@@ -532,14 +565,20 @@ pub fn train(plan: &Plan, start: Start, interrupt: &Interrupt) -> Result<Metrics
 pub fn need(plan: &Plan) -> Result<Need> {
     let frontend = Frontend::load(&plan.model.path, 0)?;
     let source = Source::open(plan, &frontend.processor)?;
-    need::of_sft(plan, &first_examples(plan, &source, &frontend)?, source.different())
+    need::of_sft(plan, &longest_examples(plan, &source, &frontend)?, source.different())
 }
 
-/// The dialogues of a step, to reckon with; drawn ones as the last step has them, for a curriculum begins with its smallest.
-fn first_examples(plan: &Plan, source: &Source, frontend: &Frontend) -> Result<Vec<Example>> {
-    let count = plan.train.batch.min(source.rows().unwrap_or(usize::MAX));
-    let examples = (0..count as u64).into_par_iter().map(|i| source.example(frontend, i, plan.train.steps));
-    let mut examples: Vec<Example> = examples.collect::<Result<_>>()?;
+/// The longest dialogues that a step may have, to reckon with; drawn ones as the last step has them, for a curriculum begins with its smallest.
+fn longest_examples(plan: &Plan, source: &Source, frontend: &Frontend) -> Result<Vec<Example>> {
+    let (rows, count) = match source.rows() {
+        None => (plan.train.batch, plan.train.batch),
+        Some(rows) => (rows, rows.min(need::LOOKED_AT)),
+    };
+    let indices = (0..count).into_par_iter().map(|i| (i * rows / count.max(1)) as u64);
+    let mut examples: Vec<Example> =
+        indices.map(|i| source.example(frontend, i, plan.train.steps)).collect::<Result<_>>()?;
     examples.retain(|e| e.stream.len() <= plan.data.max_tokens);
+    examples.sort_by_key(|e| std::cmp::Reverse(e.stream.len()));
+    examples.truncate(plan.train.batch);
     Ok(examples)
 }

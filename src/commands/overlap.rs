@@ -10,7 +10,7 @@ use crate::data::overlap::overlap;
 use crate::data::{Format, ReadAs};
 use crate::image::Likeness;
 use crate::report;
-use crate::run::write_atomic;
+use crate::run::{ensure_ours, write_atomic};
 
 /// Pairs that the terminal lists.
 const SHOWN: usize = 20;
@@ -46,6 +46,9 @@ impl Overlap {
             Ok(ReadAs { format, images: images.clone(), leave_out_bad: true })
         };
         let (as_a, as_b) = (read_as(&self.format_a, &self.images_a)?, read_as(&self.format_b, &self.images_b)?);
+        if let Some(file) = &self.report {
+            ensure_ours(file, report::DOCTYPE)?;
+        }
         let found = overlap((&self.a, &as_a), (&self.b, &as_b))?;
         if let Some(file) = &self.report {
             write_atomic(file, report::overlap_page(&found).as_bytes()).context("writing the report")?;

@@ -202,6 +202,12 @@ fn messages(given: &Given) -> Result<(&'static str, Vec<Message>), Fault> {
         let row = Value::Object(given.values().clone());
         let Row { messages } = serde_json::from_value(row)
             .or_else(|error| fault(MESSAGES, format!("{error}; expected a list of {{\"role\", \"content\"}}")))?;
+        // A misspelt one would be read, and not learnt from.
+        let known = ["system", "user", "assistant", "tool"];
+        if let Some((i, other)) = messages.iter().enumerate().find(|(_, m)| !known.contains(&m.role.as_str())) {
+            let found = format!("found {:?}, expected \"system\", \"user\", \"assistant\" or \"tool\"", other.role);
+            return fault(format!("{MESSAGES}[{i}].role"), found);
+        }
         return Ok((MESSAGES, messages));
     };
     let spoken = |(i, turn): (usize, &Value)| {

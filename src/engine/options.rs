@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
@@ -102,6 +102,10 @@ impl ModelOptions {
                 ))),
             }
         }
+        ensure!(
+            trainable != Trainable { vision: false, merger: false, embeddings: false, text: false, ..Trainable::ALL },
+            BadConfig("model.freeze names every part of the model, so nothing would be trained; leave one out".into())
+        );
         Ok(trainable)
     }
 

@@ -4,6 +4,7 @@
 //! published processors to 1e-6, and a settings file that asks for something else is an error that names the key.
 
 use crate::geometry::{Budget, Grid, Size};
+use crate::model::config::no_checkpoint;
 use crate::model::{Config, lora};
 use ::image::RgbImage;
 use anyhow::{Context, Result, bail, ensure};
@@ -66,6 +67,7 @@ impl Processor {
     /// # Errors
     /// No such file, one that [`Processor::from_json`] refuses, or a `config.json` beside it that wants other patches.
     pub fn load(dir: &Path) -> Result<Processor> {
+        ensure!(dir.is_dir(), no_checkpoint(dir));
         let dir = &lora::home(dir, &FILES)?;
         for file in FILES {
             let path = dir.join(file);

@@ -186,7 +186,7 @@ impl Section<'_> {
 }
 
 /// Why a path without a `config.json` is no model, and what to give instead.
-fn no_checkpoint(dir: &Path) -> String {
+pub(crate) fn no_checkpoint(dir: &Path) -> String {
     let shown = dir.display();
     if !dir.exists() {
         let hub = dir.components().count() == 2 && !dir.has_root();

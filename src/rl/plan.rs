@@ -183,6 +183,19 @@ impl Plan {
                 t.prompts, t.updates
             ));
         }
+        // Far above any step there ever was, and what is reckoned with them stays a number.
+        for (key, value, most) in [
+            ("train.steps", t.steps, 1 << 40),
+            ("train.prompts", t.prompts as u64, 1 << 20),
+            ("train.group", t.group as u64, 1 << 16),
+        ] {
+            if value > most {
+                return bad(format!("{key} = {value}: expected at most {most}"));
+            }
+        }
+        if self.train.out.as_os_str().is_empty() {
+            return bad("train.out is empty; name the folder that the run is to make".into());
+        }
         if t.spread_phases == 0 {
             return bad("train.spread_phases is 0, expected at least 1".into());
         }

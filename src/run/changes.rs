@@ -9,9 +9,8 @@ use anyhow::{Context, Result, bail};
 
 use crate::config::BadConfig;
 
-/// Keys (or sections, with a dot behind) that change nothing in the steps to come; but a falling learning rate falls over
-/// `train.steps`, and so more slowly in a longer run.
-const FREE: [&str; 26] = [
+/// Keys (or sections, with a dot behind) that change nothing in the steps to come.
+const FREE: [&str; 27] = [
     "train.out",
     "train.steps",
     "train.checkpoint_every",
@@ -38,7 +37,11 @@ const FREE: [&str; 26] = [
     "engine.max_retries",
     "engine.requests_per_minute",
     "engine.calls",
+    "engine.price",
 ];
+
+/// Free, unless the learning rate falls over all steps or warms up over a share of them.
+const STEPS: &str = "train.steps";
 
 /// A run may go on at another server, from a checkpoint of its own; what one server answered is no answer of another. Of several that share the work
 /// each answers for all: they are known by the model's name.
@@ -61,7 +64,7 @@ pub(super) fn refuse(saved: &str, plan: &str) -> Result<()> {
         .keys()
         .chain(now.keys().filter(|key| !before.contains_key(*key)))
         .filter(|key| before.get(*key) != now.get(*key))
-        .filter(|key| !is_free(key))
+        .filter(|key| !is_free(key) || *key == STEPS && rates_follow_steps(&now))
         .map(|key| {
             let value = |side: &BTreeMap<String, String>| side.get(key).cloned().unwrap_or("nothing".into());
             format!("{key} was {} and is now {}", value(&before), value(&now))
@@ -78,6 +81,12 @@ pub(super) fn refuse(saved: &str, plan: &str) -> Result<()> {
 
 fn is_free(key: &str) -> bool {
     FREE.iter().any(|free| if free.ends_with('.') { key.starts_with(free) } else { key == *free })
+}
+
+fn rates_follow_steps(plan: &BTreeMap<String, String>) -> bool {
+    let falls = plan.get("optim.schedule").is_some_and(|schedule| schedule != "\"constant\"");
+    let warmup = plan.get("optim.warmup").and_then(|warmup| warmup.parse::<f64>().ok()).unwrap_or(0.0);
+    falls || (warmup > 0.0 && warmup < 1.0)
 }
 
 fn keys(text: &str) -> Result<BTreeMap<String, String>> {
@@ -112,6 +121,9 @@ mod tests {
             "[train]\nsteps = 9\nseed = 1\n[model]\npath = \"a\"\nfreeze = [\"vision\"]\n[eval]\nevery = 3\n",
         )
         .unwrap();
+        let falling = |steps: u64| format!("[train]\nsteps = {steps}\n[optim]\nschedule = \"linear\"\n");
+        let error = refuse(&falling(4), &falling(9)).unwrap_err().to_string();
+        assert!(error.contains("train.steps was 4 and is now 9"), "the rate would jump up again: {error}");
         let other = "[train]\nsteps = 4\nseed = 2\n[model]\npath = \"a\"\nfreeze = []\n";
         let error = refuse(before, other).unwrap_err();
         let text = error.to_string();

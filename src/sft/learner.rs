@@ -102,8 +102,8 @@ struct Tally<'a> {
     /// Trained tokens.
     total: usize,
     loss: f64,
-    /// Tokens with more than half of the probability, which is the greedy choice.
-    sure: usize,
+    /// Tokens with more than half of the probability. Greedy decoding says these, and others that lead with less.
+    likely: usize,
     /// Sum and count of each task's losses.
     by_task: BTreeMap<&'a str, (f64, usize)>,
 }
@@ -111,7 +111,7 @@ struct Tally<'a> {
 impl Tally<'_> {
     fn new(examples: &[Example], weighting: Loss) -> Tally<'_> {
         let total = examples.iter().map(|e| e.stream.sampled_count()).sum();
-        Tally { examples, weighting, total, loss: 0.0, sure: 0, by_task: BTreeMap::new() }
+        Tally { examples, weighting, total, loss: 0.0, likely: 0, by_task: BTreeMap::new() }
     }
 
     /// The weights of dialogue i.
@@ -119,7 +119,7 @@ impl Tally<'_> {
         let entry = self.by_task.entry(&self.examples[i].task).or_default();
         for &l in &scores.logprobs {
             self.loss -= f64::from(l);
-            self.sure += usize::from(l > -std::f32::consts::LN_2);
+            self.likely += usize::from(l > -std::f32::consts::LN_2);
             entry.0 -= f64::from(l);
             entry.1 += 1;
         }
@@ -132,7 +132,7 @@ impl Tally<'_> {
 
     fn write(self, metrics: &mut Metrics) {
         metrics.insert("loss".into(), json!(self.loss / self.total as f64));
-        metrics.insert("accuracy".into(), json!(self.sure as f64 / self.total as f64));
+        metrics.insert("tokens/likely".into(), json!(self.likely as f64 / self.total as f64));
         for (task, (sum, n)) in self.by_task {
             metrics.insert(format!("loss/{task}"), json!(sum / n.max(1) as f64));
         }

@@ -20,6 +20,15 @@ fn bad_configs_are_usage_errors() {
     refused(dir, &["rl", "rl.toml", "optim.learning=1"], 2, &["unknown key `learning`"]);
     refused(dir, &["rl", "rl.toml", "train.steps=many"], 2, &["steps", "many", "rl.toml"]);
     refused(dir, &["rl", "rl.toml", "train.group=0"], 2, &["train.group"]);
+    refused(
+        dir,
+        &["rl", "rl.toml", "--dry-run", "train.prompts=100000000"],
+        2,
+        &["train.prompts = 100000000", "at most"],
+    );
+    refused(dir, &["rl", "rl.toml", "train.out="], 2, &["train.out is empty"]);
+    let all = "model.freeze=['vision','merger','text','embeddings']";
+    refused(dir, &["rl", "rl.toml", all], 2, &["model.freeze names every part"]);
     refused(dir, &["rl", "rl.toml", "steps"], 2, &["key=value"]);
     refused(dir, &["rl", "rl.toml", "rollout.temperature=0"], 2, &["rollout.temperature"]);
     refused(dir, &["rl", "rl.toml", "task.turns=0"], 2, &["task.turns"]);
@@ -99,7 +108,12 @@ fn bad_data_is_named_by_file_row_and_key() {
     let last = json(&good(dir, &["rl", "rl.toml", "train.out=dot", "--json"]));
     assert_eq!(last["metrics"]["ratio/first_update_gap"], 0.0);
 
-    for (line, word) in [("{\"messages\": 3}", "row 1"), ("", "no dialogue")] {
+    let misspelt = r#"{"messages": [{"role": "user", "content": "?"}, {"role": "Assistant", "content": "7"}]}"#;
+    for (line, word) in [
+        ("{\"messages\": 3}", "row 1"),
+        ("", "no dialogue"),
+        (misspelt, "key \"messages[1].role\": found \"Assistant\", expected \"system\""),
+    ] {
         std::fs::write(dir.join("talk.jsonl"), line).unwrap();
         std::fs::write(dir.join("sft.toml"), "[model]\npath='model'\n[data]\ntrain='talk.jsonl'\n[train]\nout='sft'\n")
             .unwrap();
@@ -142,6 +156,26 @@ fn bad_dialogues_are_named_before_the_first_step() {
     assert_eq!((&written["trained"]["least"], &written["pictures"]["most"]), (&2.into(), &1.into()));
     good(dir, &["sft", "sft.toml", "--dry-run", "data.leave_out_bad=true"]);
     refused(dir, &["sft", "sft.toml", "data.format=own"], 2, &["data.format"]);
+    // One that is too long is left out wherever it stands, and of nothing else there is no step.
+    let said = |words: usize| {
+        format!(
+            r#"{{"messages": [{{"role": "user", "content": "?"}}, {{"role": "assistant", "content": "{}"}}]}}"#,
+            "7".repeat(words)
+        )
+    };
+    std::fs::write(dir.join("d.jsonl"), [said(1), said(90)].join("\n")).unwrap();
+    let run = ["sft", "sft.toml", "data.max_tokens=40", "train.steps=6", "train.out=on", "--json"];
+    good(dir, &run);
+    let metrics = std::fs::read_to_string(dir.join("on/metrics.jsonl")).unwrap();
+    let left_out: Vec<u64> = metrics.lines().map(|l| json(l)["data/left_out"].as_u64().unwrap()).collect();
+    assert!(left_out.len() == 6 && left_out.iter().sum::<u64>() >= 2, "{left_out:?}");
+    std::fs::write(dir.join("d.jsonl"), said(90)).unwrap();
+    refused(
+        dir,
+        &["sft", "sft.toml", "data.max_tokens=40", "model.check_memory=false", "train.out=no"],
+        1,
+        &["data.max_tokens = 40"],
+    );
     std::fs::write(dir.join("d.jsonl"), row("one.png")).unwrap();
     let shown = good(dir, &["data", "check", "d.jsonl", "--model", "model"]);
     assert!(shown.contains("1 dialogues") && shown.contains("pictures a dialogue"), "{shown}");
