@@ -9,7 +9,7 @@
 //! clips everything over 255 to white, which no data set can want.
 //!
 //! A JPEG in colour or grey has the very pixels that libjpeg-turbo gives it, and so Pillow: the model sees here what it sees in transformers
-//! and vLLM. Of one in CMYK they may differ by a few grey levels.
+//! and vLLM (where they resize with Pillow: torchvision resizes a little differently). Of one in CMYK they may differ by a few grey levels.
 
 use crate::geometry::{BBox, Size};
 use crate::table::{Cell, picture_bytes};
