@@ -445,8 +445,10 @@ impl Trace {
         for part in messages.iter().flat_map(Message::parts) {
             let Part::Image { image: path } = part else { continue };
             let path = path.with_context(|| format!("an image without a path in {}", self.messages.display()))?;
-            let picture = decode(&base.join(path))?;
-            let view = View::whole(grids.len(), picture.size(), processor.budget)?;
+            let path = base.join(path);
+            let picture = decode(&path)?;
+            let view = View::whole(grids.len(), picture.size(), processor.budget)
+                .with_context(|| format!("showing {}", path.display()))?;
             let patches = image::patches(&image::show(&picture, &view)?, &processor)?;
             grids.push(patches.grid);
             pixels.extend(patches.data);

@@ -1,6 +1,7 @@
 //! `foveate doctor`: what this machine has, and what a config will need, before anything is loaded.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use anyhow::Result;
 use serde_json::json;
@@ -51,7 +52,7 @@ pub fn main(path: Option<&Path>, overrides: &[String], as_json: bool) -> Result<
         let left = Environment::memory_left().unwrap_or(u64::MAX);
         println!("can be had        {}", gib(left));
         if need.total() > left {
-            println!("\nThis will not fit. {}.", need::ADVICE);
+            println!("\nThis will not fit. {}.", need.advice());
         }
     }
     Ok(())
@@ -73,7 +74,10 @@ fn needs(path: &Path, overrides: &[String]) -> Result<Option<Need>> {
             None => rows_of(&plan.data.test, options, &plan.data.read_as()),
         };
         let sizes = read.as_ref().map(|read| read.sizes.clone()).unwrap_or_default();
-        let asked = plan.asks(factor, &sizes, &rows)?;
+        let mut asked = plan.asks(factor, &sizes, &rows)?;
+        for eval::Asked { task, samples, .. } in &mut asked {
+            Arc::make_mut(samples).retain(|row| task.check(row).is_ok());
+        }
         return need::of_eval(&plan, &asked).map(Some);
     }
     // A config of sft may have a task too; it counts dialogues, not questions.

@@ -80,7 +80,19 @@ impl Need {
         if !options.check_memory {
             return Ok(());
         }
-        self.ensure_room(&format!("{ADVICE}; model.check_memory = false starts it all the same"))
+        self.ensure_room(&format!("{}; model.check_memory = false starts it all the same", self.advice()))
+    }
+
+    /// What would make it smaller, by what takes most.
+    pub fn advice(&self) -> &'static str {
+        let Held { weights, training_state, reference, sampling, learning, .. } = self.held;
+        if weights + training_state + reference > sampling.max(learning) {
+            HOLDS_LESS
+        } else if sampling > learning {
+            SAMPLES_LESS
+        } else {
+            LEARNS_LESS
+        }
     }
 
     /// The same with other advice. Where mapped weights alone are too many, it only says what that means.
@@ -111,8 +123,14 @@ impl Need {
     }
 }
 
-/// What makes a run smaller.
-pub const ADVICE: &str = "Set model.recompute = true, lower model.micro_batch_tokens, model.vision_tape_mib or the pixel budget, \
+/// What makes the model and its training smaller.
+const HOLDS_LESS: &str = "Take a smaller model, freeze parts of it (model.freeze), train adapters instead ([model.lora]), or leave weights in \
+                          their files where nothing is trained (model.weights)";
+/// What makes sampling smaller.
+const SAMPLES_LESS: &str =
+    "Lower train.prompts or train.group (of an evaluation eval.batch), rollout.max_tokens or the pixel budget";
+/// What makes learning smaller.
+const LEARNS_LESS: &str = "Set model.recompute = true, lower model.micro_batch_tokens, model.vision_tape_mib or the pixel budget, \
                           or freeze parts of the model";
 
 /// Of `foveate rl`, or of `foveate rollout`, which does not learn. Without rows, as if every picture were large.

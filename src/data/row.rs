@@ -35,10 +35,28 @@ pub(super) fn parse(given: &Given) -> Result<Sample, Fault> {
         Some(Value::Number(n)) => n.to_string(),
         other => said("answer", other)?,
     };
-    if !choices.is_empty() && letter(&answer, &choices).is_none() {
-        let reason =
-            format!("found {answer:?}, expected the letter or the text of one of its {} choices", choices.len());
-        return fault("answer", reason);
+    if !choices.is_empty() {
+        let with_text = choices.iter().filter(|choice| choice.trim() == answer.trim()).count();
+        let is_answer = |choice: &String| choice.trim() == answer.trim();
+        let reason = match letter(&answer, &choices) {
+            None if with_text > 1 => {
+                Some(format!("found {answer:?}, the text of {with_text} choices; give its letter"))
+            }
+            None => Some(format!(
+                "found {answer:?}, expected the letter or the text of one of its {} choices",
+                choices.len()
+            )),
+            // Which of the two is meant nobody could tell.
+            Some(named) if with_text > 0 && !choices.get(usize::from(named as u8 - b'A')).is_some_and(is_answer) => {
+                Some(format!(
+                    "found {answer:?}, a letter and the text of another choice; give the letter in parentheses"
+                ))
+            }
+            Some(_) => None,
+        };
+        if let Some(reason) = reason {
+            return fault("answer", reason);
+        }
     }
     let targets = match row.shift_remove("targets") {
         None | Some(Value::Null) => Vec::new(),

@@ -66,6 +66,11 @@ fn bad_data_is_named_by_file_row_and_key() {
         (row("one.png", ", \"choices\": \"A\""), &["row 1", "choices"]),
         (row("one.png", "").replace("\"7\"", "\"\""), &["row 1", "answer"]),
         (row("one.png", ", \"choices\": [\"3\", \"5\"]"), &["row 1", "answer", "one of its 2 choices"]),
+        (row("one.png", ", \"choices\": [\"7\", \"7\"]"), &["row 1", "answer", "the text of 2 choices"]),
+        (
+            row("one.png", ", \"choices\": [\"B\", \"A\"]").replace("\"7\"", "\"A\""),
+            &["row 1", "answer", "a letter and the text of another choice"],
+        ),
         (row("one.png", ", \"targets\": [{\"image\": 2, \"bbox\": [1, 1, 9, 9]}]"), &["row 1", "targets[0].image"]),
         (
             row("one.png", ", \"targets\": [{\"image\": 1, \"bbox\": [1, 1, 999, 9]}]"),

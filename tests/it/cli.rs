@@ -454,7 +454,7 @@ fn a_run_without_room_is_refused_with_the_number() {
     let config = Config { ids: Config::load(&dir.join("model")).unwrap().ids, ..presets::qwen25_vl_7b() };
     std::fs::write(&large, config.to_json("bfloat16").to_string()).unwrap();
     std::fs::remove_file(dir.join("model/model.safetensors")).unwrap();
-    let refusal = ["would take about", "GiB", "weights 30.", "model.recompute = true", "model.check_memory"];
+    let refusal = ["would take about", "GiB", "weights 30.", "[model.lora]", "model.check_memory"];
     for command in ["rl", "rollout"] {
         // A shell gives the program 8 GiB, whatever the machine has.
         let limited =
