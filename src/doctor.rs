@@ -1,7 +1,6 @@
 //! `foveate doctor`: what this machine has, and what a config will need, before anything is loaded.
 
 use std::path::Path;
-use std::sync::Arc;
 
 use anyhow::Result;
 use serde_json::json;
@@ -75,8 +74,8 @@ fn needs(path: &Path, overrides: &[String]) -> Result<Option<Need>> {
         };
         let sizes = read.as_ref().map(|read| read.sizes.clone()).unwrap_or_default();
         let mut asked = plan.asks(factor, &sizes, &rows)?;
-        for eval::Asked { task, samples, .. } in &mut asked {
-            Arc::make_mut(samples).retain(|row| task.check(row).is_ok());
+        for eval::Asked { name, task, samples, .. } in &mut asked {
+            eval::keep_askable(name, &**task, samples, &plan.data.test)?;
         }
         return need::of_eval(&plan, &asked).map(Some);
     }

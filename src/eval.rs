@@ -16,6 +16,7 @@ pub use figures::{
     Figures, Over, Summary, average, box_area_share, contains_target, name_of, print_tables, summaries, summarise,
     table, tables_by_task,
 };
+pub(crate) use rows::keep_askable;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -155,7 +156,7 @@ pub fn main(invocation: &Invocation) -> Result<()> {
     let factor = Processor::load(&plan.model.path)?.budget.factor;
     let mut asked = plan.asks(factor, &sizes, &|options| Ok(options.asked(samples.clone())))?;
     for Asked { name, of, task, samples, truths, .. } in &mut asked {
-        rows::add(&mut unasked, rows::keep_askable(name, &**task, samples, file)?);
+        rows::add(&mut unasked, keep_askable(name, &**task, samples, file)?);
         if let Some(TaskOptions::MultiImage(_)) = plan.tasks.get(of) {
             *truths = mig_bench::truths(samples, file)?;
         }

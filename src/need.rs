@@ -178,7 +178,7 @@ pub fn of_eval(plan: &eval::Plan, asked: &[eval::Asked]) -> Result<Need> {
     most.context("the config has no task")
 }
 
-/// Of `foveate sft`, from the dialogues of its first step, with so many pictures in its files.
+/// Of `foveate sft`, from the longest dialogues that a step may have, with so many pictures in its files.
 pub fn of_sft(plan: &sft::Plan, examples: &[sft::Example], different: usize) -> Result<Need> {
     let model = Model::open(&plan.model, true)?;
     let (layout, train) = plan.model.learns(model.layout.clone())?;

@@ -168,7 +168,7 @@ impl<'a> Contents<'a> {
         // Only this very text may run: what slipped through every other guard would still not.
         let hash = base64::engine::general_purpose::STANDARD.encode(Sha256::digest(script.as_bytes()));
         format!(
-            "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\
+            "{DOCTYPE}\n<html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\
              <meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{hash}'; base-uri 'none'; form-action 'none'\">\
              <meta name=\"color-scheme\" content=\"light dark\"><title>{title} · foveate</title><style>{style}</style></head>\n<body>{shelf}\
              <a class=\"skip\" href=\"#episodes\">to the episodes</a><nav aria-label=\"sections\"><span class=\"mark\"><i></i>foveate</span>{nav}</nav>\

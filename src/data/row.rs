@@ -36,8 +36,8 @@ pub(super) fn parse(given: &Given) -> Result<Sample, Fault> {
         other => said("answer", other)?,
     };
     if !choices.is_empty() {
-        let with_text = choices.iter().filter(|choice| choice.trim() == answer.trim()).count();
-        let is_answer = |choice: &String| choice.trim() == answer.trim();
+        let is_answer = |choice: &&String| choice.trim() == answer.trim();
+        let with_text = choices.iter().filter(is_answer).count();
         let reason = match letter(&answer, &choices) {
             None if with_text > 1 => {
                 Some(format!("found {answer:?}, the text of {with_text} choices; give its letter"))
@@ -47,7 +47,10 @@ pub(super) fn parse(given: &Given) -> Result<Sample, Fault> {
                 choices.len()
             )),
             // Which of the two is meant nobody could tell.
-            Some(named) if with_text > 0 && !choices.get(usize::from(named as u8 - b'A')).is_some_and(is_answer) => {
+            Some(named)
+                if with_text > 0
+                    && !choices.get(usize::from(named as u8 - b'A')).is_some_and(|choice| is_answer(&choice)) =>
+            {
                 Some(format!(
                     "found {answer:?}, a letter and the text of another choice; give the letter in parentheses"
                 ))

@@ -116,9 +116,7 @@ impl Options {
         }
         Ok(())
     }
-}
 
-impl Options {
     /// # Errors
     /// An engine that samples and does not train, or not as the rest of the config asks.
     pub fn ensure_trains(&self, model: &ModelOptions, temperature: f32) -> Result<()> {

@@ -17,7 +17,7 @@ use crate::tasks::Task;
 
 /// A row that was not asked.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub(super) struct Unasked {
+pub(crate) struct Unasked {
     /// Its number in the file, or its id in quotes.
     pub row: String,
     /// Where in the row, if it is known.
@@ -68,7 +68,7 @@ pub(super) fn bad(report: &Report) -> Vec<Unasked> {
 ///
 /// # Errors
 /// It can ask none.
-pub(super) fn keep_askable(
+pub(crate) fn keep_askable(
     name: &str,
     task: &dyn Task,
     rows: &mut Arc<Vec<Sample>>,

@@ -5,8 +5,8 @@
 //! to do, and never a panic, a half grey picture or an allocation of the size a header claims.
 //!
 //! Colour modes follow transformers (`convert_to_rgb` of 5.x, as vLLM and qwen_vl_utils): what is transparent lies on white, blended as PIL's
-//! `alpha_composite` does it; a palette is looked up; grey is repeated; CMYK is multiplied out. 16 bits become 8 by taking the high byte, as PIL does for colour; 16-bit GREY too, where PIL instead
-//! clips everything over 255 to white, which no data set can want.
+//! `alpha_composite` does it; a palette is looked up; grey is repeated; CMYK is multiplied out. 16 bits become 8 by taking the high byte,
+//! as PIL does for colour; 16-bit GREY too, where PIL instead clips everything over 255 to white, which no data set can want.
 //!
 //! A JPEG in colour or grey has the very pixels that libjpeg-turbo gives it, and so Pillow: the model sees here what it sees in transformers
 //! and vLLM (where they resize with Pillow: torchvision resizes a little differently). Of one in CMYK they may differ by a few grey levels.

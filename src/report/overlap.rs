@@ -7,6 +7,7 @@ use std::path::Path;
 use base64::Engine as _;
 use rayon::prelude::*;
 
+use super::DOCTYPE;
 use super::html::escape;
 use crate::data::overlap::{Overlap, PicturePair};
 use crate::image::{Likeness, decode, encode_jpeg};
@@ -60,7 +61,7 @@ pub fn overlap_page(found: &Overlap) -> String {
     let summary: String = summary(found).iter().map(|line| format!("<p>{}</p>", escape(line))).collect();
     let pairs = if pairs.is_empty() { "<p>none</p>".to_owned() } else { pairs.concat() + &left_out };
     format!(
-        "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\
+        "{DOCTYPE}\n<html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\
          <meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\
          <title>What {a} and {b} share</title><style>{STYLE}</style></head><body><h1>What {a} and {b} share</h1>{summary}\
          <h2>Pictures</h2>{pairs}<h2>Questions</h2>{questions}</body></html>\n",
