@@ -58,6 +58,7 @@ impl Workload {
 #[derive(Clone, Copy, ValueEnum)]
 enum DtypeName {
     Float32,
+    Bf16x6,
     Bfloat16,
 }
 
@@ -65,6 +66,7 @@ impl DtypeName {
     fn compute(self) -> Compute {
         match self {
             DtypeName::Float32 => Compute::F32,
+            DtypeName::Bf16x6 => Compute::Bf16x6,
             DtypeName::Bfloat16 => Compute::Bf16,
         }
     }
@@ -72,6 +74,7 @@ impl DtypeName {
     fn name(self) -> &'static str {
         match self {
             DtypeName::Float32 => "float32",
+            DtypeName::Bf16x6 => "bf16x6",
             DtypeName::Bfloat16 => "bfloat16",
         }
     }

@@ -37,8 +37,11 @@ pub fn main(path: Option<&Path>, overrides: &[String], as_json: bool) -> Result<
     }
     println!("processor         {}", machine.cpu);
     println!("instruction sets  {}", simd.join(" "));
-    let tiles =
-        if pairs::fast() { "faster than f32 (model.compute)" } else { "no faster than f32: no tiles (Intel AMX)" };
+    let tiles = if pairs::fast() {
+        "faster than f32 (model.compute: bf16, bf16x6)"
+    } else {
+        "no faster than f32: no tiles (Intel AMX)"
+    };
     println!("products in bf16  {tiles}");
     println!("threads           {}", rayon::current_num_threads());
     println!("memory            {}", machine.memory.map_or("unknown".into(), gib));

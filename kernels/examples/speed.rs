@@ -11,6 +11,8 @@ use std::time::Instant;
 #[global_allocator]
 static MEMORY: OnLines = OnLines;
 
+const ALL: [Compute; 3] = [Compute::F32, Compute::Bf16x6, Compute::Bf16];
+
 /// Best of several runs, within about a fifth of a second.
 fn seconds(mut work: impl FnMut()) -> f64 {
     work();
@@ -35,7 +37,7 @@ fn main() {
     println!("{} threads", rayon::current_num_threads());
     for (m, n) in [(128, 384), (512, 1536)] {
         let w = numbers(n * m);
-        for compute in [Compute::F32, Compute::Bf16] {
+        for compute in ALL {
             let w = Matrix::from(&w).computed(compute);
             let packed = linear::Packed::new(w, m, n);
             for t in [1, 4, 16, 32, 64, 128, 2048] {
@@ -72,6 +74,7 @@ fn main() {
         let (wide, stored) = (Matrix::from(&w), Matrix::from(&bytes[..]));
         for (name, w) in [
             ("f32", wide),
+            ("f32 in bf16 by six", wide.computed(Compute::Bf16x6)),
             ("f32 in bf16", wide.computed(Compute::Bf16)),
             ("bf16", stored),
             ("bf16 in bf16", stored.computed(Compute::Bf16)),
@@ -90,8 +93,8 @@ fn main() {
         (64, 4, 4, 32, false),
         (4096, 6, 6, 64, false),
     ] {
-        for compute in [Compute::F32, Compute::Bf16] {
-            if causal && compute == Compute::Bf16 {
+        for compute in ALL {
+            if causal && compute != Compute::F32 {
                 continue;
             }
             let dims = Dims { heads, kv_heads, k };

@@ -2,7 +2,7 @@
 //!
 //! One kernel serves vision windows, causal text, decoding against a cache and members of a group that share a
 //! prompt. Hides the tiling. The order fixed for one query and head, with its visible keys numbered 0.. over `shared` then
-//! `own`: keys are taken in blocks of 384 by number, with the running largest score and sums of Milakov & Gimelshein 2018
+//! `own`: keys are taken in blocks of 384 by number (192 where they are in three parts), with the running largest score and sums of Milakov & Gimelshein 2018
 //! (arXiv:1805.02867); each score is a run of multiply-adds over K; the exponentials are summed in 16 interleaved sums by key
 //! number; P·V is a run of multiply-adds over the keys in order. Keys after the last visible one add exact zeros. So the bits
 //! depend neither on the other queries, nor on where the keys lie, nor on the threads. Short spans with the same shared keys
@@ -17,7 +17,7 @@ pub use self::backward::backward;
 
 use self::task::{Block, Prepared, blocks, transposed};
 use crate::matrix::Compute;
-use crate::pairs;
+use crate::pairs::{self, Parts};
 use crate::panel::{self, Left, Onto, WIDTH};
 use crate::vector::{self, LANES, dispatch, exp2};
 use rayon::prelude::*;
@@ -67,11 +67,31 @@ impl Dims {
 }
 
 /// Rows and keys whose scores exist at once in the forward: 24 KiB, next to the keys and values of the block in the cache.
-const STRIP: usize = 16;
-const BLOCK: usize = 384;
+#[derive(Clone, Copy)]
+struct Cut {
+    rows: usize,
+    keys: usize,
+}
+
+impl Cut {
+    fn of(parts: Option<Parts>) -> Cut {
+        match parts {
+            // Two times sixteen rows, or products on tiles wait for each other's sums.
+            Some(Parts::Three) => Cut { rows: STRIP, keys: 192 },
+            Some(Parts::One) | None => Cut { rows: 16, keys: 384 },
+        }
+    }
+
+    /// Numbers of a row of scores.
+    fn stride(self) -> usize {
+        MARGIN + self.keys + MARGIN
+    }
+}
+
+/// Most rows of a cut.
+const STRIP: usize = 32;
 /// Room before and behind the scores of a block, because keys come in whole panels.
 const MARGIN: usize = WIDTH;
-const SCORES: usize = MARGIN + BLOCK + MARGIN;
 /// Multiply-adds below which waking other threads costs more than it saves, and those worth one hand-over.
 const WORTH_THREADS: usize = 1 << 18;
 const WORTH_TASK: usize = 1 << 16;
@@ -105,7 +125,8 @@ pub fn store_keys(panels: &mut [f32], first: usize, k: &[f32], dims: Dims) {
 }
 
 /// Writes o and lse (log-sum-exp of the scaled scores, for the backward) of every query in a span; other rows stay. Spans come in
-/// the order of their queries. In bf16, which is for rows of keys and for spans that share nothing and hide nothing, all products are of rounded numbers.
+/// the order of their queries. In bf16, which is for rows of keys and for spans that share nothing and hide nothing, all products are of rounded
+/// numbers, or of numbers in three parts.
 ///
 /// # Shapes
 /// o, q `[Tq, H, K]`; lse `[Tq, H]`; v and the keys `[Tk, Hkv, K]`.
@@ -130,7 +151,7 @@ pub fn forward(
     }
     assert_eq!(o.len(), q.len(), "attention: o has {} numbers, q has {}", o.len(), q.len());
     assert_eq!(lse.len() * dims.k, q.len(), "attention: lse has {} numbers for q's {}", lse.len(), q.len());
-    if compute == Compute::Bf16 {
+    if compute != Compute::F32 {
         rounded::check(spans);
         assert!(matches!(k, Keys::Rows(_)), "attention in bf16 is for rows of keys");
     }
@@ -215,9 +236,10 @@ fn attend_body<const LEVEL: u8>(
     let rows = queries.len() * group;
     let Scratch { q: my_q, visible, o: my_o, largest, sums, scores, own: own_panels, pairs: [q_pairs, weights] } =
         scratch;
-    let in_bf16 = prepared.in_bf16();
-    let _tiles = in_bf16.then(pairs::hold);
-    scores.resize(STRIP * SCORES, 0.0);
+    let parts = prepared.parts;
+    let _tiles = parts.map(|_| pairs::hold());
+    let cut = Cut::of(parts);
+    scores.resize(cut.rows * cut.stride(), 0.0);
     visible.clear();
     for (span, queries) in block.members() {
         visible.extend(queries.flat_map(|i| std::iter::repeat_n(span.visible(i), group)));
@@ -251,10 +273,10 @@ fn attend_body<const LEVEL: u8>(
         };
         // Blocks of keys that all members share are met by all rows at once, the rest by each member's rows.
         let shared = piece(&block.spans[0].shared, 0);
-        let common = if block.spans.len() > 1 { shared.keys / BLOCK * BLOCK } else { 0 };
-        let q_pairs = in_bf16.then(|| rounded::Rows::of(q_pairs, my_q, kd, rows, kd));
-        let mut state = State { q: my_q, q_pairs, weights, visible, o: my_o, largest, sums, scores, kd };
-        for keys in (0..common).step_by(BLOCK) {
+        let common = if block.spans.len() > 1 { shared.keys / cut.keys * cut.keys } else { 0 };
+        let q_pairs = parts.map(|parts| rounded::Rows::of(q_pairs, my_q, kd, rows, kd, parts));
+        let mut state = State { q: my_q, q_pairs, weights, visible, o: my_o, largest, sums, scores, cut, kd };
+        for keys in (0..common).step_by(cut.keys) {
             state.meet::<LEVEL>(0..rows, keys, &[shared]);
         }
         let mut first = 0;
@@ -262,11 +284,11 @@ fn attend_body<const LEVEL: u8>(
             let rows = first..first + queries.len() * group;
             first = rows.end;
             let mut own = piece(&span.own, span.shared.len());
-            if let (Keys::Rows(k), true) = (k, own.panels.is_empty() && !in_bf16) {
+            if let (Keys::Rows(k), true) = (k, own.panels.is_empty() && own.rounded.is_none()) {
                 transposed(own_panels, k, span.own.clone(), head, dims);
                 own.panels = own_panels;
             }
-            for keys in (common..span.visible(queries.end - 1)).step_by(BLOCK) {
+            for keys in (common..span.visible(queries.end - 1)).step_by(cut.keys) {
                 state.meet::<LEVEL>(rows.clone(), keys, &[shared, own]);
             }
         }
@@ -295,18 +317,19 @@ struct State<'a> {
     largest: &'a mut [f32],
     sums: &'a mut [[f32; LANES]],
     scores: &'a mut [f32],
+    cut: Cut,
     kd: usize,
 }
 
 impl State<'_> {
-    /// Takes in the keys with numbers from `block` on, `BLOCK` of them at most.
+    /// Takes in the keys with numbers from `block` on, a cut's at most.
     #[inline(always)]
     fn meet<const LEVEL: u8>(&mut self, rows: Range<usize>, block: usize, pieces: &[Piece]) {
-        let kd = self.kd;
-        for r0 in rows.clone().step_by(STRIP) {
-            let strip = STRIP.min(rows.end - r0);
+        let (kd, stride) = (self.kd, self.cut.stride());
+        for r0 in rows.clone().step_by(self.cut.rows) {
+            let strip = self.cut.rows.min(rows.end - r0);
             // Rows see ever more keys.
-            let seen = self.visible[r0 + strip - 1].min(block + BLOCK);
+            let seen = self.visible[r0 + strip - 1].min(block + self.cut.keys);
             if seen <= block {
                 continue;
             }
@@ -317,13 +340,13 @@ impl State<'_> {
             });
             for (piece, from, to) in parts.clone() {
                 if let (Some(q), Some(run)) = (self.q_pairs, piece.rounded) {
-                    run.scores(&mut self.scores[MARGIN..], SCORES, q.from(r0), from, to - from, strip);
+                    run.scores(&mut self.scores[MARGIN..], stride, q.from(r0), from, to - from, strip);
                     continue;
                 }
                 let (first, last) = ((from - piece.first) / WIDTH, (to - piece.first).div_ceil(WIDTH));
                 let out = &mut self.scores[MARGIN + piece.first + first * WIDTH - block..];
                 let panels = &piece.panels[first * piece.step..(last - 1) * piece.step + WIDTH * kd];
-                panel::multiply_panels(out, SCORES, Left::rows(&self.q[r0 * kd..], kd), panels, piece.step, strip, kd);
+                panel::multiply_panels(out, stride, Left::rows(&self.q[r0 * kd..], kd), panels, piece.step, strip, kd);
             }
             // The largest scores of all rows first: their exponentials are then one vector.
             let mut largest = [f32::NEG_INFINITY; STRIP];
@@ -331,7 +354,7 @@ impl State<'_> {
             let before = largest;
             let visible = |r: usize| self.visible[r0 + r].clamp(block, seen) - block;
             for (r, largest) in largest[..strip].iter_mut().enumerate() {
-                let highest = vector::max(&self.scores[r * SCORES + MARGIN..][..visible(r)]);
+                let highest = vector::max(&self.scores[r * stride + MARGIN..][..visible(r)]);
                 *largest = if highest > *largest { highest } else { *largest };
             }
             let mut shrink = [1.0; STRIP];
@@ -341,7 +364,7 @@ impl State<'_> {
             self.largest[r0..r0 + strip].copy_from_slice(&largest[..strip]);
             let o = &mut self.o[r0 * kd..(r0 + strip) * kd];
             for (r, o) in o.chunks_exact_mut(kd).enumerate() {
-                let (row, hidden) = self.scores[r * SCORES + MARGIN..][..seen - block].split_at_mut(visible(r));
+                let (row, hidden) = self.scores[r * stride + MARGIN..][..seen - block].split_at_mut(visible(r));
                 softmax_terms::<LEVEL>(row, largest[r], shrink[r], &mut self.sums[r0 + r]);
                 hidden.fill(0.0);
                 if shrink[r] != 1.0 {
@@ -351,20 +374,14 @@ impl State<'_> {
             for (piece, from, to) in parts {
                 let weights = &self.scores[MARGIN + from - block..];
                 if let Some(run) = piece.rounded {
-                    run.add_values(
-                        o,
-                        rounded::Rows::of(self.weights, weights, SCORES, strip, to - from),
-                        from,
-                        strip,
-                        kd,
-                    );
+                    run.add_values(o, self.weights, (weights, stride), (from, to - from), strip, kd);
                     continue;
                 }
                 let values = &piece.values[(from - piece.first) * piece.stride..];
                 // Where the numbers of a key lie side by side, all of them at once (a single key in panels does, too).
                 let at_once = if piece.next == WIDTH { kd } else { WIDTH };
                 for (i, c) in (0..kd).step_by(at_once).enumerate() {
-                    let (left, values) = (Left::rows(weights, SCORES), &values[i * piece.next..]);
+                    let (left, values) = (Left::rows(weights, stride), &values[i * piece.next..]);
                     let cols = at_once.min(kd - c);
                     panel::multiply(&mut o[c..], kd, left, values, piece.stride, strip, to - from, cols, Onto::Start);
                 }
@@ -594,10 +611,14 @@ mod tests {
     /// the same bits in any company.
     #[test]
     fn in_bf16_it_is_close_to_the_oracle_and_its_gradient() {
-        for (dims, lengths) in [
-            (Dims { heads: 2, kv_heads: 2, k: 32 }, vec![1, 9, 40]),
-            (Dims { heads: 4, kv_heads: 2, k: 20 }, vec![33, 64]),
-            (Dims { heads: 1, kv_heads: 1, k: 64 }, vec![800]),
+        // Numbers in ±1 keep eight bits: an average of them is off by some 2^-9, a score of K products over sqrt(K) by as much. In three parts nothing
+        // is rounded but sums.
+        for (dims, lengths, compute, close) in [
+            (Dims { heads: 2, kv_heads: 2, k: 32 }, vec![1, 9, 40], Compute::Bf16, 1e-2),
+            (Dims { heads: 4, kv_heads: 2, k: 20 }, vec![33, 64], Compute::Bf16, 1e-2),
+            (Dims { heads: 1, kv_heads: 1, k: 64 }, vec![800], Compute::Bf16, 1e-2),
+            (Dims { heads: 2, kv_heads: 1, k: 20 }, vec![9, 300, 257], Compute::Bf16x6, 2e-6),
+            (Dims { heads: 1, kv_heads: 1, k: 80 }, vec![1100], Compute::Bf16x6, 2e-6),
         ] {
             let t = lengths.iter().sum::<usize>();
             let mut first = 0;
@@ -611,15 +632,14 @@ mod tests {
             let (q, d_o) = (numbers(1, t * dims.heads * dims.k), numbers(4, t * dims.heads * dims.k));
             let (k, v) = (numbers(2, t * dims.kv_heads * dims.k), numbers(3, t * dims.kv_heads * dims.k));
             let (mut o, mut lse) = (vec![f32::NAN; q.len()], vec![f32::NAN; q.len() / dims.k]);
-            forward(&mut o, &mut lse, &q, Keys::Rows(&k), &v, &spans, dims, Compute::Bf16);
+            forward(&mut o, &mut lse, &q, Keys::Rows(&k), &v, &spans, dims, compute);
             let (exact, exact_lse) = oracle::attention(&wide(&q), &wide(&k), &wide(&v), &spans, dims);
-            // Numbers in ±1 keep eight bits: an average of them is off by some 2^-9, a score of K products over sqrt(K) by as much.
-            assert_close("o", &o, &exact, 1e-2);
-            assert_close("lse", &lse, &exact_lse, 1e-2);
+            assert_close("o", &o, &exact, close);
+            assert_close("lse", &lse, &exact_lse, close);
             let some = |part: std::ops::Range<usize>| {
                 let (mut one, mut its) = (vec![f32::NAN; q.len()], vec![f32::NAN; lse.len()]);
                 let alone = [span(part.clone(), 0..0, spans[spans.len() - 1].own.clone(), false)];
-                forward(&mut one, &mut its, &q, Keys::Rows(&k), &v, &alone, dims, Compute::Bf16);
+                forward(&mut one, &mut its, &q, Keys::Rows(&k), &v, &alone, dims, compute);
                 let width = dims.heads * dims.k;
                 assert_same_bits(
                     "o",
@@ -631,7 +651,7 @@ mod tests {
             some(t - lengths[lengths.len() - 1]..t);
 
             let (mut dq, mut dk, mut dv) = (vec![f32::NAN; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
-            backward(&mut dq, &mut dk, &mut dv, &d_o, &o, &lse, &q, &k, &v, &spans, dims, Compute::Bf16);
+            backward(&mut dq, &mut dk, &mut dv, &d_o, &o, &lse, &q, &k, &v, &spans, dims, compute);
             let (mut qf, mut kf, mut vf) = (vec![f32::NAN; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
             let (full, full_lse) = run(&q, &k, &v, &spans, dims);
             backward(&mut qf, &mut kf, &mut vf, &d_o, &full, &full_lse, &q, &k, &v, &spans, dims, Compute::F32);
@@ -640,7 +660,7 @@ mod tests {
                 let off: f64 = found.iter().zip(&exact).map(|(a, b)| f64::from(a - b).powi(2)).sum();
                 let size: f64 = exact.iter().map(|b| f64::from(*b).powi(2)).sum();
                 assert!(
-                    off <= (0.012f64).powi(2) * size,
+                    off <= (1.2 * close).powi(2) * size,
                     "{name} of {lengths:?}: off by {} of {}",
                     off.sqrt(),
                     size.sqrt()
@@ -747,11 +767,11 @@ mod tests {
     #[test]
     fn threads_do_not_change_bits() {
         let dims = Dims { heads: 6, kv_heads: 2, k: 16 };
-        let t = 200;
+        let t = 300;
         let spans = [
-            span(0..120, 0..0, 0..120, true),
-            span(120..160, 0..120, 120..160, true),
-            span(160..200, 0..120, 160..200, true),
+            span(0..220, 0..0, 0..220, true),
+            span(220..260, 0..220, 220..260, true),
+            span(260..300, 0..220, 260..300, true),
         ];
         let (q, k, v) = (numbers(1, t * 96), numbers(2, t * 32), numbers(3, t * 32));
         let d_o = numbers(4, q.len());
@@ -762,13 +782,16 @@ mod tests {
             [o, lse, dq, dk, dv].concat()
         });
         let spans = [span(0..t - 40, 0..0, 0..t - 40, false), span(t - 40..t, 0..0, t - 40..t, false)];
-        assert_threads_agree("in bf16", || {
-            let (mut o, mut lse) = (vec![0.0; q.len()], vec![0.0; q.len() / dims.k]);
-            forward(&mut o, &mut lse, &q, Keys::Rows(&k), &v, &spans, dims, Compute::Bf16);
-            let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
-            backward(&mut dq, &mut dk, &mut dv, &d_o, &o, &lse, &q, &k, &v, &spans, dims, Compute::Bf16);
-            [o, lse, dq, dk, dv].concat()
-        });
+        let long = [span(0..t, 0..0, 0..t, false)];
+        for (spans, compute) in [(&spans[..], Compute::Bf16), (&spans, Compute::Bf16x6), (&long, Compute::Bf16x6)] {
+            assert_threads_agree("in bf16", || {
+                let (mut o, mut lse) = (vec![0.0; q.len()], vec![0.0; q.len() / dims.k]);
+                forward(&mut o, &mut lse, &q, Keys::Rows(&k), &v, spans, dims, compute);
+                let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
+                backward(&mut dq, &mut dk, &mut dv, &d_o, &o, &lse, &q, &k, &v, spans, dims, compute);
+                [o, lse, dq, dk, dv].concat()
+            });
+        }
     }
 
     #[test]

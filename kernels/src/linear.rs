@@ -5,14 +5,14 @@
 //! blocks; each block is a run of fused multiply-adds from zero in order of m; what y holds comes first where it is to be
 //! kept, then the bias, and the blocks are added to these in order.
 //!
-//! Where the matrix says so ([`Compute::Bf16`]), both sides of all three products are rounded to bf16 first and go through `pairs`. Then the
-//! sum starts from what comes first and takes the M inputs in order, a pair at a time.
+//! Where the matrix says so ([`Compute::Bf16`], [`Compute::Bf16x6`]), both sides of all three products become bf16 first, by one part or by three, and
+//! go through `pairs`. Then the sum starts from what comes first and takes the M inputs in order, a step of them at a time.
 
 mod rounded;
 
 use self::rounded::{Rounded, paired};
 use crate::matrix::{Compute, Matrix};
-use crate::pairs;
+use crate::pairs::{self, Parts};
 use crate::panel::{self, Left, Onto, WIDTH};
 use crate::threads::each;
 use crate::vector::dispatch;
@@ -22,8 +22,8 @@ use rayon::prelude::*;
 const BLOCK: usize = 192;
 /// Below this many rows the work is spread by outputs.
 pub const FEW_ROWS: usize = 64;
-/// Most rows that one task takes.
-pub const ROWS: usize = 128;
+/// Most rows that one task takes: what it makes of them stays in its core's cache.
+const ROWS: usize = 128;
 /// Outputs (or inputs, in the backward) whose weights are laid out at a time where they are used once: not a second copy of a head.
 const SLAB: usize = 2048;
 /// Most rows of a weight's gradient that one task takes, and the tokens it sums in one run.
@@ -38,9 +38,18 @@ const COLUMNS: usize = 64;
 /// Multiply-adds below which waking other threads costs more than it saves.
 const WORTH_THREADS: usize = 1 << 18;
 
+/// Most rows that one task takes.
+pub fn most_rows(compute: Compute) -> usize {
+    match compute {
+        Compute::F32 | Compute::Bf16 => ROWS,
+        // Weights are split for each task anew.
+        Compute::Bf16x6 => 2 * ROWS,
+    }
+}
+
 /// Rows of one task where each row is computed the same in any company: every thread gets some.
-pub fn rows_at_once(t: usize) -> usize {
-    t.div_ceil(rayon::current_num_threads()).next_multiple_of(TILE).clamp(TILE, ROWS)
+pub fn rows_at_once(t: usize, compute: Compute) -> usize {
+    t.div_ceil(rayon::current_num_threads()).next_multiple_of(TILE).clamp(TILE, most_rows(compute))
 }
 
 fn block_len(m: usize) -> usize {
@@ -96,6 +105,7 @@ fn start_body<const LEVEL: u8>(y: &mut [f32], stride: usize, b: &[f32], onto: bo
 /// one stretch of rows after the other.
 pub struct Packed {
     panels: Panels,
+    compute: Compute,
     m: usize,
     n: usize,
     /// Inputs of one run of multiply-adds.
@@ -103,7 +113,7 @@ pub struct Packed {
 }
 
 enum Panels {
-    /// For each panel of `WIDTH` outputs, a matrix [M, WIDTH].
+    /// For each panel of `WIDTH` outputs, a matrix [M, WIDTH]. Three parts are made of it where they are needed: they take half as much again to read.
     F32(Vec<f32>),
     /// For each, one of pairs [M / 2, WIDTH], in whole steps.
     Bf16(Vec<u32>),
@@ -115,10 +125,10 @@ impl Packed {
     pub fn new<'a>(w: impl Into<Matrix<'a>>, m: usize, n: usize) -> Self {
         let w = w.into();
         assert_eq!(w.len(), n * m, "linear: weight [{n}, {m}]");
-        let block = block_len(m);
-        if w.compute == Compute::Bf16 {
-            let panels = paired(m, n, |panel, first, cols| w.pair_into(panel, first * m, m, m, cols));
-            return Self { panels, m, n, block };
+        let (block, compute) = (block_len(m), w.compute);
+        if compute == Compute::Bf16 {
+            let panels = paired(m, n, |panel, first, cols| w.pair_into(panel, first * m, m, m, cols, Parts::One));
+            return Self { panels, compute, m, n, block };
         }
         let mut panels = vec![0.0; n.div_ceil(WIDTH) * WIDTH * m];
         if m > 0 {
@@ -127,7 +137,7 @@ impl Packed {
                 w.transpose_into(panel, first * m, m, m, WIDTH.min(n - first));
             });
         }
-        Self { panels: Panels::F32(panels), m, n, block }
+        Self { panels: Panels::F32(panels), compute, m, n, block }
     }
 
     /// For [`backward_input`]: the inputs are what was the outputs.
@@ -139,8 +149,10 @@ impl Packed {
         assert_eq!(w.len(), n * m, "linear: weight [{n}, {m}]");
         let (block, compute, w) = (block_len(n), w.compute, w.wide());
         if compute == Compute::Bf16 {
-            let panels = paired(n, m, |panel, first, cols| pairs::columns_into(panel, WIDTH, &w[first..], m, n, cols));
-            return Self { panels, m: n, n: m, block };
+            let lay = |panel: &mut [u32], first: usize, cols| {
+                pairs::columns_into(panel, WIDTH, &w[first..], m, n, cols, Parts::One);
+            };
+            return Self { panels: paired(n, m, lay), compute, m: n, n: m, block };
         }
         let mut panels = vec![0.0; m.div_ceil(WIDTH) * WIDTH * n];
         if n > 0 {
@@ -151,7 +163,7 @@ impl Packed {
                 }
             });
         }
-        Self { panels: Panels::F32(panels), m: n, n: m, block }
+        Self { panels: Panels::F32(panels), compute, m: n, n: m, block }
     }
 
     /// Writes y, or adds to it when `onto`.
@@ -162,7 +174,7 @@ impl Packed {
         let (m, n) = (self.m, self.n);
         check(y.len(), x.len(), n * m, b.map(<[f32]>::len), t, m, n);
         if t < FEW_ROWS || m == 0 || n == 0 {
-            few_rows(y, x, Weights::Laid(&self.panels), b, onto, t, m, n);
+            few_rows(y, x, Weights::Laid(&self.panels, self.compute), b, onto, t, m, n);
         } else {
             self.many_rows(y, (n, 0), x, (m, 0), b, onto, t);
         }
@@ -180,7 +192,7 @@ impl Packed {
         onto: bool,
         t: usize,
     ) {
-        let rows = rows_at_once(t);
+        let rows = rows_at_once(t, self.compute);
         y.par_chunks_mut(rows * y_stride)
             .zip(x.par_chunks(rows * x_stride))
             .for_each(|(y, x)| self.rows(&mut y[y_first..], y_stride, &x[x_first..], x_stride, b, onto));
@@ -191,7 +203,7 @@ impl Packed {
         let (m, n) = (self.m, self.n);
         check(y.len(), x.len(), n * m, b.map(<[f32]>::len), t, m, n);
         if m == 0 || n == 0 || t == 0 {
-            few_rows(y, x, Weights::Laid(&self.panels), b, onto, t, m, n);
+            few_rows(y, x, Weights::Laid(&self.panels, self.compute), b, onto, t, m, n);
         } else {
             self.rows(y, n, x, m, b, onto);
         }
@@ -204,21 +216,26 @@ impl Packed {
             start(y, y_stride, b, onto);
         }
         let (t, block) = (x.len().div_ceil(x_stride), self.block);
-        let panels = match &self.panels {
-            Panels::F32(panels) => panels,
-            Panels::Bf16(panels) => {
-                let left = Rounded::new(x, x_stride, t, m);
-                return pairs::multiply(y, y_stride, left.with(panels), t, n, onto || b.is_some());
+        let there = onto || b.is_some();
+        match (&self.panels, self.compute.parts()) {
+            (Panels::Bf16(panels), parts) => {
+                let left = Rounded::new(x, x_stride, t, m, parts.unwrap_or(Parts::One));
+                pairs::multiply(y, y_stride, left.with(panels), t, n, there);
             }
-        };
-        for (p, panel) in panels.chunks_exact(WIDTH * m).enumerate() {
-            let first = p * WIDTH;
-            let cols = WIDTH.min(n - first);
-            for k0 in (0..m).step_by(block) {
-                let k = block.min(m - k0);
-                let (left, there) = (Left::rows(&x[k0..], x_stride), onto || b.is_some() || k0 > 0);
-                let panel = &panel[k0 * WIDTH..];
-                panel::multiply(&mut y[first..], y_stride, left, panel, WIDTH, t, k, cols, sum_if(there));
+            (Panels::F32(panels), Some(parts)) => {
+                rounded::split_panels(y, y_stride, (x, x_stride, t), panels, (m, n), there, parts);
+            }
+            (Panels::F32(panels), None) => {
+                for (p, panel) in panels.chunks_exact(WIDTH * m).enumerate() {
+                    let first = p * WIDTH;
+                    let cols = WIDTH.min(n - first);
+                    for k0 in (0..m).step_by(block) {
+                        let k = block.min(m - k0);
+                        let (left, panel) = (Left::rows(&x[k0..], x_stride), &panel[k0 * WIDTH..]);
+                        let onto = sum_if(there || k0 > 0);
+                        panel::multiply(&mut y[first..], y_stride, left, panel, WIDTH, t, k, cols, onto);
+                    }
+                }
             }
         }
     }
@@ -234,16 +251,14 @@ enum Weights<'a> {
     Rows(Matrix<'a>),
     /// `[M, N]`
     Turned(&'a [f32], Compute),
-    Laid(&'a Panels),
+    Laid(&'a Panels, Compute),
 }
 
 impl Weights<'_> {
     fn compute(self) -> Compute {
         match self {
             Weights::Rows(w) => w.compute,
-            Weights::Turned(_, compute) => compute,
-            Weights::Laid(Panels::F32(_)) => Compute::F32,
-            Weights::Laid(Panels::Bf16(_)) => Compute::Bf16,
+            Weights::Turned(_, compute) | Weights::Laid(_, compute) => compute,
         }
     }
 }
@@ -253,7 +268,7 @@ fn few_rows(y: &mut [f32], x: &[f32], w: Weights<'_>, b: Option<&[f32]>, onto: b
     if t == 0 || n == 0 {
         return;
     }
-    let rounded = (w.compute() == Compute::Bf16).then(|| Rounded::new(x, m.max(1), t, m));
+    let rounded = w.compute().parts().map(|parts| Rounded::new(x, m.max(1), t, m, parts));
     // Tiles are set up for each call: a group of panels shares it.
     let group = if rounded.is_some() { (WORTH_THREADS / 8 / (t * m * WIDTH).max(1)).clamp(1, 8) } else { 1 };
     let width = group * WIDTH;
@@ -318,11 +333,11 @@ fn few_plain(
                 (&scratch[..], WIDTH)
             }
             Weights::Turned(w, _) => (&w[k0 * n + first..], n),
-            Weights::Laid(Panels::F32(panels)) => (&panels[first * m + k0 * WIDTH..], WIDTH),
-            Weights::Laid(Panels::Bf16(_)) => unreachable!("pairs are multiplied as such"),
+            Weights::Laid(Panels::F32(panels), _) => (&panels[first * m + k0 * WIDTH..], WIDTH),
+            Weights::Laid(Panels::Bf16(_), _) => unreachable!("pairs are multiplied as such"),
         };
         // Weights that were laid out once come from afar, each for these few rows alone.
-        let product = if matches!(w, Weights::Laid(_)) { panel::multiply_far } else { panel::multiply };
+        let product = if matches!(w, Weights::Laid(..)) { panel::multiply_far } else { panel::multiply };
         product(out, WIDTH, Left::rows(&x[k0..], m), panel, stride, t, k, cols, sum_if(begun || k0 > 0));
     }
 }
@@ -345,7 +360,7 @@ pub fn backward_input<'a>(
     }
     // Slabs of whole runs (and of whole steps of pairs), so that these are the ones of few rows.
     let block = block_len(n);
-    let slab = if w.compute == Compute::Bf16 { SLAB } else { SLAB / block * block };
+    let slab = if w.compute == Compute::F32 { SLAB / block * block } else { SLAB };
     for first in (0..n).step_by(slab) {
         let outputs = first..n.min(first + slab);
         let laid = Packed { block, ..Packed::turned(w.part(outputs.start * m..outputs.end * m), m, outputs.len()) };
@@ -393,8 +408,8 @@ pub fn backward_weights(maps: Vec<Outer>, x: &[f32], t: usize, m: usize, compute
     }
     let outputs: usize = maps.iter().map(|map| map.dw.len() / m).sum();
     let threads = t * m * outputs >= WORTH_THREADS;
-    if compute == Compute::Bf16 {
-        return rounded::add_rounded(maps, x, t, m, threads);
+    if let Some(parts) = compute.parts() {
+        return rounded::add_rounded(maps, x, t, m, threads, parts);
     }
     // Each thread makes some rows of the gradients, from all tokens in order: which rows changes no bit.
     let share = if threads { outputs.div_ceil(rayon::current_num_threads()).next_multiple_of(TILE) } else { outputs };
@@ -648,7 +663,7 @@ mod tests {
             y
         });
         assert_threads_agree("many rows", || product(&x, &w, None, t, m, n));
-        for compute in [Compute::F32, Compute::Bf16] {
+        for compute in [Compute::F32, Compute::Bf16x6, Compute::Bf16] {
             let w = Matrix::from(&w).computed(compute);
             assert_threads_agree("forward", || {
                 let mut y = vec![0.0; 9 * n];
@@ -675,10 +690,14 @@ mod tests {
 
     #[test]
     fn in_bf16_all_products_agree_with_the_oracle_and_rows_do_not_see_each_other() {
-        for (t, m, n) in [(1, 1, 1), (3, 40, 70), (70, 33, 90), (64, 700, 40), (200, 64, 2100), (1200, 40, 50)] {
-            let (x, w, b, dy) = (short(1, t * m), short(2, n * m), numbers(3, n), short(4, t * n));
+        let sizes = [(1, 1, 1), (3, 40, 70), (70, 33, 90), (64, 900, 40), (200, 64, 2100), (1200, 40, 50)];
+        for ((t, m, n), compute) in sizes.into_iter().flat_map(|s| [Compute::Bf16, Compute::Bf16x6].map(|c| (s, c))) {
+            // In three parts any numbers will do.
+            let long = compute == Compute::Bf16x6;
+            let of = |seed, n| if long { numbers(seed, n) } else { short(seed, n) };
+            let (x, w, b, dy) = (of(1, t * m), short(2, n * m), numbers(3, n), of(4, t * n));
             let (bytes, _) = halves(&w);
-            let matrix = Matrix::from(&w).computed(Compute::Bf16);
+            let matrix = Matrix::from(&w).computed(compute);
             let size = |m: usize| 1e-6 * (m as f64).max(4.0);
 
             let begun = numbers(5, t * n);
@@ -694,7 +713,7 @@ mod tests {
                     0 => packed.forward(&mut again, &x, Some(&b), true, t),
                     1 => packed.forward_here(&mut again, &x, Some(&b), true, t),
                     _ => {
-                        let stored = Matrix::from(&bytes[..]).computed(Compute::Bf16);
+                        let stored = Matrix::from(&bytes[..]).computed(compute);
                         forward(&mut again, &x, stored, Some(&b), true, t, m, n);
                     }
                 }
@@ -716,7 +735,7 @@ mod tests {
             assert_same_bits("dx over what was laid out", &laid, &dx);
 
             let (mut dw, mut db) = (vec![1.0; n * m], vec![1.0; n]);
-            backward_weight(&mut dw, Some(&mut db), &dy, &x, t, m, n, Compute::Bf16);
+            backward_weight(&mut dw, Some(&mut db), &dy, &x, t, m, n, compute);
             for (i, dw) in dw.iter().enumerate() {
                 let exact =
                     1.0 + (0..t).map(|t| f64::from(dy[t * n + i / m]) * f64::from(x[t * m + i % m])).sum::<f64>();

@@ -4,7 +4,7 @@
 //! weights has the bits of the same product over the widened ones. Numbers are widened where they are laid out for a product, a few
 //! kilobytes at a time, and nowhere is a whole matrix copied. Files may put their numbers at any address, so bf16 is pairs of bytes.
 
-use crate::pairs;
+use crate::pairs::{self, Parts};
 use crate::panel;
 use crate::vector::dispatch;
 use rayon::prelude::*;
@@ -26,13 +26,26 @@ pub enum Numbers<'a> {
     Bf16(&'a [[u8; 2]]),
 }
 
-/// What both sides of a product are; sums are f32 in either case.
+/// What both sides of a product are; sums are f32 in any case.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Compute {
     #[default]
     F32,
+    /// f32, each number written as the sum of three in bf16 and six products taken of two of them: as accurate as [`Compute::F32`], with other bits.
+    Bf16x6,
     /// Rounded to bf16 before they meet.
     Bf16,
+}
+
+impl Compute {
+    /// What stands for a number where products are of bf16.
+    pub(crate) fn parts(self) -> Option<Parts> {
+        match self {
+            Compute::F32 => None,
+            Compute::Bf16x6 => Some(Parts::Three),
+            Compute::Bf16 => Some(Parts::One),
+        }
+    }
 }
 
 impl<'a> From<&'a [f32]> for Matrix<'a> {
@@ -115,16 +128,26 @@ impl<'a> Matrix<'a> {
         }
     }
 
-    /// The same as a panel of pairs [`pairs::of(k)`, `pairs::WIDTH`]; other columns stay.
-    pub(crate) fn pair_into(self, panel: &mut [u32], from: usize, stride: usize, k: usize, cols: usize) {
-        match self.numbers {
-            Numbers::F32(values) => {
-                let pairs = pairs::of(k);
-                let mut rows = vec![0; cols * pairs::apart(pairs)];
-                pairs::rows_into(&mut rows, pairs::apart(pairs), &values[from..], stride, k);
-                pairs::transpose(panel, pairs::WIDTH, &rows, pairs::apart(pairs), cols, pairs);
+    /// The same as a panel of words, in whole steps of `pairs::WIDTH` columns; other columns stay.
+    pub(crate) fn pair_into(self, panel: &mut [u32], from: usize, stride: usize, k: usize, cols: usize, parts: Parts) {
+        let turn = |panel: &mut [u32], values: &[f32], stride: usize| {
+            let words = parts.words(k);
+            let mut rows = vec![0; cols * pairs::apart(words)];
+            pairs::rows_into(&mut rows, pairs::apart(words), values, stride, k, parts);
+            pairs::transpose(panel, pairs::WIDTH, &rows, pairs::apart(words), cols, words);
+        };
+        match (self.numbers, parts) {
+            (Numbers::F32(values), _) => turn(panel, &values[from..], stride),
+            (Numbers::Bf16(values), Parts::One) => {
+                pairs::stored_into(panel, pairs::WIDTH, &values[from..], stride, k, cols);
             }
-            Numbers::Bf16(values) => pairs::stored_into(panel, pairs::WIDTH, &values[from..], stride, k, cols),
+            (Numbers::Bf16(values), Parts::Three) => {
+                let mut wide = vec![0.0; cols * k];
+                for (wide, values) in wide.chunks_mut(k.max(1)).zip(values[from..].chunks(stride.max(1))) {
+                    widen(wide, &values[..k]);
+                }
+                turn(panel, &wide, k.max(1));
+            }
         }
     }
 }

@@ -112,9 +112,9 @@ impl Embedded {
     /// The same around weights that are already in memory; tokenizer and processor still come from the folder.
     pub fn with_model(mut model: Vlm, options: &ModelOptions, training: Option<&Training>) -> Result<Embedded> {
         model.compute = options.compute;
-        if options.compute == Compute::Bf16 && !pairs::fast() {
+        if options.compute != Compute::F32 && !pairs::fast() {
             progress::say(
-                "note: this processor has no tiles for bf16 (Intel AMX); model.compute = \"bf16\" is no faster than f32 here",
+                "note: this processor has no tiles for bf16 (Intel AMX); model.compute = \"f32\" is as fast here, or faster",
             );
         }
         let frontend = Frontend::load(&options.path, options.picture_cache_mib)?;
@@ -415,7 +415,11 @@ impl Sampler for Embedded {
     fn about(&self) -> Option<String> {
         let Vlm { weights, .. } = &self.model;
         let millions = weights.layout().len as f64 / 1e6;
-        let products = if self.options.compute == Compute::Bf16 { ", products in bf16" } else { "" };
+        let products = match self.options.compute {
+            Compute::F32 => "",
+            Compute::Bf16x6 => ", products in f32 by six of bf16",
+            Compute::Bf16 => ", products in bf16",
+        };
         Some(format!("{}: {millions:.1} M parameters, {}{products}", self.options.path.display(), weights.held()))
     }
 }

@@ -307,10 +307,6 @@ pub fn normed_backward(
     norm::backward(dx, dw, dy, x, values.vector(place), rstd, d, accumulate);
 }
 
-/// Rows that one task takes through the row-wise parts of a block's backward pass: few enough that all it makes of them stays in
-/// its core's cache.
-const CHUNK: usize = linear::ROWS;
-
 /// Some maps laid out, unless they are already or the rows are too few to be worth it.
 fn laid_out<const N: usize>(maps: [&Affine; N], params: Params, rows: usize) -> Option<Laid> {
     (params.laid.is_none() && rows >= linear::FEW_ROWS).then(|| Laid::new(maps.into_iter(), params.values))
@@ -321,7 +317,7 @@ fn laid_out<const N: usize>(maps: [&Affine; N], params: Params, rows: usize) -> 
 fn cut<'a>(params: Params<'a>, own: &'a Option<Laid>, rows: usize) -> (Params<'a>, usize) {
     let laid = own.as_ref().or(params.laid);
     let spread = rows >= linear::FEW_ROWS;
-    let chunk = if spread { linear::rows_at_once(rows) } else { rows.max(1) };
+    let chunk = if spread { linear::rows_at_once(rows, params.values.compute) } else { rows.max(1) };
     (Params { laid, spread, ..params }, chunk)
 }
 
@@ -511,17 +507,19 @@ pub fn backward(
     };
     let Dims { hidden: d, mlp: wide, .. } = *dims;
     let turned = Laid::turned(block, values);
+    // Rows that one task takes through all that is done to each alone.
+    let chunk = linear::most_rows(values.compute);
 
     // MLP: y = mid + down(h). Then attention: mid = x + o(attention).
     let n = mid.len() / d;
     let [mut h, mut n2, mut dmid, mut d_o] =
         [wide, d, d, dims.heads * dims.k].map(|width| memory::Rows::new(n * width));
-    let mut dnorm = vec![0.0; n.div_ceil(CHUNK) * d];
-    h.chunks(CHUNK * wide)
-        .zip(gate.par_chunks_mut(CHUNK * wide).zip(up.par_chunks_mut(CHUNK * wide)))
-        .zip(n2.chunks(CHUNK * d).zip(dmid.chunks(CHUNK * d)))
-        .zip(d_o.chunks(CHUNK * dims.heads * dims.k).zip(dnorm.par_chunks_mut(d)))
-        .zip(dy.par_chunks(CHUNK * d).zip(mid.par_chunks(CHUNK * d)))
+    let mut dnorm = vec![0.0; n.div_ceil(chunk) * d];
+    h.chunks(chunk * wide)
+        .zip(gate.par_chunks_mut(chunk * wide).zip(up.par_chunks_mut(chunk * wide)))
+        .zip(n2.chunks(chunk * d).zip(dmid.chunks(chunk * d)))
+        .zip(d_o.chunks(chunk * dims.heads * dims.k).zip(dnorm.par_chunks_mut(d)))
+        .zip(dy.par_chunks(chunk * d).zip(mid.par_chunks(chunk * d)))
         .for_each(|((((h, (gate, up)), (n2, dmid)), (d_o, dnorm)), (dy, mid))| {
             let (h, n2, dmid, d_o) = (h.clear(), n2.clear(), dmid.clear(), d_o.clear());
             block.down.run_back(h, dy, &turned, false);
@@ -569,18 +567,18 @@ pub fn backward(
     );
     drop((d_o, o, q, k, v));
     let mut n1 = memory::Rows::new(x.len());
-    let mut dnorm = vec![0.0; (x.len() / d).div_ceil(CHUNK) * d];
+    let mut dnorm = vec![0.0; (x.len() / d).div_ceil(chunk) * d];
     let mut dx = dmid;
     let narrow = dims.kv_heads * dims.k;
-    dq.par_chunks_mut(CHUNK * dims.heads * dims.k)
-        .zip(dk.par_chunks_mut(CHUNK * narrow).zip(dv.par_chunks(CHUNK * narrow)))
-        .zip(n1.chunks(CHUNK * d).zip(dx.par_chunks_mut(CHUNK * d)))
-        .zip(dnorm.par_chunks_mut(d).zip(x.par_chunks(CHUNK * d)))
+    dq.par_chunks_mut(chunk * dims.heads * dims.k)
+        .zip(dk.par_chunks_mut(chunk * narrow).zip(dv.par_chunks(chunk * narrow)))
+        .zip(n1.chunks(chunk * d).zip(dx.par_chunks_mut(chunk * d)))
+        .zip(dnorm.par_chunks_mut(d).zip(x.par_chunks(chunk * d)))
         .enumerate()
         .for_each(|(i, (((dq, (dk, dv)), (n1, dx)), (dnorm, x)))| {
             let n1 = n1.clear();
             let mut rstd = vec![0.0; x.len() / d];
-            let angles = rows.table.rows(i * CHUNK..i * CHUNK + rstd.len());
+            let angles = rows.table.rows(i * chunk..i * chunk + rstd.len());
             rope::apply_backward(dq, angles, dims.heads);
             rope::apply_backward(dk, angles, dims.kv_heads);
             let mut dn = vec![0.0; x.len()];

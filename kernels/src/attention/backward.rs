@@ -17,8 +17,8 @@ use std::ops::Range;
 
 /// Keys of a unit: enough of them to make up for gathering the queries again, few enough to spread over threads.
 const KEYS: usize = 1024;
-/// Numbers that the rows of a tile have in q, and as many in d_o: 8 KiB each.
-const TILE: usize = 2048;
+/// Numbers that the rows of a tile have in q, and as many in d_o: 16 KiB each.
+const TILE: usize = 4096;
 /// Numbers that the places of units running at once may have; 64 MiB.
 const PLACES: usize = 16 << 20;
 
@@ -98,7 +98,7 @@ pub fn backward(
     compute: Compute,
 ) {
     check(q, k, v, spans, dims);
-    if compute == Compute::Bf16 {
+    if compute != Compute::F32 {
         rounded::check(spans);
     }
     assert!(
@@ -287,10 +287,12 @@ fn fill(place: &mut [f32], unit: &Unit, tasks: &[Task], inputs: &Inputs, scratch
     let dims = inputs.dims;
     let (dk, rest) = place.split_at_mut(unit.keys.len() * dims.k);
     let (dv, mut dq) = rest.split_at_mut(unit.keys.len() * dims.k);
-    let in_bf16 = inputs.compute == Compute::Bf16;
-    let _tiles = in_bf16.then(pairs::hold);
-    let stretch = in_bf16.then(|| rounded::Stretch::new(inputs.k, inputs.v, &unit.keys, unit.kv_head, dims));
-    for (to, from) in [(&mut scratch.k_t, inputs.k), (&mut scratch.v_t, inputs.v)].into_iter().filter(|_| !in_bf16) {
+    let parts = inputs.compute.parts().filter(|parts| rounded::worth(*parts, unit.keys.len()));
+    let _tiles = parts.map(|_| pairs::hold());
+    let mut stretch =
+        parts.map(|parts| rounded::Stretch::new(inputs.k, inputs.v, &unit.keys, unit.kv_head, dims, parts));
+    let panels = [(&mut scratch.k_t, inputs.k), (&mut scratch.v_t, inputs.v)];
+    for (to, from) in panels.into_iter().filter(|_| stretch.is_none()) {
         transposed(to, from, unit.keys.clone(), unit.kv_head, dims);
     }
     for &(task, number) in &unit.seen_by {
@@ -302,11 +304,14 @@ fn fill(place: &mut [f32], unit: &Unit, tasks: &[Task], inputs: &Inputs, scratch
         let at_once = (TILE / dims.k).max(1).next_multiple_of(8);
         for first in (0..rows).step_by(at_once) {
             let rows = first..rows.min(first + at_once);
-            match &stretch {
-                Some(stretch) => add_rounded(mine, dk, dv, scratch, rows, stretch, number, inputs),
+            match &mut stretch {
+                Some(stretch) => add_rounded(mine, scratch, rows, stretch, number, inputs),
                 None => add_rows(mine, dk, dv, scratch, rows, unit, number, inputs),
             }
         }
+    }
+    if let Some(stretch) = stretch {
+        stretch.write(dk, dv, dims.k);
     }
 }
 
@@ -378,15 +383,12 @@ fn add_rows(
     }
 }
 
-/// The same where products are computed in bf16: every row sees all keys.
-#[allow(clippy::too_many_arguments)]
+/// The same where products are of bf16 numbers: every row sees all keys.
 fn add_rounded(
     dq: &mut [f32],
-    dk: &mut [f32],
-    dv: &mut [f32],
     scratch: &mut Scratch,
     rows: Range<usize>,
-    stretch: &rounded::Stretch,
+    stretch: &mut rounded::Stretch,
     number: usize,
     inputs: &Inputs,
 ) {
@@ -400,7 +402,7 @@ fn add_rounded(
     scaled.clear();
     scaled.extend(q[values.clone()].iter().map(|q| q * inputs.dims.scale_in_log2()));
     let sides = [&q[values.clone()], scaled, &d_o[values.clone()]];
-    rounded::add_rows([&mut dq[values], dk, dv], sides, [p, ds], stretch, rounded, kd, make);
+    rounded::add_rows(&mut dq[values], sides, [p, ds], stretch, rounded, kd, make);
 }
 
 dispatch! {

@@ -5,12 +5,13 @@
 
 use super::{Dims, Keys, Span, rounded};
 use crate::matrix::Compute;
+use crate::pairs::Parts;
 use crate::panel::{self, WIDTH};
 use rayon::prelude::*;
 use std::ops::Range;
 
 /// Rows (query × head of the group) of a block.
-const ROWS: usize = 128;
+const ROWS: usize = 256;
 /// Rows up to which values are not worth copying.
 const FEW_ROWS: usize = 32;
 /// Numbers below which laying keys out takes less time than waking other threads.
@@ -140,6 +141,7 @@ pub(super) struct Prepared {
     /// Keys and values of each run for each head of keys, `[runs, Hkv]`.
     heads: Vec<Run>,
     kv_heads: usize,
+    pub(super) parts: Option<Parts>,
 }
 
 /// A run of keys for one head.
@@ -148,7 +150,7 @@ pub(super) struct Run {
     pub(super) keys: Vec<f32>,
     /// Panels `[K / WIDTH, keys, WIDTH]`; empty where so few rows read them that copying costs more than reading them where they are.
     pub(super) values: Vec<f32>,
-    /// Both in pairs, in place of the others, where products are computed in bf16.
+    /// Both in words, in place of the others, where products are of bf16 numbers.
     pub(super) rounded: Option<rounded::Run>,
 }
 
@@ -156,10 +158,11 @@ impl Prepared {
     pub(super) fn new(k: Keys, v: &[f32], spans: &[Span], dims: Dims, compute: Compute) -> Self {
         // Each run that some span reads: whether it is to be laid out, and whether many rows read it.
         let mut read: Vec<(&Range<usize>, bool, bool)> = Vec::with_capacity(2 * spans.len());
+        let parts = compute.parts();
         for span in spans {
             let rows = span.queries.len() * dims.group();
             let many = rows > FEW_ROWS;
-            let (shared, own) = if compute == Compute::Bf16 {
+            let (shared, own) = if parts.is_some_and(|parts| rounded::worth(parts, span.own.len())) {
                 (true, true)
             } else if matches!(k, Keys::Rows(_)) {
                 (true, rows > ROWS)
@@ -181,8 +184,8 @@ impl Prepared {
         distinct.retain(|(_, wanted, _)| *wanted);
         let of_head = |(run, _, many): &(&Range<usize>, bool, bool), head: usize| {
             let mut keys = Vec::new();
-            if let (Keys::Rows(k), Compute::Bf16) = (k, compute) {
-                let rounded = Some(rounded::Run::new(k, v, run, head, dims));
+            if let (Keys::Rows(k), Some(parts)) = (k, parts.filter(|parts| rounded::worth(*parts, run.len()))) {
+                let rounded = Some(rounded::Run::new(k, v, run, head, dims, parts));
                 return Run { keys, values: Vec::new(), rounded };
             }
             if let Keys::Rows(k) = k {
@@ -195,11 +198,12 @@ impl Prepared {
         let one = |i: usize| of_head(&distinct[i / dims.kv_heads], i % dims.kv_heads);
         let heads: Vec<Run> =
             if numbers < WORTH_THREADS { each.map(one).collect() } else { each.into_par_iter().map(one).collect() };
-        Self { runs: distinct.into_iter().map(|(run, ..)| run.clone()).collect(), heads, kv_heads: dims.kv_heads }
-    }
-
-    pub(super) fn in_bf16(&self) -> bool {
-        self.heads.first().is_some_and(|run| run.rounded.is_some())
+        Self {
+            runs: distinct.into_iter().map(|(run, ..)| run.clone()).collect(),
+            heads,
+            kv_heads: dims.kv_heads,
+            parts,
+        }
     }
 
     /// The run of keys as one head reads it, if it was prepared.

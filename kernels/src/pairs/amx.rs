@@ -4,7 +4,7 @@
 //! Their instructions are written out, because the compiler has none for them yet. What must stay true: tiles are released with the call that set
 //! them up, or with the [`Held`] around several, so that no thread leaves them in use.
 
-use super::{STEP, Sides, WIDTH};
+use super::{Parts, STEP, Sides, WIDTH};
 use std::arch::asm;
 use std::arch::x86_64::__cpuid_count;
 use std::cell::Cell;
@@ -15,6 +15,10 @@ use std::sync::OnceLock;
 const ROWS: usize = 16;
 /// Bytes of a row of a tile.
 const ROW: usize = 64;
+/// Steps whose words of a panel stay in the first cache while all rows meet them (24 KiB).
+const fn at_once(parts: Parts) -> usize {
+    12 / parts.count()
+}
 
 /// Whether the processor has tiles of bf16 and the system lets this process use them, which has to be asked for.
 pub(super) fn allowed() -> bool {
@@ -104,14 +108,22 @@ pub(super) unsafe fn multiply(out: &mut [f32], out_stride: usize, sides: Sides, 
         let until = if at_once == 2 * ROWS || at_once == ROWS { until - (until - r) % at_once } else { until };
         // SAFETY: tiles are allowed, and released below.
         unsafe { configure(at_once.min(ROWS)) };
+        let (all, most) = (sides.pairs / STEP, self::at_once(sides.parts));
+        // One stretch of several rows at a time; also where there are no pairs, and the result is what it starts from.
+        let stretch = if until - r > at_once { most } else { all }.max(1);
         for (p, c) in (0..cols).step_by(WIDTH).enumerate() {
             let panel = &sides.panels[p * sides.panel..];
             let cols = WIDTH.min(cols - c);
-            for r in (r..until).step_by(at_once) {
-                let left = &sides.left[r * sides.left_stride..];
-                let out = &mut out[r * out_stride + c..];
-                // SAFETY: behind their starts, left has `at_once` rows of pairs, panel its words, and out as many rows of `cols` numbers.
-                unsafe { block(out, out_stride, left, panel, sides, at_once, cols, onto) };
+            for first in (0..all.max(1)).step_by(stretch) {
+                let words = first * STEP * sides.parts.count();
+                let panel = &panel[words * WIDTH..];
+                let sides = Sides { pairs: stretch.min(all - first) * STEP, ..sides };
+                for r in (r..until).step_by(at_once) {
+                    let left = &sides.left[r * sides.left_stride + words..];
+                    let out = &mut out[r * out_stride + c..];
+                    // SAFETY: behind their starts, left has `at_once` rows of words, panel its words, and out as many rows of `cols` numbers.
+                    unsafe { block(out, out_stride, left, panel, sides, at_once, cols, onto || first > 0) };
+                }
             }
         }
         r = until;
@@ -180,7 +192,35 @@ unsafe fn tiles(out: *mut f32, stride: usize, left: &[u32], panel: &[u32], sides
                 out = in(reg) lower, stride = in(reg) stride, options(nostack, readonly)
             );
         }
-        if steps > 0 && two {
+        match sides.parts {
+            _ if steps == 0 => {}
+            Parts::One => of_one(left, left_stride, panel, steps, two),
+            Parts::Three => of_three(left, left_stride, panel, steps, two),
+        }
+        asm!(
+            "tilestored [{out} + {stride}], tmm0",
+            "tilestored [{out} + {stride} + 64], tmm1",
+            out = in(reg) out, stride = in(reg) stride, options(nostack)
+        );
+        if two {
+            asm!(
+                "tilestored [{out} + {stride}], tmm2",
+                "tilestored [{out} + {stride} + 64], tmm3",
+                out = in(reg) lower, stride = in(reg) stride, options(nostack)
+            );
+        }
+    }
+}
+
+/// Onto the result's tiles.
+///
+/// # Safety
+/// As [`tiles`]; there are steps.
+#[inline]
+unsafe fn of_one(left: &[u32], left_stride: usize, panel: &[u32], steps: usize, two: bool) {
+    // SAFETY: the caller's.
+    unsafe {
+        if two {
             asm!(
                 "2:",
                 "tileloadd tmm4, [{upper} + {left}]",
@@ -204,7 +244,7 @@ unsafe fn tiles(out: *mut f32, stride: usize, left: &[u32], panel: &[u32], sides
                 steps = inout(reg) steps => _,
                 options(nostack, readonly)
             );
-        } else if steps > 0 {
+        } else {
             asm!(
                 "2:",
                 "tileloadd tmm4, [{upper} + {left}]",
@@ -224,16 +264,106 @@ unsafe fn tiles(out: *mut f32, stride: usize, left: &[u32], panel: &[u32], sides
                 options(nostack, readonly)
             );
         }
-        asm!(
-            "tilestored [{out} + {stride}], tmm0",
-            "tilestored [{out} + {stride} + 64], tmm1",
-            out = in(reg) out, stride = in(reg) stride, options(nostack)
-        );
+    }
+}
+
+/// The same of numbers in three parts, for each step: third, second and first of the left by the first of the panel, first by third, first and second by
+/// second. So few tiles are loaded that the products wait for themselves alone.
+///
+/// # Safety
+/// As [`of_one`].
+#[inline]
+unsafe fn of_three(left: &[u32], left_stride: usize, panel: &[u32], steps: usize, two: bool) {
+    // SAFETY: the caller's.
+    unsafe {
         if two {
             asm!(
-                "tilestored [{out} + {stride}], tmm2",
-                "tilestored [{out} + {stride} + 64], tmm3",
-                out = in(reg) lower, stride = in(reg) stride, options(nostack)
+                "2:",
+                "tileloadd tmm6, [{panel} + {row}]",
+                "tileloadd tmm4, [{upper} + {left} + 128]",
+                "tileloadd tmm7, [{panel} + {row} + 64]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tileloadd tmm5, [{lower} + {left} + 128]",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tileloadd tmm4, [{upper} + {left} + 64]",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tileloadd tmm5, [{lower} + {left} + 64]",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tileloadd tmm4, [{upper} + {left}]",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tileloadd tmm5, [{lower} + {left}]",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                "tileloadd tmm6, [{panel} + {row} + 4096]",
+                "tileloadd tmm7, [{panel} + {row} + 4160]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                "tileloadd tmm6, [{panel} + {row} + 2048]",
+                "tileloadd tmm7, [{panel} + {row} + 2112]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tileloadd tmm4, [{upper} + {left} + 64]",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                "tileloadd tmm5, [{lower} + {left} + 64]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                "add {upper}, 192",
+                "add {lower}, 192",
+                "add {panel}, 6144",
+                "dec {steps}",
+                "jnz 2b",
+                upper = inout(reg) left.as_ptr() => _,
+                lower = inout(reg) left.as_ptr().byte_add(ROWS * left_stride) => _,
+                left = in(reg) left_stride,
+                panel = inout(reg) panel.as_ptr() => _,
+                row = in(reg) 4 * WIDTH,
+                steps = inout(reg) steps => _,
+                options(nostack, readonly)
+            );
+        } else {
+            asm!(
+                "2:",
+                "tileloadd tmm4, [{upper} + {left} + 128]",
+                "tileloadd tmm6, [{panel} + {row}]",
+                "tileloadd tmm7, [{panel} + {row} + 64]",
+                "tileloadd tmm5, [{upper} + {left} + 64]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tileloadd tmm2, [{upper} + {left}]",
+                "tdpbf16ps tmm0, tmm5, tmm6",
+                "tdpbf16ps tmm1, tmm5, tmm7",
+                "tdpbf16ps tmm0, tmm2, tmm6",
+                "tdpbf16ps tmm1, tmm2, tmm7",
+                "tileloadd tmm6, [{panel} + {row} + 4096]",
+                "tileloadd tmm7, [{panel} + {row} + 4160]",
+                "tdpbf16ps tmm0, tmm2, tmm6",
+                "tdpbf16ps tmm1, tmm2, tmm7",
+                "tileloadd tmm6, [{panel} + {row} + 2048]",
+                "tileloadd tmm7, [{panel} + {row} + 2112]",
+                "tdpbf16ps tmm0, tmm2, tmm6",
+                "tdpbf16ps tmm1, tmm2, tmm7",
+                "tdpbf16ps tmm0, tmm5, tmm6",
+                "tdpbf16ps tmm1, tmm5, tmm7",
+                "add {upper}, 192",
+                "add {panel}, 6144",
+                "dec {steps}",
+                "jnz 2b",
+                upper = inout(reg) left.as_ptr() => _,
+                left = in(reg) left_stride,
+                panel = inout(reg) panel.as_ptr() => _,
+                row = in(reg) 4 * WIDTH,
+                steps = inout(reg) steps => _,
+                options(nostack, readonly)
             );
         }
     }

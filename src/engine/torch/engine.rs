@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use tch::{Cuda, Device, Kind, Tensor};
 
 use super::net::{Head, Net, to_vec};
@@ -74,6 +74,9 @@ impl Torch {
         let kind = match options.compute {
             Compute::F32 => Kind::Float,
             Compute::Bf16 => Kind::BFloat16,
+            Compute::Bf16x6 => bail!(BadConfig(
+                "model.compute = \"bf16x6\" is a way of the embedded engine; LibTorch computes in f32 or bf16".into()
+            )),
         };
         let net = guarded("putting the model on the device", || {
             Ok(Net::new(&model, device, kind, training.is_some().then_some(trainable)))
@@ -450,7 +453,7 @@ impl Sampler for Torch {
     fn about(&self) -> Option<String> {
         let millions = self.net.layout.len as f64 / 1e6;
         let kind = match self.options.compute {
-            Compute::F32 => "f32",
+            Compute::F32 | Compute::Bf16x6 => "f32",
             Compute::Bf16 => "bf16",
         };
         let place = match self.net.device {
