@@ -52,7 +52,7 @@ pub struct Options {
     /// Where the weights are held while the model speaks
     #[arg(long, value_enum, default_value = "auto")]
     weights: Hold,
-    /// What products with the weights are computed in; bf16x6 and bf16 are faster on processors with tiles, which foveate doctor shows
+    /// What products with the weights are computed in; bf16 is faster on processors with tiles, which foveate doctor shows, and bf16x6 with large pictures
     #[arg(long, value_enum, default_value = "f32")]
     compute: ComputeName,
     /// Wording: mgpo, short, of several pictures mirg, mirg_direct, mirg_short, or a template file [default: mgpo, mirg]

@@ -2,7 +2,7 @@
 //!
 //! One kernel serves vision windows, causal text, decoding against a cache and members of a group that share a
 //! prompt. Hides the tiling. The order fixed for one query and head, with its visible keys numbered 0.. over `shared` then
-//! `own`: keys are taken in blocks of 384 by number (192 where they are in three parts), with the running largest score and sums of Milakov & Gimelshein 2018
+//! `own`: keys are taken in blocks of 384 by number (192 where the call asks for three parts), with the running largest score and sums of Milakov & Gimelshein 2018
 //! (arXiv:1805.02867); each score is a run of multiply-adds over K; the exponentials are summed in 16 interleaved sums by key
 //! number; P·V is a run of multiply-adds over the keys in order. Keys after the last visible one add exact zeros. So the bits
 //! depend neither on the other queries, nor on where the keys lie, nor on the threads. Short spans with the same shared keys
@@ -126,7 +126,7 @@ pub fn store_keys(panels: &mut [f32], first: usize, k: &[f32], dims: Dims) {
 
 /// Writes o and lse (log-sum-exp of the scaled scores, for the backward) of every query in a span; other rows stay. Spans come in
 /// the order of their queries. In bf16, which is for rows of keys and for spans that share nothing and hide nothing, all products are of rounded
-/// numbers, or of numbers in three parts.
+/// numbers, or, where a span has enough keys, of numbers in three parts.
 ///
 /// # Shapes
 /// o, q `[Tq, H, K]`; lse `[Tq, H]`; v and the keys `[Tk, Hkv, K]`.
@@ -274,7 +274,8 @@ fn attend_body<const LEVEL: u8>(
         // Blocks of keys that all members share are met by all rows at once, the rest by each member's rows.
         let shared = piece(&block.spans[0].shared, 0);
         let common = if block.spans.len() > 1 { shared.keys / cut.keys * cut.keys } else { 0 };
-        let q_pairs = parts.map(|parts| rounded::Rows::of(q_pairs, my_q, kd, rows, kd, parts));
+        let in_words = prepared.run(&block.spans[0].own, head).is_some_and(|run| run.rounded.is_some());
+        let q_pairs = parts.filter(|_| in_words).map(|parts| rounded::Rows::of(q_pairs, my_q, kd, rows, kd, parts));
         let mut state = State { q: my_q, q_pairs, weights, visible, o: my_o, largest, sums, scores, cut, kd };
         for keys in (0..common).step_by(cut.keys) {
             state.meet::<LEVEL>(0..rows, keys, &[shared]);

@@ -31,7 +31,8 @@ pub enum Numbers<'a> {
 pub enum Compute {
     #[default]
     F32,
-    /// f32, each number written as the sum of three in bf16 and six products taken of two of them: as accurate as [`Compute::F32`], with other bits.
+    /// f32, each number written as the sum of three in bf16 and six products taken of two of them: as accurate as [`Compute::F32`] for numbers
+    /// from 2^-110 to 3.38e38 (infinities become no numbers), with other bits, which are the same on all processors with tiles.
     Bf16x6,
     /// Rounded to bf16 before they meet.
     Bf16,

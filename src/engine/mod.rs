@@ -89,6 +89,9 @@ impl Options {
         }
         match self {
             Options::Embedded {} => return Ok(()),
+            Options::Torch(_) if model.compute == Compute::Bf16x6 => bail!(BadConfig(
+                "model.compute = \"bf16x6\" is a way of the embedded engine; LibTorch computes in f32 or bf16".into()
+            )),
             Options::Torch(options) => return options.validate(),
             Options::Openai(options) => return options.validate(),
             Options::Vllm(options) => return options.validate(),

@@ -20,8 +20,8 @@ pub struct ModelOptions {
     /// Where the weights are held while nothing is trained: `auto` (in their files where they are bf16), `memory` (as f32), `mapped`.
     pub weights: Hold,
     /// How products with the weights are computed: `f32`; `bf16x6` (each number as the sum of three in bf16: f32's accuracy, other bits); or `bf16` (both
-    /// sides rounded, sums in f32; the weights that are trained stay f32). The second is a fifth faster than the first on processors with tiles (Intel
-    /// AMX), the third several times, and nowhere else.
+    /// sides rounded, sums in f32; the weights that are trained stay f32). Training is a fifth faster with the second on processors with tiles (Intel
+    /// AMX), several times with the third, and nowhere else; with the second a run repeats bit for bit only on the same kind of processor.
     #[serde(with = "ComputeName", skip_serializing_if = "in_f32")]
     pub compute: Compute,
     /// Parts that are not trained: any of `vision`, `merger`, `embeddings`, `text`.

@@ -3,8 +3,8 @@
 //! The work is cut by keys. A [`Unit`] is a stretch of keys for one head; it meets, in the order of the spans, every block of
 //! queries that sees it, and writes what it adds to dk, dv and dq into a place of its own; the places are added up afterwards, in
 //! the order of the units. A tile is 32 keys by so many rows that everything about them stays in the first cache; its scores
-//! are held row by row, and the products for dk and dv read them by columns. The order of summation depends on the spans and on
-//! the constants here, never on the threads.
+//! are held row by row, and the products for dk and dv read them by columns (`rounded.rs` turns these products round). The order
+//! of summation depends on the spans and on the constants here, never on the threads.
 
 use super::task::{Task, tasks, transposed};
 use super::{Dims, Span, WORTH_THREADS, check, rounded};

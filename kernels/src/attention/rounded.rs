@@ -1,8 +1,8 @@
 //! Attention whose products are of bf16 numbers (`pairs`): queries, keys, values, probabilities and their derivatives are rounded, or written in three
 //! parts; sums and the softmax are f32.
 //!
-//! For runs that are read as a whole, by queries that see all of it: the windows and pictures of a vision tower. Hides how their rows lie in pairs, along a
-//! head's numbers for scores and along keys (or queries) where these are summed over.
+//! For runs that are read as a whole, by queries that see all of it: the windows and pictures of a vision tower; in three parts only where they are
+//! long enough ([`worth`]). Hides how their rows lie in pairs, along a head's numbers for scores and along keys (or queries) where these are summed over.
 
 use super::{Dims, Span};
 use crate::matrix::Matrix;

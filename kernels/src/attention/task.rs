@@ -11,7 +11,7 @@ use rayon::prelude::*;
 use std::ops::Range;
 
 /// Rows (query × head of the group) of a block.
-const ROWS: usize = 256;
+const ROWS: usize = 128;
 /// Rows up to which values are not worth copying.
 const FEW_ROWS: usize = 32;
 /// Numbers below which laying keys out takes less time than waking other threads.

@@ -11,7 +11,7 @@ use std::cell::Cell;
 const PAIRED_RUN: usize = 512;
 /// Inputs whose words of many rows stay in the second cache (1 MiB).
 const INPUTS: usize = 768;
-/// Bytes of words of x that stand at a time.
+/// Bytes of words of x that stand at a time, unless a single run has more.
 const AT_ONCE: usize = 8 << 20;
 /// Inputs that a panel is written in three parts for at a time: these stay in the first cache (24 KiB).
 const SPLIT: usize = 128;
@@ -166,7 +166,7 @@ pub(super) fn add_rounded(mut maps: Vec<Outer>, x: &[f32], t: usize, m: usize, t
     // Each thread makes some rows of the gradients, from all tokens in order: which rows changes no bit.
     let outputs: usize = maps.iter().map(|map| map.dw.len() / m).sum();
     let shares = if threads { outputs.div_ceil(STRIPE).next_multiple_of(rayon::current_num_threads()) } else { 1 };
-    let stripe = outputs.div_ceil(shares).next_multiple_of(WIDTH).min(STRIPE);
+    let stripe = outputs.div_ceil(shares).next_multiple_of(WIDTH).clamp(WIDTH, STRIPE);
     let columns = m.div_ceil(WIDTH);
     let place = WIDTH * parts.words(PAIRED_RUN.min(t));
     let runs = (AT_ONCE / (columns * place * size_of::<u32>())).clamp(1, t.div_ceil(PAIRED_RUN));

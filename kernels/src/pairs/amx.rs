@@ -80,7 +80,8 @@ fn release() {
     }
 }
 
-/// Tiles 0 to 3 are the result, 4 and 5 rows of the left side, 6 and 7 the panel. `rows`: of a tile of the result and of the left side.
+/// Tiles 0 to 3 are the result, 4 and 5 rows of the left side (2, too, where the result has one row of tiles), 6 and 7 the panel. `rows`: of a tile of the
+/// result and of the left side.
 ///
 /// # Safety
 /// [`allowed`]; [`release`] follows on the same thread.
