@@ -41,18 +41,18 @@ fn kept_panel() -> Vec<u32> {
     panel
 }
 
-impl Drop for Rounded {
-    fn drop(&mut self) {
-        KEPT.set(std::mem::take(&mut self.rows));
-    }
-}
-
 /// Rows of the left side in words.
 pub(super) struct Rounded {
     rows: Vec<u32>,
     stride: usize,
     pairs: usize,
     parts: Parts,
+}
+
+impl Drop for Rounded {
+    fn drop(&mut self) {
+        KEPT.set(std::mem::take(&mut self.rows));
+    }
 }
 
 impl Rounded {
