@@ -1,5 +1,6 @@
 """A picture's way to the patches of a crop in Python: Pillow decodes, cuts and converts, the processor of transformers resizes and
-cuts into patches. One thread. `foveate bench image FILE --threads 1` does the same work.
+cuts into patches. One thread. `foveate bench image FILE --threads 1` does the same work: show_crop_from_file_ms + patches_ms for
+file_to_patches, show_crop_ms + patches_ms for crop_to_patches.
 
   python peer_image.py PICTURE [--max-pixels N] [--min-pixels N]
 """

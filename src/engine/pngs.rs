@@ -12,7 +12,7 @@ use anyhow::{Result, ensure};
 use super::Frontend;
 use crate::episode::Placed;
 use crate::geometry::smart_resize;
-use crate::image::{encode_png, show};
+use crate::image::encode_png;
 
 /// PNG bytes kept, of views that several sequences show: the first look of a group, and everything from sampling to the update.
 const PNG_BYTES: usize = 512 << 20;
@@ -63,8 +63,7 @@ impl Pngs {
             budget.max_pixels,
             placed.path.display()
         );
-        let picture = self.frontend.pictures.get(&placed.path)?;
-        let png = Arc::new(encode_png(&show(&picture, &placed.view)?)?);
+        let png = Arc::new(encode_png(&self.frontend.pictures.show(&placed.path, &placed.view)?)?);
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         if kept.bytes + png.len() > PNG_BYTES {
             *kept = Kept::default();

@@ -1,14 +1,14 @@
 //! The times of the picture path on one file, for `foveate bench image`.
 
-use super::{Processor, decode, patches, show};
+use super::{Processor, decode, patches, show, show_from_file};
 use crate::geometry::{BBox, Budget, View};
 use anyhow::Result;
 use serde_json::{Value, json};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// Medians in milliseconds of decoding the file, showing the whole at the budget, showing a crop of its middle (half of each side), and
-/// cutting the patches of the first. Each is repeated for about half a second, at least three times.
+/// Medians in milliseconds of decoding the file, showing the whole at the budget, showing a crop of its middle (half of each side) from the
+/// decoded picture and from the file, and cutting the patches of the first. Each is repeated for about half a second, at least three times.
 ///
 /// # Errors
 /// A file or budget that cannot be used.
@@ -25,9 +25,10 @@ pub fn bench_image(path: &Path, budget: Budget) -> Result<Value> {
         median(|| decode(path).map(drop))?,
         median(|| show(&picture, &whole).map(drop))?,
         median(|| show(&picture, &crop).map(drop))?,
+        median(|| show_from_file(path, &crop).map(drop))?,
         median(|| patches(&shown, &processor).map(drop))?,
     ];
-    let [decode_ms, whole_ms, crop_ms, patches_ms] = times;
+    let [decode_ms, whole_ms, crop_ms, crop_from_file_ms, patches_ms] = times;
     Ok(json!({
         "path": path.display().to_string(),
         "threads": rayon::current_num_threads(),
@@ -40,6 +41,7 @@ pub fn bench_image(path: &Path, budget: Budget) -> Result<Value> {
         "decode_ms": decode_ms,
         "show_whole_ms": whole_ms,
         "show_crop_ms": crop_ms,
+        "show_crop_from_file_ms": crop_from_file_ms,
         "patches_ms": patches_ms,
     }))
 }

@@ -1,12 +1,13 @@
 //! Decoded pictures kept by path, so that a picture asked for by every member of a group is decoded once.
 //!
-//! It hides who decodes and what is thrown out. What must stay true: at most the given number of bytes is kept; several threads that
-//! ask for one picture at once cause one decoding; and a file that failed is tried again next time.
+//! It hides who decodes, how much of a picture, and what is thrown out. What must stay true: at most the given number of bytes is kept; several
+//! threads that ask for one picture at once cause one decoding; a view has the same pixels whether its picture was kept or not; and a file that
+//! failed is tried again next time.
 
-use super::{Picture, decode};
-use crate::geometry::Size;
+use super::{Picture, RgbImage, decode, show, show_from_file};
+use crate::geometry::{Size, View};
 use anyhow::Result;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -21,6 +22,8 @@ pub struct PictureCache {
 #[derive(Default)]
 struct Inner {
     slots: HashMap<PathBuf, Slot>,
+    /// Of those not kept, the ones of which one crop was cut from the file.
+    cut: HashSet<PathBuf>,
     clock: u64,
     bytes: u64,
     stats: CacheStats,
@@ -41,6 +44,8 @@ pub struct CacheStats {
     pub misses: u64,
     /// Pictures thrown out to keep within the limit.
     pub evicted: u64,
+    /// Crops cut straight from the file of a picture that was no longer kept.
+    pub cut: u64,
     pub pictures: usize,
     pub bytes: u64,
 }
@@ -85,6 +90,7 @@ impl PictureCache {
             }
         };
         *held = Some(Arc::clone(&picture));
+        lock(&self.sizes).insert(path.to_owned(), picture.size());
         inner.keep(path, &slot, picture.rgb().len() as u64, self.limit);
         Ok(picture)
     }
@@ -97,9 +103,35 @@ impl PictureCache {
         if let Some(size) = lock(&self.sizes).get(path) {
             return Ok(*size);
         }
-        let size = self.get(path)?.size();
-        lock(&self.sizes).insert(path.to_owned(), size);
-        Ok(size)
+        Ok(self.get(path)?.size())
+    }
+
+    /// What the model is shown of a picture, as [`show`]. A crop of a picture that was thrown out (a batch of large ones outgrows any limit between
+    /// the turn that shows them whole and the one that looks closer) is cut from its file, without the rest of it; the second one decodes
+    /// the whole again, for where two members of a group look others will.
+    ///
+    /// # Errors
+    /// Those of [`decode`] and [`show`]; not remembered.
+    pub fn show(&self, path: &Path, view: &View) -> Result<RgbImage> {
+        if self.is_for_file(path, view) { show_from_file(path, view) } else { show(&*self.get(path)?, view) }
+    }
+
+    fn is_for_file(&self, path: &Path, view: &View) -> bool {
+        let Some(size) = lock(&self.sizes).get(path).copied() else {
+            return false;
+        };
+        let mut inner = lock(&self.inner);
+        // Of more than half a picture, the whole costs little more.
+        if inner.slots.contains_key(path) || view.region.area() > 0.5 * size.area() as f64 {
+            return false;
+        }
+        let never_kept = 3 * size.area() > self.limit;
+        if !never_kept && inner.cut.remove(path) {
+            return false;
+        }
+        inner.cut.insert(path.to_owned());
+        inner.stats.cut += 1;
+        true
     }
 
     pub fn stats(&self) -> CacheStats {
@@ -153,8 +185,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{RgbImage, save};
+    use super::super::save;
     use super::*;
+    use crate::geometry::BBox;
 
     /// `n` pictures of 10 x 10 pixels, 300 bytes each.
     fn pictures(dir: &Path, n: usize) -> Vec<PathBuf> {
@@ -176,7 +209,7 @@ mod tests {
         cache.get(&p[1]).unwrap();
         assert!(Arc::ptr_eq(&first, &cache.get(&p[0]).unwrap()));
         cache.get(&p[2]).unwrap(); // 900 bytes: picture 1 was used longest ago
-        assert_eq!(cache.stats(), CacheStats { hits: 1, misses: 3, evicted: 1, pictures: 2, bytes: 600 });
+        assert_eq!(cache.stats(), CacheStats { hits: 1, misses: 3, evicted: 1, cut: 0, pictures: 2, bytes: 600 });
         assert!(Arc::ptr_eq(&first, &cache.get(&p[0]).unwrap()));
         cache.get(&p[1]).unwrap();
         assert_eq!(cache.stats().misses, 4);
@@ -195,6 +228,43 @@ mod tests {
         save(&RgbImage::new(2, 2), &late).unwrap();
         assert!(cache.get(&late).is_ok());
         assert_eq!(cache.stats().bytes, 12);
+    }
+
+    #[test]
+    fn one_crop_of_a_picture_that_was_thrown_out_comes_from_its_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let ramp = |at: u8| RgbImage::from_fn(64, 48, |x, y| ::image::Rgb([x as u8 * 4, y as u8 * 5, at]));
+        let p: Vec<PathBuf> = (0..2)
+            .map(|i| {
+                let path = dir.path().join(format!("{i}.jpg"));
+                std::fs::write(&path, super::super::encode_jpeg(&ramp(i * 200), 90).unwrap()).unwrap();
+                path
+            })
+            .collect();
+        let view = |x2: f64| View { image: 0, region: BBox::new(5.0, 7.0, x2, 41.0), size: Size::new(28, 28) };
+        let wanted = show(&decode(&p[0]).unwrap(), &view(37.0)).unwrap();
+        let bytes = 3 * 64 * 48;
+
+        let cache = PictureCache::new(bytes);
+        let shown = |x2| cache.show(&p[0], &view(x2)).unwrap();
+        assert!(shown(37.0) == wanted); // never seen: decoded and kept
+        assert!(shown(37.0) == wanted);
+        assert_eq!((cache.stats().misses, cache.stats().hits, cache.stats().cut), (1, 1, 0));
+        cache.get(&p[1]).unwrap(); // throws the first out
+        assert!(shown(37.0) == wanted);
+        assert_eq!((cache.stats().misses, cache.stats().cut), (2, 1));
+        assert!(shown(37.0) == wanted); // the second crop: whole, and kept again
+        assert_eq!((cache.stats().misses, cache.stats().cut), (3, 1));
+        cache.get(&p[1]).unwrap();
+        shown(64.0); // most of the picture: whole
+        assert_eq!((cache.stats().misses, cache.stats().cut), (5, 1));
+
+        let cache = PictureCache::new(bytes - 1); // never kept, so every crop comes from the file
+        cache.get(&p[0]).unwrap();
+        for n in 1..4 {
+            assert!(cache.show(&p[0], &view(37.0)).unwrap() == wanted);
+            assert_eq!((cache.stats().misses, cache.stats().cut), (1, n));
+        }
     }
 
     #[test]

@@ -14,6 +14,7 @@
 use crate::geometry::{BBox, Size};
 use crate::table::{Cell, picture_bytes};
 use ::image::error::{ImageError, LimitErrorKind};
+use ::image::metadata::Orientation;
 use ::image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits, RgbImage};
 use anyhow::{Context, Result, bail, ensure};
 use libjpeg_turbo_rs::{DecodeLimits, Decoder as JpegDecoder, JpegError, PixelFormat};
@@ -56,10 +57,7 @@ impl Picture {
     /// The pixels of a box, rounded outward and clamped, at their own size; `None` when nothing is inside.
     pub fn cut(&self, region: &BBox) -> Option<RgbImage> {
         let r = region.round_outward().clamp(&self.size().bounds());
-        (r.area() > 0.0).then(|| {
-            let (x, y, w, h) = (r.x1 as u32, r.y1 as u32, r.width() as u32, r.height() as u32);
-            ::image::imageops::crop_imm(&self.rgb, x, y, w, h).to_image()
-        })
+        (r.area() > 0.0).then(|| Rect::of(&r).cut(&self.rgb))
     }
 }
 
@@ -74,8 +72,21 @@ impl std::fmt::Debug for Picture {
 /// # Errors
 /// One message with what was found, what to do, and the path.
 pub fn decode(path: &Path) -> Result<Picture> {
+    decode_bytes(&read(path)?, &path.display().to_string())
+}
+
+/// The pixels of a region of whole pixels, without keeping the whole picture: of a JPEG, only what lies around it is turned into pixels.
+///
+/// # Errors
+/// As [`decode`], except that damage elsewhere in the file may go unseen; and a region that is not inside the picture.
+pub fn decode_region(path: &Path, region: &BBox) -> Result<RgbImage> {
+    Ok(decode_part(&read(path)?, &path.display().to_string(), Some(region))?.rgb)
+}
+
+/// The bytes of a picture's file or cell.
+fn read(path: &Path) -> Result<Vec<u8>> {
     if in_table(path) {
-        return decode_bytes(&picture_bytes(path)?, &path.display().to_string());
+        return picture_bytes(path);
     }
     let found =
         fs::metadata(path).with_context(|| format!("opening a picture: is the path right? {}", path.display()))?;
@@ -90,8 +101,7 @@ pub fn decode(path: &Path) -> Result<Picture> {
         found.len(),
         path.display()
     );
-    let bytes = fs::read(path).with_context(|| format!("reading a picture: {}", path.display()))?;
-    decode_bytes(&bytes, &path.display().to_string())
+    fs::read(path).with_context(|| format!("reading a picture: {}", path.display()))
 }
 
 /// A plain file of that name goes before a cell.
@@ -117,11 +127,7 @@ pub fn size(path: &Path) -> Result<Size> {
 fn size_of(reader: ImageReader<impl BufRead + Seek>) -> Result<Size> {
     let mut decoder = reader.with_guessed_format()?.into_decoder()?;
     let (width, height) = decoder.dimensions();
-    use ::image::metadata::Orientation::*;
-    Ok(match decoder.orientation()? {
-        Rotate90 | Rotate270 | Rotate90FlipH | Rotate270FlipH => Size::new(height, width),
-        NoTransforms | Rotate180 | FlipHorizontal | FlipVertical => Size::new(width, height),
-    })
+    Ok(upright(Size { width, height }, decoder.orientation()?))
 }
 
 /// A picture from memory; `name` is what errors call it.
@@ -129,6 +135,11 @@ fn size_of(reader: ImageReader<impl BufRead + Seek>) -> Result<Size> {
 /// # Errors
 /// As [`decode`].
 pub fn decode_bytes(bytes: &[u8], name: &str) -> Result<Picture> {
+    decode_part(bytes, name, None)
+}
+
+/// The whole picture or a region of it, in upright pixels.
+fn decode_part(bytes: &[u8], name: &str, region: Option<&BBox>) -> Result<Picture> {
     ensure!(
         !bytes.is_empty(),
         "decoding a picture: the file is empty (0 bytes), expected a PNG, JPEG or WebP; fetch it again: {name}"
@@ -182,34 +193,131 @@ pub fn decode_bytes(bytes: &[u8], name: &str) -> Result<Picture> {
         "decoding a picture: its header says {width}x{height} pixels, expected at most {MAX_PIXELS} in all; shrink it: {name}"
     );
     let orientation = decoder.orientation().map_err(problem)?;
-    let pixels = || -> Result<DynamicImage> {
+    let stored = Size { width, height };
+    if let Some(region) = region {
+        let size = upright(stored, orientation);
+        let whole = <[f64; 4]>::from(*region).iter().all(|v| v.fract() == 0.0);
+        ensure!(
+            whole && region.area() > 0.0 && size.bounds().contains(region),
+            "decoding a picture: asked for its region {region}, which is not whole pixels inside it, for it is {size}; did the file change? {name}"
+        );
+    }
+    let pixels = || -> Result<(DynamicImage, bool)> {
+        let part = region.map(|region| Rect::of(region).as_stored(stored, orientation));
         let exact = match format {
-            ImageFormat::Jpeg => as_libjpeg_turbo(bytes).map_err(|e| damaged(&e))?,
+            ImageFormat::Jpeg => as_libjpeg_turbo(bytes, part).map_err(|e| damaged(&e))?,
             _ => None,
         };
         match exact {
-            Some(rgb) => Ok(DynamicImage::ImageRgb8(rgb)),
-            None => DynamicImage::from_decoder(decoder).map_err(problem),
+            Some(rgb) => Ok((DynamicImage::ImageRgb8(rgb), part.is_some())),
+            None => Ok((DynamicImage::from_decoder(decoder).map_err(problem)?, false)),
         }
     };
     // A file that a decoder did not expect costs one row, not the run.
-    let mut image =
+    let (mut image, is_part) =
         catch_unwind(AssertUnwindSafe(pixels)).unwrap_or_else(|_| Err(damaged(&"its decoder broke off")))?;
     image.apply_orientation(orientation);
-    Ok(Picture { rgb: to_rgb(image) })
+    let picture = Picture { rgb: to_rgb(image) };
+    match region {
+        Some(region) if !is_part => {
+            let Some(rgb) = picture.cut(region) else { unreachable!("the region is inside the picture") };
+            Ok(Picture { rgb })
+        }
+        _ => Ok(picture),
+    }
 }
 
-/// A JPEG in colour or grey, not yet upright; `None` for any other: in CMYK, without loss or of more than 8 bits.
-fn as_libjpeg_turbo(bytes: &[u8]) -> Result<Option<RgbImage>, JpegError> {
+/// The size of a picture of that stored size, as shown.
+fn upright(stored: Size, orientation: Orientation) -> Size {
+    use Orientation::*;
+    match orientation {
+        Rotate90 | Rotate270 | Rotate90FlipH | Rotate270FlipH => Size::new(stored.height, stored.width),
+        NoTransforms | Rotate180 | FlipHorizontal | FlipVertical => stored,
+    }
+}
+
+/// Some pixels of a picture: columns `x` and rows `y`, from and to.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Rect {
+    x: (usize, usize),
+    y: (usize, usize),
+}
+
+impl Rect {
+    /// A region of whole pixels.
+    fn of(region: &BBox) -> Rect {
+        Rect { x: (region.x1 as usize, region.x2 as usize), y: (region.y1 as usize, region.y2 as usize) }
+    }
+
+    /// Where these upright pixels lie in a file of this size that is to be turned so.
+    fn as_stored(self, stored: Size, orientation: Orientation) -> Rect {
+        let from_end = |(from, to): (usize, usize), end: u32| (end as usize - to, end as usize - from);
+        let Rect { x, y } = self;
+        let Size { width, height } = stored;
+        use Orientation::*;
+        let (x, y) = match orientation {
+            NoTransforms => (x, y),
+            FlipHorizontal => (from_end(x, width), y),
+            FlipVertical => (x, from_end(y, height)),
+            Rotate180 => (from_end(x, width), from_end(y, height)),
+            // Columns of the file are rows of what is shown.
+            Rotate90 => (y, from_end(x, height)),
+            Rotate270 => (from_end(y, width), x),
+            Rotate90FlipH => (y, x),
+            Rotate270FlipH => (from_end(y, width), from_end(x, height)),
+        };
+        Rect { x, y }
+    }
+
+    fn cut(self, rgb: &RgbImage) -> RgbImage {
+        let (stride, row) = (rgb.width() as usize * 3, self.x.0 * 3..self.x.1 * 3);
+        let mut cut = Vec::with_capacity(row.len() * (self.y.1 - self.y.0));
+        for line in rgb.as_raw().chunks_exact(stride).take(self.y.1).skip(self.y.0) {
+            cut.extend_from_slice(&line[row.clone()]);
+        }
+        let (width, height) = ((self.x.1 - self.x.0) as u32, (self.y.1 - self.y.0) as u32);
+        let Some(cut) = RgbImage::from_raw(width, height, cut) else { unreachable!("the rows lie inside the picture") };
+        cut
+    }
+}
+
+/// Pixels beside a region that are decoded with it: the widest unit of a JPEG, so that smoothing between coarse colours has the neighbours that
+/// it has in the whole picture.
+const AROUND: usize = 32;
+
+/// A JPEG in colour or grey or a part of it, not yet upright; `None` for any other: in CMYK, without loss or of more than 8 bits.
+fn as_libjpeg_turbo(bytes: &[u8], part: Option<Rect>) -> Result<Option<RgbImage>, JpegError> {
     let limits = DecodeLimits { max_pixels: MAX_PIXELS, max_memory: Some(MAX_PIXELS * 16), ..DecodeLimits::default() };
-    let mut decoder = JpegDecoder::new_with_limits(bytes, limits)?;
+    let shorter = part.and_then(|part| ending_below(bytes, part.y.1));
+    let mut decoder = JpegDecoder::new_with_limits(shorter.as_deref().unwrap_or(bytes), limits)?;
     let frame = decoder.header();
     if frame.is_lossless || frame.precision != 8 || !matches!(frame.components.len(), 1 | 3) {
         return Ok(None);
     }
+    let width = usize::from(frame.width);
     decoder.set_output_format(PixelFormat::Rgb);
+    let Some(Rect { x, y }) = part else {
+        let image = decoder.decode_image()?;
+        return Ok(RgbImage::from_raw(image.width as u32, image.height as u32, image.data));
+    };
+    let (left, right) = (x.0.saturating_sub(AROUND), (x.1 + AROUND).min(width));
+    decoder.set_crop_region(left, y.0, right - left, y.1 - y.0);
     let image = decoder.decode_image()?;
-    Ok(RgbImage::from_raw(image.width as u32, image.height as u32, image.data))
+    // The decoder moves the left edge further, to a whole unit.
+    let left = right.saturating_sub(image.width);
+    let wider = RgbImage::from_raw(image.width as u32, image.height as u32, image.data);
+    let inside = Rect { x: (x.0 - left, x.1 - left), y: (0, y.1 - y.0) };
+    Ok(wider.map(|wider| inside.cut(&wider)))
+}
+
+/// A JPEG that says it ends soon below row `y`: what comes after is then not decoded, and a decoder reads its file only that far.
+fn ending_below(bytes: &[u8], y: usize) -> Option<Vec<u8>> {
+    let at = markers(bytes).find(|(marker, _)| matches!(marker, 0xc0..=0xc2))?.1 + 4;
+    let mut shorter = bytes.to_vec();
+    let height = shorter.get_mut(at..at + 2)?;
+    let said = usize::from(u16::from_be_bytes([height[0], height[1]]));
+    height.copy_from_slice(&(said.min(y + AROUND) as u16).to_be_bytes());
+    Some(shorter)
 }
 
 /// A value of this opacity on white, with PIL's rounding (`alpha_composite` in 8 bits over an opaque background).
@@ -270,31 +378,35 @@ fn describe(bytes: &[u8]) -> String {
     what.to_owned()
 }
 
-/// Whether a JPEG's segments lead to its end marker. Bytes after that are common (phones append to files) and fine.
-fn jpeg_is_complete(bytes: &[u8]) -> bool {
+/// The markers of a JPEG and where they stand, but for those that carry no length (stuffing, restarts, its start), up to its end or to where the
+/// bytes do.
+fn markers(bytes: &[u8]) -> impl Iterator<Item = (u8, usize)> {
     let mut at = 2;
-    loop {
-        // To the next marker, over whatever lies between: coded data after a scan's header, stuffed FF 00 included.
-        let Some(found) = bytes.get(at..).and_then(|rest| rest.iter().position(|&b| b == 0xff)) else {
-            return false;
-        };
-        at += found + 1;
-        let Some(&marker) = bytes.get(at) else {
-            return false;
-        };
-        match marker {
-            0xff => continue,
-            0xd9 => return true,
-            // Stuffing, restart markers and start of image carry no length.
-            0x00 | 0x01 | 0xd0..=0xd8 => at += 1,
-            _ => {
-                let Some(&[high, low]) = bytes.get(at + 1..at + 3).and_then(|b| b.first_chunk::<2>()) else {
-                    return false;
-                };
-                at += 1 + usize::from(u16::from_be_bytes([high, low])).max(2);
+    std::iter::from_fn(move || {
+        loop {
+            // To the next marker, over whatever lies between: coded data after a scan's header, stuffed FF 00 included.
+            at += bytes.get(at..)?.iter().position(|&b| b == 0xff)? + 1;
+            let found = at;
+            match *bytes.get(at)? {
+                0xff => continue,
+                0x00 | 0x01 | 0xd0..=0xd8 => at += 1,
+                0xd9 => {
+                    at = bytes.len();
+                    return Some((0xd9, found));
+                }
+                marker => {
+                    let length = bytes.get(at + 1..at + 3)?.first_chunk::<2>()?;
+                    at += 1 + usize::from(u16::from_be_bytes(*length)).max(2);
+                    return Some((marker, found));
+                }
             }
         }
-    }
+    })
+}
+
+/// Whether a JPEG's segments lead to its end marker. Bytes after that are common (phones append to files) and fine.
+fn jpeg_is_complete(bytes: &[u8]) -> bool {
+    markers(bytes).any(|(marker, _)| marker == 0xd9)
 }
 
 #[cfg(test)]
@@ -365,7 +477,66 @@ mod tests {
                 damaged[end] ^= 0x5a;
                 // May be read (a damaged pixel) or refused, nothing else.
                 let _ = decode_bytes(&damaged, "the/file");
+                let _ = decode_part(&damaged, "the/file", Some(&BBox::new(3.0, 5.0, 20.0, 16.0)));
             }
+        }
+    }
+
+    /// TIFF with the one entry that tells how a picture is to be turned.
+    fn exif(orientation: u8) -> Vec<u8> {
+        let mut tiff = b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0".to_vec();
+        tiff.extend([orientation, 0, 0, 0, 0, 0, 0, 0]);
+        tiff
+    }
+
+    #[test]
+    fn a_region_from_a_file_has_the_pixels_of_the_whole() {
+        use libjpeg_turbo_rs::{Encoder, Subsampling::*};
+        use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("picture");
+        let mut draw = StdRng::seed_from_u64(3);
+        let mut regions_of = |bytes: &[u8], name: &str| {
+            fs::write(&path, bytes).unwrap();
+            let whole = decode(&path).unwrap();
+            let Size { width, height } = whole.size();
+            let mut side = |length: u32| {
+                let from = draw.random_range(0..length);
+                (f64::from(from), f64::from(draw.random_range(from + 1..=length)))
+            };
+            for _ in 0..12 {
+                let ((x1, x2), (y1, y2)) = (side(width), side(height));
+                let region = BBox::new(x1, y1, x2, y2);
+                let part = decode_region(&path, &region).unwrap();
+                assert!(part == whole.cut(&region).unwrap(), "{name}: {region} of {}", whole.size());
+            }
+            let all = decode_region(&path, &whole.size().bounds()).unwrap();
+            assert!(all == *whole.as_image(), "{name}");
+        };
+        // Steep colours, so that what smoothing takes from the neighbours shows.
+        let (width, height) = (211, 157);
+        let noise: Vec<u8> = (0..width * height * 3).map(|i| (i * i % 251) as u8).collect();
+        let jpeg = || Encoder::new(&noise, width, height, PixelFormat::Rgb).quality(92);
+        for sampling in [S444, S422, S420, S440, S411, S441, S410, S24] {
+            let plain = jpeg().subsampling(sampling);
+            regions_of(&plain.encode().unwrap(), &format!("{sampling:?}"));
+            regions_of(&plain.progressive(true).encode().unwrap(), &format!("{sampling:?}, progressive"));
+            let restarts = jpeg().subsampling(sampling).restart_blocks(5);
+            regions_of(&restarts.encode().unwrap(), &format!("{sampling:?}, restarts"));
+        }
+        regions_of(&jpeg().grayscale_from_color(true).encode().unwrap(), "grey");
+        for orientation in 1..=8 {
+            let exif = exif(orientation);
+            let turned = jpeg().subsampling(S420).exif_data(&exif).encode().unwrap();
+            assert_eq!(decode_bytes(&turned, "turned").unwrap().size().width == 157, orientation > 4);
+            regions_of(&turned, &format!("turned {orientation}"));
+        }
+        let rgb = RgbImage::from_raw(width as u32, height as u32, noise.clone()).unwrap();
+        regions_of(&bytes(rgb, ImageFormat::Png), "PNG");
+        for region in [BBox::new(0.0, 0.0, 212.0, 10.0), BBox::new(0.0, 0.5, 9.0, 10.0), BBox::new(4.0, 4.0, 4.0, 9.0)]
+        {
+            let error = decode_region(&path, &region).unwrap_err().to_string();
+            assert!(error.contains("211x157") && error.ends_with("picture"), "{error}");
         }
     }
 

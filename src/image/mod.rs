@@ -16,7 +16,7 @@ mod resize;
 
 pub use self::bench::bench_image;
 pub use self::cache::{CacheStats, PictureCache};
-pub use self::decode::{MAX_PIXELS, Picture, decode, decode_bytes, size};
+pub use self::decode::{MAX_PIXELS, Picture, decode, decode_bytes, decode_region, size};
 pub use self::draw::{Color, draw_box, encode_jpeg, encode_png, save};
 pub use self::fingerprint::{Fingerprint, Likeness};
 pub use self::patches::{Patches, Processor, cut, patches};
@@ -25,6 +25,7 @@ pub use ::image::RgbImage;
 
 use crate::geometry::{Size, View};
 use anyhow::{Result, ensure};
+use std::path::Path;
 
 /// What the model is shown: the view's region of the original, resized to the view's size (Pillow's bicubic, antialiased).
 ///
@@ -48,6 +49,19 @@ pub fn show(picture: &Picture, view: &View) -> Result<RgbImage> {
         height: r.height() as usize,
     };
     resized(region, view.size, PassOrder::default())
+}
+
+/// The same from the picture's file, of which only the view's region is decoded.
+///
+/// # Errors
+/// Those of [`decode`] and [`show`].
+fn show_from_file(path: &Path, view: &View) -> Result<RgbImage> {
+    let rgb = decode_region(path, &view.region)?;
+    resized(
+        resize::Region::whole(rgb.as_raw(), rgb.width() as usize, rgb.height() as usize),
+        view.size,
+        PassOrder::default(),
+    )
 }
 
 /// A whole picture at another size, as Pillow's `resize(size, BICUBIC)` of the version that `order` names.
@@ -76,7 +90,7 @@ mod tests {
     use super::*;
     use crate::geometry::{BBox, Budget};
     use std::fs;
-    use std::path::{Path, PathBuf};
+    use std::path::PathBuf;
 
     fn golden(folder: &str) -> PathBuf {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(folder)

@@ -208,10 +208,8 @@ pub fn patches(pictures: &PictureCache, processor: &Processor, views: &[Placed])
         mine
     });
     let work: Vec<(&Placed, &mut [f32])> = views.iter().zip(places).collect();
-    work.into_par_iter().try_for_each(|(placed, place)| {
-        let picture = pictures.get(&placed.path)?;
-        image::cut(place, &image::show(&picture, &placed.view)?, processor)
-    })?;
+    work.into_par_iter()
+        .try_for_each(|(placed, place)| image::cut(place, &pictures.show(&placed.path, &placed.view)?, processor))?;
     Ok((all, grids))
 }
 
