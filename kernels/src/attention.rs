@@ -7,10 +7,10 @@
 //! number; P·V is a run of multiply-adds over the keys in order. Keys after the last visible one add exact zeros. So the bits
 //! depend neither on the other queries, nor on where the keys lie, nor on the threads. Short spans with the same shared keys
 //! (members of a group that speak) meet these together, several rows at a time.
-//! The backward ([`backward`](self::backward())) is in a file of its own, and so are the products in bf16 that a vision tower may ask for (`rounded.rs`).
+//! The backward ([`backward`](self::backward())) is in a file of its own, and so are the products in bf16 that a vision tower may ask for (`paired.rs`).
 
 mod backward;
-mod rounded;
+mod paired;
 mod task;
 
 pub use self::backward::backward;
@@ -152,7 +152,7 @@ pub fn forward(
     assert_eq!(o.len(), q.len(), "attention: o has {} numbers, q has {}", o.len(), q.len());
     assert_eq!(lse.len() * dims.k, q.len(), "attention: lse has {} numbers for q's {}", lse.len(), q.len());
     if compute != Compute::F32 {
-        rounded::check(spans);
+        paired::check(spans);
         assert!(matches!(k, Keys::Rows(_)), "attention in bf16 is for rows of keys");
     }
     let prepared = Prepared::new(k, v, spans, dims, compute);
@@ -213,7 +213,7 @@ struct Piece<'a> {
     values: &'a [f32],
     stride: usize,
     next: usize,
-    rounded: Option<&'a rounded::Run>,
+    paired: Option<&'a paired::Run>,
 }
 
 dispatch! { fn attend(o: &mut [f32], lse: &mut [f32], q: &[f32], k: Keys, v: &[f32], prepared: &Prepared, block: &Block, scratch: &mut Scratch, dims: Dims) = attend_body }
@@ -268,14 +268,14 @@ fn attend_body<const LEVEL: u8>(
                 Keys::Panels(k) => (&k[(run.start * width_all + head * kd * WIDTH).min(k.len())..], width_all * WIDTH),
                 Keys::Rows(_) => (ready.map_or(&[][..], |r| &r.keys), kd * WIDTH),
             };
-            let rounded = ready.and_then(|ready| ready.rounded.as_ref());
-            Piece { first, keys: run.len(), panels, step, values, stride, next, rounded }
+            let paired = ready.and_then(|ready| ready.paired.as_ref());
+            Piece { first, keys: run.len(), panels, step, values, stride, next, paired }
         };
         // Blocks of keys that all members share are met by all rows at once, the rest by each member's rows.
         let shared = piece(&block.spans[0].shared, 0);
         let common = if block.spans.len() > 1 { shared.keys / cut.keys * cut.keys } else { 0 };
-        let in_words = prepared.run(&block.spans[0].own, head).is_some_and(|run| run.rounded.is_some());
-        let q_pairs = parts.filter(|_| in_words).map(|parts| rounded::Rows::of(q_pairs, my_q, kd, rows, kd, parts));
+        let in_words = prepared.run(&block.spans[0].own, head).is_some_and(|run| run.paired.is_some());
+        let q_pairs = parts.filter(|_| in_words).map(|parts| paired::Rows::of(q_pairs, my_q, kd, rows, kd, parts));
         let mut state = State { q: my_q, q_pairs, weights, visible, o: my_o, largest, sums, scores, cut, kd };
         for keys in (0..common).step_by(cut.keys) {
             state.meet::<LEVEL>(0..rows, keys, &[shared]);
@@ -285,7 +285,7 @@ fn attend_body<const LEVEL: u8>(
             let rows = first..first + queries.len() * group;
             first = rows.end;
             let mut own = piece(&span.own, span.shared.len());
-            if let (Keys::Rows(k), true) = (k, own.panels.is_empty() && own.rounded.is_none()) {
+            if let (Keys::Rows(k), true) = (k, own.panels.is_empty() && own.paired.is_none()) {
                 transposed(own_panels, k, span.own.clone(), head, dims);
                 own.panels = own_panels;
             }
@@ -311,7 +311,7 @@ fn attend_body<const LEVEL: u8>(
 /// The running softmax of some rows; scores are in units of ln 2.
 struct State<'a> {
     q: &'a [f32],
-    q_pairs: Option<rounded::Rows<'a>>,
+    q_pairs: Option<paired::Rows<'a>>,
     weights: &'a mut Vec<u32>,
     visible: &'a [usize],
     o: &'a mut [f32],
@@ -340,7 +340,7 @@ impl State<'_> {
                 (from < to).then_some((piece, from, to))
             });
             for (piece, from, to) in parts.clone() {
-                if let (Some(q), Some(run)) = (self.q_pairs, piece.rounded) {
+                if let (Some(q), Some(run)) = (self.q_pairs, piece.paired) {
                     run.scores(&mut self.scores[MARGIN..], stride, q.from(r0), from, to - from, strip);
                     continue;
                 }
@@ -374,7 +374,7 @@ impl State<'_> {
             }
             for (piece, from, to) in parts {
                 let weights = &self.scores[MARGIN + from - block..];
-                if let Some(run) = piece.rounded {
+                if let Some(run) = piece.paired {
                     run.add_values(o, self.weights, (weights, stride), (from, to - from), strip, kd);
                     continue;
                 }

@@ -8,9 +8,9 @@
 //! Where the matrix says so ([`Compute::Bf16`], [`Compute::Bf16x6`]), both sides of all three products become bf16 first, by one part or by three, and
 //! go through `pairs`. Then the sum starts from what comes first and takes the M inputs in order, a step of them at a time.
 
-mod rounded;
+mod paired;
 
-use self::rounded::{Rounded, paired};
+use self::paired::{Paired, lay_out};
 use crate::matrix::{Compute, Matrix};
 use crate::pairs::{self, Parts};
 use crate::panel::{self, Left, Onto, WIDTH};
@@ -127,7 +127,7 @@ impl Packed {
         assert_eq!(w.len(), n * m, "linear: weight [{n}, {m}]");
         let (block, compute) = (block_len(m), w.compute);
         if compute == Compute::Bf16 {
-            let panels = paired(m, n, |panel, first, cols| w.pair_into(panel, first * m, m, m, cols, Parts::One));
+            let panels = lay_out(m, n, |panel, first, cols| w.pair_into(panel, first * m, m, m, cols, Parts::One));
             return Self { panels, compute, m, n, block };
         }
         let mut panels = vec![0.0; n.div_ceil(WIDTH) * WIDTH * m];
@@ -152,7 +152,7 @@ impl Packed {
             let lay = |panel: &mut [u32], first: usize, cols| {
                 pairs::columns_into(panel, WIDTH, &w[first..], m, n, cols, Parts::One);
             };
-            return Self { panels: paired(n, m, lay), compute, m: n, n: m, block };
+            return Self { panels: lay_out(n, m, lay), compute, m: n, n: m, block };
         }
         let mut panels = vec![0.0; m.div_ceil(WIDTH) * WIDTH * n];
         if n > 0 {
@@ -219,11 +219,11 @@ impl Packed {
         let there = onto || b.is_some();
         match (&self.panels, self.compute.parts()) {
             (Panels::Bf16(panels), parts) => {
-                let left = Rounded::new(x, x_stride, t, m, parts.unwrap_or(Parts::One));
+                let left = Paired::new(x, x_stride, t, m, parts.unwrap_or(Parts::One));
                 pairs::multiply(y, y_stride, left.with(panels), t, n, there);
             }
             (Panels::F32(panels), Some(parts)) => {
-                rounded::split_panels(y, y_stride, (x, x_stride, t), panels, (m, n), there, parts);
+                paired::split_panels(y, y_stride, (x, x_stride, t), panels, (m, n), there, parts);
             }
             (Panels::F32(panels), None) => {
                 for (p, panel) in panels.chunks_exact(WIDTH * m).enumerate() {
@@ -268,9 +268,9 @@ fn few_rows(y: &mut [f32], x: &[f32], w: Weights<'_>, b: Option<&[f32]>, onto: b
     if t == 0 || n == 0 {
         return;
     }
-    let rounded = w.compute().parts().map(|parts| Rounded::new(x, m.max(1), t, m, parts));
+    let paired = w.compute().parts().map(|parts| Paired::new(x, m.max(1), t, m, parts));
     // Tiles are set up for each call: a group of panels shares it.
-    let group = if rounded.is_some() { (WORTH_THREADS / 8 / (t * m * WIDTH).max(1)).clamp(1, 8) } else { 1 };
+    let group = if paired.is_some() { (WORTH_THREADS / 8 / (t * m * WIDTH).max(1)).clamp(1, 8) } else { 1 };
     let width = group * WIDTH;
     let groups = n.div_ceil(width);
     // Each group's outputs side by side, so that groups can be computed apart: [groups, T, width].
@@ -287,8 +287,8 @@ fn few_rows(y: &mut [f32], x: &[f32], w: Weights<'_>, b: Option<&[f32]>, onto: b
         if let Some(b) = b {
             start(out, width, &b[first..first + cols], onto);
         }
-        match &rounded {
-            Some(left) => rounded::few_rounded(out, width, left, w, first, t, m, n, cols, onto || b.is_some()),
+        match &paired {
+            Some(left) => paired::few(out, width, left, w, first, t, m, n, cols, onto || b.is_some()),
             None => few_plain(out, x, w, first, t, m, n, cols, onto || b.is_some()),
         }
     };
@@ -409,7 +409,7 @@ pub fn backward_weights(maps: Vec<Outer>, x: &[f32], t: usize, m: usize, compute
     let outputs: usize = maps.iter().map(|map| map.dw.len() / m).sum();
     let threads = t * m * outputs >= WORTH_THREADS;
     if let Some(parts) = compute.parts() {
-        return rounded::add_rounded(maps, x, t, m, threads, parts);
+        return paired::add(maps, x, t, m, threads, parts);
     }
     // Each thread makes some rows of the gradients, from all tokens in order: which rows changes no bit.
     let share = if threads { outputs.div_ceil(rayon::current_num_threads()).next_multiple_of(TILE) } else { outputs };

@@ -3,11 +3,11 @@
 //! The work is cut by keys. A [`Unit`] is a stretch of keys for one head; it meets, in the order of the spans, every block of
 //! queries that sees it, and writes what it adds to dk, dv and dq into a place of its own; the places are added up afterwards, in
 //! the order of the units. A tile is 32 keys by so many rows that everything about them stays in the first cache; its scores
-//! are held row by row, and the products for dk and dv read them by columns (`rounded.rs` turns these products round). The order
+//! are held row by row, and the products for dk and dv read them by columns (`paired.rs` turns these products round). The order
 //! of summation depends on the spans and on the constants here, never on the threads.
 
 use super::task::{Task, tasks, transposed};
-use super::{Dims, Span, WORTH_THREADS, check, rounded};
+use super::{Dims, Span, WORTH_THREADS, check, paired};
 use crate::matrix::Compute;
 use crate::pairs;
 use crate::panel::{self, Left, Onto, WIDTH};
@@ -59,7 +59,7 @@ struct Scratch {
     /// Probabilities and their derivatives of a tile, `[rows, WIDTH]`.
     p: Vec<f32>,
     ds: Vec<f32>,
-    rounded: rounded::Scratch,
+    paired: paired::Scratch,
 }
 
 /// The buffers that a backward reads.
@@ -99,7 +99,7 @@ pub fn backward(
 ) {
     check(q, k, v, spans, dims);
     if compute != Compute::F32 {
-        rounded::check(spans);
+        paired::check(spans);
     }
     assert!(
         dq.len() == q.len() && d_o.len() == q.len() && o.len() == q.len(),
@@ -287,10 +287,10 @@ fn fill(place: &mut [f32], unit: &Unit, tasks: &[Task], inputs: &Inputs, scratch
     let dims = inputs.dims;
     let (dk, rest) = place.split_at_mut(unit.keys.len() * dims.k);
     let (dv, mut dq) = rest.split_at_mut(unit.keys.len() * dims.k);
-    let parts = inputs.compute.parts().filter(|parts| rounded::worth(*parts, unit.keys.len()));
+    let parts = inputs.compute.parts().filter(|parts| paired::worth(*parts, unit.keys.len()));
     let _tiles = parts.map(|_| pairs::hold());
     let mut stretch =
-        parts.map(|parts| rounded::Stretch::new(inputs.k, inputs.v, &unit.keys, unit.kv_head, dims, parts));
+        parts.map(|parts| paired::Stretch::new(inputs.k, inputs.v, &unit.keys, unit.kv_head, dims, parts));
     let panels = [(&mut scratch.k_t, inputs.k), (&mut scratch.v_t, inputs.v)];
     for (to, from) in panels.into_iter().filter(|_| stretch.is_none()) {
         transposed(to, from, unit.keys.clone(), unit.kv_head, dims);
@@ -305,7 +305,7 @@ fn fill(place: &mut [f32], unit: &Unit, tasks: &[Task], inputs: &Inputs, scratch
         for first in (0..rows).step_by(at_once) {
             let rows = first..rows.min(first + at_once);
             match &mut stretch {
-                Some(stretch) => add_rounded(mine, scratch, rows, stretch, number, inputs),
+                Some(stretch) => add_paired(mine, scratch, rows, stretch, number, inputs),
                 None => add_rows(mine, dk, dv, scratch, rows, unit, number, inputs),
             }
         }
@@ -356,7 +356,7 @@ fn add_rows(
 ) {
     let dims = inputs.dims;
     let (kd, stride) = (dims.k, dims.kv_heads * dims.k);
-    let Scratch { k_t, v_t, q, scaled: _, d_o, lse, delta, visible, p, ds, rounded: _ } = scratch;
+    let Scratch { k_t, v_t, q, scaled: _, d_o, lse, delta, visible, p, ds, paired: _ } = scratch;
     p.resize(rows.len() * WIDTH, 0.0);
     ds.resize(rows.len() * WIDTH, 0.0);
     for tile in (0..unit.keys.len()).step_by(WIDTH) {
@@ -384,16 +384,16 @@ fn add_rows(
 }
 
 /// The same where products are of bf16 numbers: every row sees all keys.
-fn add_rounded(
+fn add_paired(
     dq: &mut [f32],
     scratch: &mut Scratch,
     rows: Range<usize>,
-    stretch: &mut rounded::Stretch,
+    stretch: &mut paired::Stretch,
     number: usize,
     inputs: &Inputs,
 ) {
     let Dims { k: kd, .. } = inputs.dims;
-    let Scratch { q, scaled, d_o, lse, delta, visible, p, ds, rounded, .. } = scratch;
+    let Scratch { q, scaled, d_o, lse, delta, visible, p, ds, paired, .. } = scratch;
     let values = rows.start * kd..rows.end * kd;
     let of_rows = (&lse[rows.clone()], &delta[rows.clone()], &visible[rows]);
     let make = |p: &mut [f32], ds: &mut [f32], first| {
@@ -402,7 +402,7 @@ fn add_rounded(
     scaled.clear();
     scaled.extend(q[values.clone()].iter().map(|q| q * inputs.dims.scale_in_log2()));
     let sides = [&q[values.clone()], scaled, &d_o[values.clone()]];
-    rounded::add_rows(&mut dq[values], sides, [p, ds], stretch, rounded, kd, make);
+    paired::add_rows(&mut dq[values], sides, [p, ds], stretch, paired, kd, make);
 }
 
 dispatch! {

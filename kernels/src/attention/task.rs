@@ -3,7 +3,7 @@
 //!
 //! Hides where rows lie in the [T, H, K] buffers. How spans are cut must not depend on the number of threads.
 
-use super::{Dims, Keys, Span, rounded};
+use super::{Dims, Keys, Span, paired};
 use crate::matrix::Compute;
 use crate::pairs::Parts;
 use crate::panel::{self, WIDTH};
@@ -151,7 +151,7 @@ pub(super) struct Run {
     /// Panels `[K / WIDTH, keys, WIDTH]`; empty where so few rows read them that copying costs more than reading them where they are.
     pub(super) values: Vec<f32>,
     /// Both in words, in place of the others, where products are of bf16 numbers.
-    pub(super) rounded: Option<rounded::Run>,
+    pub(super) paired: Option<paired::Run>,
 }
 
 impl Prepared {
@@ -162,7 +162,7 @@ impl Prepared {
         for span in spans {
             let rows = span.queries.len() * dims.group();
             let many = rows > FEW_ROWS;
-            let (shared, own) = if parts.is_some_and(|parts| rounded::worth(parts, span.own.len())) {
+            let (shared, own) = if parts.is_some_and(|parts| paired::worth(parts, span.own.len())) {
                 (true, true)
             } else if matches!(k, Keys::Rows(_)) {
                 (true, rows > ROWS)
@@ -184,14 +184,14 @@ impl Prepared {
         distinct.retain(|(_, wanted, _)| *wanted);
         let of_head = |(run, _, many): &(&Range<usize>, bool, bool), head: usize| {
             let mut keys = Vec::new();
-            if let (Keys::Rows(k), Some(parts)) = (k, parts.filter(|parts| rounded::worth(*parts, run.len()))) {
-                let rounded = Some(rounded::Run::new(k, v, run, head, dims, parts));
-                return Run { keys, values: Vec::new(), rounded };
+            if let (Keys::Rows(k), Some(parts)) = (k, parts.filter(|parts| paired::worth(*parts, run.len()))) {
+                let paired = Some(paired::Run::new(k, v, run, head, dims, parts));
+                return Run { keys, values: Vec::new(), paired };
             }
             if let Keys::Rows(k) = k {
                 transposed(&mut keys, k, (*run).clone(), head, dims);
             }
-            Run { keys, values: if *many { value_panels(v, run, head, dims) } else { Vec::new() }, rounded: None }
+            Run { keys, values: if *many { value_panels(v, run, head, dims) } else { Vec::new() }, paired: None }
         };
         let numbers: usize = distinct.iter().map(|(run, ..)| run.len() * dims.kv_heads * dims.k).sum();
         let each = 0..distinct.len() * dims.kv_heads;

@@ -17,7 +17,7 @@ const AT_ONCE: usize = 8 << 20;
 const SPLIT: usize = 128;
 
 /// Lays out panels of pairs of `m` inputs for `n` outputs; `lay` is given each with its first column and how many it has.
-pub(super) fn paired(m: usize, n: usize, lay: impl Fn(&mut [u32], usize, usize) + Sync) -> Panels {
+pub(super) fn lay_out(m: usize, n: usize, lay: impl Fn(&mut [u32], usize, usize) + Sync) -> Panels {
     let size = WIDTH * pairs::of(m);
     let mut panels = Rows::new(n.div_ceil(WIDTH) * size);
     let each = panels.chunks(size.max(1)).enumerate();
@@ -26,7 +26,7 @@ pub(super) fn paired(m: usize, n: usize, lay: impl Fn(&mut [u32], usize, usize) 
 }
 
 thread_local! {
-    /// For the next [`Rounded`] of the thread, and the next run of a gradient: what is written over need not be cleared first, which would cost as much
+    /// For the next [`Paired`] of the thread, and the next run of a gradient: what is written over need not be cleared first, which would cost as much
     /// as a small product.
     static KEPT: Cell<Vec<u32>> = const { Cell::new(Vec::new()) };
     static KEPT_RUN: Cell<[Vec<u32>; 2]> = const { Cell::new([Vec::new(), Vec::new()]) };
@@ -42,29 +42,29 @@ fn kept_panel() -> Vec<u32> {
 }
 
 /// Rows of the left side in words.
-pub(super) struct Rounded {
+pub(super) struct Paired {
     rows: Vec<u32>,
     stride: usize,
     pairs: usize,
     parts: Parts,
 }
 
-impl Drop for Rounded {
+impl Drop for Paired {
     fn drop(&mut self) {
         KEPT.set(std::mem::take(&mut self.rows));
     }
 }
 
-impl Rounded {
+impl Paired {
     /// # Shapes
     /// x: `t` rows of `stride` numbers, `m` of them used.
-    pub(super) fn new(x: &[f32], stride: usize, t: usize, m: usize, parts: Parts) -> Rounded {
+    pub(super) fn new(x: &[f32], stride: usize, t: usize, m: usize, parts: Parts) -> Paired {
         let words = parts.words(m);
         let apart = pairs::apart(words);
         let mut rows = KEPT.take();
         rows.resize(t * apart, 0);
         pairs::rows_into(&mut rows, apart, x, stride, m, parts);
-        Rounded { rows, stride: apart, pairs: pairs::of(m), parts }
+        Paired { rows, stride: apart, pairs: pairs::of(m), parts }
     }
 
     /// With panels of all inputs.
@@ -83,7 +83,7 @@ impl Rounded {
 fn panel_by_parts(
     out: &mut [f32],
     stride: usize,
-    left: &Rounded,
+    left: &Paired,
     (t, m, cols): (usize, usize, usize),
     begun: bool,
     words: &mut [u32],
@@ -113,7 +113,7 @@ pub(super) fn split_panels(
     let mut words = kept_panel();
     for from in (0..m).step_by(INPUTS) {
         let inputs = INPUTS.min(m - from);
-        let left = Rounded::new(&x[from..], x_stride, t, inputs, parts);
+        let left = Paired::new(&x[from..], x_stride, t, inputs, parts);
         for (panel, first) in panels.chunks_exact(WIDTH * m).zip((0..n).step_by(WIDTH)) {
             let (y, cols) = (&mut y[first..], WIDTH.min(n - first));
             panel_by_parts(y, y_stride, &left, (t, inputs, cols), begun || from > 0, &mut words, |words, k0, k| {
@@ -126,10 +126,10 @@ pub(super) fn split_panels(
 
 /// Some panels of words: the columns of the result from `first` on.
 #[allow(clippy::too_many_arguments)]
-pub(super) fn few_rounded(
+pub(super) fn few(
     out: &mut [f32],
     stride: usize,
-    left: &Rounded,
+    left: &Paired,
     w: Weights<'_>,
     first: usize,
     t: usize,
@@ -159,7 +159,7 @@ pub(super) fn few_rounded(
 }
 
 /// The gradients by products of pairs of tokens, run after run of [`PAIRED_RUN`].
-pub(super) fn add_rounded(mut maps: Vec<Outer>, x: &[f32], t: usize, m: usize, threads: bool, parts: Parts) {
+pub(super) fn add(mut maps: Vec<Outer>, x: &[f32], t: usize, m: usize, threads: bool, parts: Parts) {
     for Outer { db, dy, .. } in &mut maps {
         add_bias(db.as_deref_mut(), dy, dy.len() / t, threads);
     }
