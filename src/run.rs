@@ -178,7 +178,16 @@ impl RunFolder {
                 }
             }
         }
-        self.save_plan(plan, &Environment { kind: Some(self.kind), ..Environment::now() })
+        let here = Environment { kind: Some(self.kind), ..Environment::now() };
+        if let (Some(done), Some(before)) = (done, environment(&self.root))
+            && before.cpu != here.cpu
+        {
+            say(&format!(
+                "steps up to {done} were computed on {}, those that follow on {}: their sums may differ in the last bits from what they would have been there",
+                before.cpu, here.cpu
+            ));
+        }
+        self.save_plan(plan, &here)
     }
 
     /// The folder itself.
@@ -292,6 +301,11 @@ pub fn holds_run(root: &Path) -> bool {
     has_lines(root, METRICS) || has_lines(root, ANSWERS) || has_entries(EPISODES) || has_entries(CHECKPOINTS)
 }
 
+/// Where a run ran last, if its folder says so.
+fn environment(root: &Path) -> Option<Environment> {
+    serde_json::from_str(&fs::read_to_string(root.join(ENVIRONMENT)).ok()?).ok()
+}
+
 fn has_lines(root: &Path, file: &str) -> bool {
     fs::metadata(root.join(file)).is_ok_and(|file| file.len() > 0)
 }
@@ -300,8 +314,7 @@ fn has_lines(root: &Path, file: &str) -> bool {
 /// What the folder holds was begun by something else, whose steps would be taken back.
 fn refuse_another(root: &Path, kind: Kind) -> Result<()> {
     // Folders of older versions, and those put together by hand, do not say what they are of.
-    let text = fs::read_to_string(root.join(ENVIRONMENT)).unwrap_or_default();
-    let saved = serde_json::from_str::<Environment>(&text).ok().and_then(|environment| environment.kind);
+    let saved = environment(root).and_then(|environment| environment.kind);
     let fits = match saved {
         Some(saved) => saved == kind,
         None => {

@@ -294,17 +294,17 @@ fn proc_line(file: &str, key: &str) -> Option<String> {
 
 fn cpu() -> String {
     let name = proc_line("/proc/cpuinfo", "model name").unwrap_or_else(|| "processor unknown".into());
+    let mut sets = Vec::new();
     #[cfg(target_arch = "x86_64")]
-    let vectors = if std::arch::is_x86_feature_detected!("avx512f") {
-        " (AVX-512)"
+    if std::arch::is_x86_feature_detected!("avx512f") {
+        sets.push("AVX-512");
     } else if std::arch::is_x86_feature_detected!("avx2") {
-        " (AVX2)"
-    } else {
-        ""
-    };
-    #[cfg(not(target_arch = "x86_64"))]
-    let vectors = "";
-    name + vectors
+        sets.push("AVX2");
+    }
+    if foveate_kernels::pairs::fast() {
+        sets.push("AMX");
+    }
+    if sets.is_empty() { name } else { format!("{name} ({})", sets.join(", ")) }
 }
 
 /// Bytes under a key of `/proc/meminfo`, which counts in KiB.

@@ -201,6 +201,15 @@ fn a_run_leaves_what_others_read() {
         .sum();
     assert_eq!(ones, said);
     refused(dir, &["rl", "rl.toml"], 1, &["already holds a run", "--resume", "run"]);
+    // It goes on anywhere, and says so where sums may come out otherwise.
+    let resumed = ["rl", "rl.toml", "--resume", "--accept-changes", "train.steps=2"];
+    let environment = std::fs::read_to_string(dir.join("run/environment.json")).unwrap();
+    let here = json(&environment)["cpu"].as_str().unwrap().to_owned();
+    std::fs::write(dir.join("run/environment.json"), environment.replace(&here, "Abacus")).unwrap();
+    let out = foveate(dir, &resumed);
+    let said = text(&out.stderr);
+    assert!(out.status.success() && said.contains("up to 1 were computed on Abacus") && said.contains(&here), "{said}");
+    assert!(!text(&foveate(dir, &resumed).stderr).contains("were computed on"), "it has been said");
     // The checkpoint is a model folder like any other.
     let info = json(&good(dir, &["model", "info", "run/checkpoints/1", "--json"]));
     assert_eq!(info["config"]["hidden_size"], 32);
