@@ -13,7 +13,8 @@ mod play_only;
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail, ensure};
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -88,6 +89,12 @@ impl Ready {
             held_out = plan.task.read(path, &ReadAs::default())?;
             held_out.truncate(plan.eval.limit.unwrap_or(usize::MAX));
             check_rows(&*task, &held_out, path)?;
+            // What is damaged behind its header would end the run at the first evaluation.
+            let damaged = data::damaged(&held_out.iter().collect::<Vec<_>>());
+            if let Some(row) = held_out.iter().find(|row| row.images.iter().any(|path| damaged.contains_key(path))) {
+                let reason = row.images.iter().find_map(|path| damaged.get(path)).map_or("", |reason| reason);
+                bail!("{} of {}: {reason}", row.named(), path.display());
+            }
         }
         Ok(Ready { rows, held_out, task, objective: plan.objective()? })
     }
@@ -357,15 +364,10 @@ impl Loop<'_> {
         let min_spread = self.objective.min_spread * train.share_of_spread(step);
         let gate = Objective { min_spread, ..self.objective.clone() };
         let mut kept: Vec<Episode> = Vec::new();
-        let (mut played, mut dropped) = (0, 0);
+        let (mut played, mut dropped, mut left_out) = (0, 0, 0);
         loop {
             let missing = train.prompts - kept.len() / train.group;
-            let chosen: Vec<(u64, &Sample)> = (0..missing)
-                .map(|_| {
-                    state.groups += 1;
-                    (state.groups, &rows[state.order.next_row()])
-                })
-                .collect();
+            let chosen = self.draw(rows, state, missing, &mut left_out)?;
             let episodes = rollout::play(&stage, engine, &chosen, train.group, train.seed, step)?;
             played += missing;
             let outcomes: Vec<Outcome> = episodes
@@ -387,11 +389,53 @@ impl Loop<'_> {
                 break;
             }
         }
+        if self.plan.data.leave_out_bad {
+            metrics.insert("data/left_out".into(), json!(left_out));
+        }
         if self.objective.drop_equal_groups {
             metrics.insert("dynamic_sampling/played_groups".into(), json!(played));
             metrics.insert("dynamic_sampling/dropped_groups".into(), json!(dropped));
         }
         Ok((kept, teaches))
+    }
+
+    /// The next rows, with the numbers of their groups. Headers were read when the run began; for a picture that turns out to be damaged behind its
+    /// header another row is drawn, where bad rows may be left out.
+    fn draw<'r>(
+        &self,
+        rows: &'r [Sample],
+        state: &mut State,
+        count: usize,
+        left_out: &mut usize,
+    ) -> Result<Vec<(u64, &'r Sample)>> {
+        let mut chosen = Vec::with_capacity(count);
+        let mut in_vain = 0;
+        while chosen.len() < count {
+            let drawn: Vec<&Sample> = (chosen.len()..count).map(|_| &rows[state.order.next_row()]).collect();
+            let sizes =
+                |row: &&Sample| row.images.iter().try_for_each(|path| self.frontend.pictures.size(path).map(drop));
+            let opened: Vec<Result<()>> = drawn.par_iter().map(sizes).collect();
+            for (row, opened) in drawn.into_iter().zip(opened) {
+                let Err(error) = opened else {
+                    state.groups += 1;
+                    chosen.push((state.groups, row));
+                    continue;
+                };
+                if !self.plan.data.leave_out_bad {
+                    bail!("{}: {error:#}; {}", row.named(), data::BAD_ROW);
+                }
+                progress::say(&format!("{} is left out: {error:#}", row.named()));
+                in_vain += 1;
+            }
+            // Twice round, for the order changes behind each.
+            ensure!(
+                in_vain < 2 * rows.len() + count,
+                "no row has pictures that can be read: {}",
+                self.plan.data.train.display()
+            );
+        }
+        *left_out += in_vain;
+        Ok(chosen)
     }
 
     fn evaluate(&self, engine: &mut dyn Trainer, rows: &[Sample], metrics: &mut Metrics) -> Result<Vec<Episode>> {

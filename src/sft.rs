@@ -9,7 +9,7 @@ use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -17,7 +17,7 @@ use serde_json::json;
 use self::learner::Learner;
 use crate::chat::{Chat, Content, Convention, Message, Part};
 use crate::config::{self, BadConfig};
-use crate::data::{Dialogue, Format, Order, ReadAs, Sample};
+use crate::data::{self, Dialogue, Format, Order, ReadAs, Sample};
 use crate::engine::ModelOptions;
 use crate::engine::{self, Frontend, Training};
 use crate::episode::Stream;
@@ -253,7 +253,7 @@ pub fn stream_of_dialogue(
 /// What a step learns from.
 struct Batch {
     examples: Vec<Example>,
-    /// Dialogues that were longer than `data.max_tokens`.
+    /// Dialogues that were longer than `data.max_tokens`, and rows that turned out to be bad where these may be left out.
     left_out: usize,
 }
 
@@ -317,10 +317,10 @@ impl Source {
         }
     }
 
-    /// The dialogues of a step. Where all that were drawn are too long, it draws on.
+    /// The dialogues of a step. Where all that were drawn are left out, it draws on.
     ///
     /// # Errors
-    /// A row or picture that cannot be read; nothing but dialogues that are too long.
+    /// A row or picture that cannot be read, unless these are left out; nothing but dialogues that are too long or bad.
     fn batch(&self, plan: &Plan, frontend: &Frontend, state: &mut State, step: u64) -> Result<Batch> {
         let mut left_out = 0;
         loop {
@@ -333,8 +333,19 @@ impl Source {
             };
             let indices: Vec<u64> = (0..plan.train.batch).map(|_| next()).collect();
             let drawn = indices.par_iter().map(|&i| self.example(frontend, i, step));
-            let mut examples: Vec<Example> = drawn.collect::<Result<_>>()?;
-            examples.retain(|e| e.stream.len() <= plan.data.max_tokens);
+            let mut examples = Vec::with_capacity(plan.train.batch);
+            for example in drawn.collect::<Vec<Result<Example>>>() {
+                match example {
+                    Ok(example) if example.stream.len() <= plan.data.max_tokens => examples.push(example),
+                    Ok(_) => {}
+                    // Headers of pictures were read when the run began; this is damaged behind its header.
+                    Err(error) if plan.data.leave_out_bad => progress::say(&format!("left out: {error:#}")),
+                    Err(error) if self.rows().is_some() => {
+                        bail!("{error:#}; {}", data::BAD_ROW);
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
             left_out += plan.train.batch - examples.len();
             if !examples.is_empty() {
                 return Ok(Batch { examples, left_out });
@@ -342,7 +353,7 @@ impl Source {
             // Twice round, for the order changes behind each.
             ensure!(
                 left_out < 2 * self.rows().unwrap_or(DRAWN_IN_VAIN) + plan.train.batch,
-                "every dialogue is longer than data.max_tokens = {}; raise it or lower the pixel budget",
+                "every dialogue is bad or longer than data.max_tokens = {}; raise it or lower the pixel budget",
                 plan.data.max_tokens
             );
         }
@@ -575,8 +586,11 @@ fn longest_examples(plan: &Plan, source: &Source, frontend: &Frontend) -> Result
         Some(rows) => (rows, rows.min(need::LOOKED_AT)),
     };
     let indices = (0..count).into_par_iter().map(|i| (i * rows / count.max(1)) as u64);
-    let mut examples: Vec<Example> =
-        indices.map(|i| source.example(frontend, i, plan.train.steps)).collect::<Result<_>>()?;
+    let mut read: Vec<Result<Example>> = indices.map(|i| source.example(frontend, i, plan.train.steps)).collect();
+    if plan.data.leave_out_bad && read.iter().any(Result::is_ok) {
+        read.retain(Result::is_ok);
+    }
+    let mut examples: Vec<Example> = read.into_iter().collect::<Result<_>>()?;
     examples.retain(|e| e.stream.len() <= plan.data.max_tokens);
     examples.sort_by_key(|e| std::cmp::Reverse(e.stream.len()));
     examples.truncate(plan.train.batch);

@@ -68,6 +68,9 @@ pub const FAULTY: &str = "faulty";
 /// Key of a row that is one of a set: the set's name and the question that asks for all of it at once, `{"set", "question"}`.
 pub const ALL: &str = "all";
 
+/// What to do about a row that turns out to be bad when it is drawn for training.
+pub const BAD_ROW: &str = "foveate data check finds all such rows, data.leave_out_bad=true trains on the others";
+
 /// The id of a question that comes from no file.
 const QUESTION: &str = "question";
 

@@ -186,6 +186,66 @@ fn bad_dialogues_are_named_before_the_first_step() {
     assert!(shown.contains("1 dialogues") && shown.contains("pictures a dialogue"), "{shown}");
 }
 
+#[test]
+fn a_picture_that_is_damaged_behind_its_header_costs_its_row() {
+    let world = world();
+    let dir = world.path();
+    strange_pictures(dir);
+    let row = |i: usize, image: &str| {
+        format!(r#"{{"id": "row-{i}", "images": ["{image}"], "question": "What number is it?", "answer": "7"}}"#)
+    };
+    let file = |pictures: [&str; 3]| {
+        let rows: Vec<String> = pictures.iter().enumerate().map(|(i, picture)| row(i, picture)).collect();
+        std::fs::write(dir.join("train.jsonl"), rows.join("\n")).unwrap();
+    };
+    let steps = ["train.steps=3", "train.prompts=2", "train.checkpoint_every=1"];
+    let run = |out: &'static str| [&["rl", "rl.toml", out][..], &steps[..]].concat();
+    file(["one.png", "cut.png", "two.png"]);
+    let out = foveate(dir, &run("train.out=named"));
+    let said = text(&out.stderr);
+    assert_eq!(out.status.code(), Some(1), "{said}");
+    let words = ["row row-1", "cut.png", "damaged", "data check", "data.leave_out_bad=true"];
+    assert!(words.iter().all(|word| said.contains(word)), "{said}");
+    // Left out, another is drawn in its place: every step has its two groups.
+    let out = foveate(dir, &[&run("train.out=on")[..], &["data.leave_out_bad=true"]].concat());
+    let said = text(&out.stderr);
+    assert!(out.status.success() && said.contains("row row-1 is left out") && said.contains("cut.png"), "{said}");
+    let metrics = std::fs::read_to_string(dir.join("on/metrics.jsonl")).unwrap();
+    let left_out: Vec<u64> = metrics.lines().map(|l| json(l)["data/left_out"].as_u64().unwrap()).collect();
+    assert!(left_out.len() == 3 && left_out.iter().sum::<u64>() >= 2, "{left_out:?}");
+    for step in 1..=3 {
+        let episodes = std::fs::read_to_string(dir.join(format!("on/episodes/{step}.jsonl"))).unwrap();
+        let groups: std::collections::BTreeSet<u64> =
+            episodes.lines().map(|l| json(l)["group"].as_u64().unwrap()).collect();
+        assert_eq!(groups.len(), 2, "step {step}");
+    }
+    let held_out = ["eval.rows=train.jsonl", "eval.every=1"];
+    refused(dir, &[&run("train.out=held")[..], &held_out].concat(), 1, &["row row-1", "train.jsonl", "cut.png"]);
+    file(["cut.png", "cut.png", "cut.png"]);
+    let none = [&run("train.out=none")[..], &["data.leave_out_bad=true"]].concat();
+    assert_eq!(foveate(dir, &none).status.code(), Some(1));
+
+    let talk = |picture: &str| {
+        format!(
+            r#"{{"messages": [{{"role": "user", "content": [{{"type": "image", "image": "{picture}"}}]}}, {{"role": "assistant", "content": "7"}}]}}"#
+        )
+    };
+    std::fs::write(dir.join("talk.jsonl"), [talk("one.png"), talk("cut.png")].join("\n")).unwrap();
+    std::fs::write(
+        dir.join("sft.toml"),
+        "[model]\npath='model'\n[data]\ntrain='talk.jsonl'\n[train]\nout='sft'\nbatch=2\nsteps=2\n",
+    )
+    .unwrap();
+    let out = foveate(dir, &["sft", "sft.toml"]);
+    let said = text(&out.stderr);
+    assert!(!out.status.success() && said.contains("row 2") && said.contains("cut.png"), "{said}");
+    let out = foveate(dir, &["sft", "sft.toml", "data.leave_out_bad=true", "train.out=talked"]);
+    let said = text(&out.stderr);
+    assert!(out.status.success() && said.contains("left out: row 2"), "{said}");
+    let metrics = std::fs::read_to_string(dir.join("talked/metrics.jsonl")).unwrap();
+    assert!(metrics.lines().count() == 2 && metrics.lines().all(|l| json(l)["data/left_out"] == 1), "{metrics}");
+}
+
 /// Writes the model's weights again after a change to its tensors (name, shape, bytes).
 fn rewrite(dir: &Path, change: impl FnOnce(&mut Vec<(String, Vec<usize>, Vec<u8>)>)) {
     let path = dir.join("model/model.safetensors");
