@@ -21,7 +21,7 @@ pub(crate) use rows::keep_askable;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -146,7 +146,7 @@ pub fn main(invocation: &Invocation) -> Result<()> {
     let plan: Plan = config::load(&invocation.config, &invocation.overrides)?;
     plan.validate()?;
     let file = &plan.data.test;
-    let Read { mut samples, report, sizes } = plan.data.read_as().good(file)?;
+    let Read { mut samples, report, sizes } = plan.data.read_as().good(file).context("data.test")?;
     ensure!(!samples.is_empty(), "reading data: {}: {}", report.faults().unwrap_or_default(), file.display());
     let mut notes = plan.notes();
     if let Some(seed) = plan.data.shuffle_options {

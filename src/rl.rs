@@ -82,11 +82,11 @@ impl Ready {
     fn of(plan: &Plan) -> Result<Ready> {
         let task = plan.task.task(Processor::load(&plan.model.path)?.budget.factor)?;
         plan.model.check_lora()?;
-        let rows = plan.task.read(&plan.data.train, &plan.data.read_as())?;
+        let rows = plan.task.read(&plan.data.train, &plan.data.read_as()).context("data.train")?;
         check_rows(&*task, &rows, &plan.data.train)?;
         let mut held_out = Vec::new();
         if let Some(path) = &plan.eval.rows {
-            held_out = plan.task.read(path, &ReadAs::default())?;
+            held_out = plan.task.read(path, &ReadAs::default()).context("eval.rows")?;
             held_out.truncate(plan.eval.limit.unwrap_or(usize::MAX));
             check_rows(&*task, &held_out, path)?;
             // What is damaged behind its header would end the run at the first evaluation.
@@ -154,7 +154,7 @@ fn train_on(
     let mut done = 0;
     if let Some(checkpoint) = &checkpoint {
         checkpoint.leaves_steps(plan.train.steps)?;
-        engine.load(&checkpoint.path)?;
+        checkpoint.load(|folder| engine.load(folder))?;
         let saved: State = checkpoint.state()?;
         state = State { order: saved.order.resume(rows.len())?, ..saved };
         done = checkpoint.step;

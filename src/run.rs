@@ -110,6 +110,13 @@ impl RunFolder {
     /// resumed run must keep.
     pub fn check(path: impl AsRef<Path>, kind: Kind, start: Start, plan: &str) -> Result<()> {
         let root = path.as_ref();
+        if let Some(file) = root.ancestors().find(|place| place.exists()).filter(|place| !place.is_dir()) {
+            bail!(
+                "a run needs a folder, and {} is a file: choose another place than {}",
+                file.display(),
+                root.display()
+            );
+        }
         let saved = root.join(CONFIG);
         if start != Start::New && holds_run(root) {
             refuse_another(root, kind)?;

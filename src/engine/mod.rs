@@ -88,36 +88,15 @@ impl Options {
             ));
         }
         match self {
-            Options::Embedded {} => return Ok(()),
+            Options::Embedded {} => Ok(()),
             Options::Torch(_) if model.compute == Compute::Bf16x6 => bail!(BadConfig(
                 "model.compute = \"bf16x6\" is a way of the embedded engine; LibTorch computes in f32 or bf16".into()
             )),
-            Options::Torch(options) => return options.validate(),
-            Options::Openai(options) => return options.validate(),
-            Options::Vllm(options) => return options.validate(),
-            Options::Tinker(options) => options.validate()?,
+            Options::Torch(options) => options.validate(),
+            Options::Openai(options) => options.validate(),
+            Options::Vllm(options) => options.validate(),
+            Options::Tinker(options) => options.validate_for(model, temperature, entropy_coef),
         }
-        if model.lora.is_some() {
-            bail!(BadConfig(
-                "model.lora is for engines that train here; a server's adapters are engine.lora_rank".into()
-            ));
-        }
-        if !model.freeze.is_empty() {
-            bail!(BadConfig(
-                "model.freeze is for engines that train here; a server decides itself what it trains".into()
-            ));
-        }
-        if temperature != 1.0 {
-            bail!(BadConfig(format!(
-                "rollout.temperature = {temperature}: the protocol computes log-probs at temperature 1, so training through it samples at 1"
-            )));
-        }
-        if entropy_coef != 0.0 {
-            bail!(BadConfig(format!(
-                "objective.entropy_coef = {entropy_coef}: the protocol carries no weights of entropies; set it to 0"
-            )));
-        }
-        Ok(())
     }
 
     /// # Errors

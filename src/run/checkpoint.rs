@@ -37,6 +37,20 @@ impl Checkpoint {
         Ok(())
     }
 
+    /// Has what lies in its folder loaded.
+    ///
+    /// # Errors
+    /// Those of `load`, with what to do about files that are damaged.
+    pub fn load(&self, load: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+        load(&self.path).with_context(|| {
+            format!(
+                "the checkpoint of step {} cannot be loaded; if its files are damaged, resume from an older one by removing this folder: {}",
+                self.step,
+                self.path.display()
+            )
+        })
+    }
+
     /// Reads the loop's state.
     ///
     /// # Errors

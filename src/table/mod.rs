@@ -13,6 +13,7 @@ mod tsv;
 
 pub use cell::Cell;
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
@@ -52,8 +53,13 @@ const MOST: u64 = 1 << 30;
 /// Hands over every row of a file.
 ///
 /// # Errors
-/// The file cannot be read, or is of no kind that is known; errors of `each`.
+/// The file is not there, cannot be read, or is of no kind that is known; errors of `each`.
 pub fn scan(path: &Path, each: Each) -> Result<()> {
+    if path.metadata().is_err_and(|error| error.kind() == ErrorKind::NotFound) {
+        let from = std::env::current_dir().ok().filter(|_| path.is_relative());
+        let from = from.map_or(String::new(), |folder| format!(" in {}", folder.display()));
+        bail!("there is no data file {}{from}; is the path right?", path.display());
+    }
     match Kind::of(path)? {
         Kind::Json => json::scan(path, each),
         Kind::Tsv => {

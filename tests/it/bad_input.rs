@@ -47,6 +47,15 @@ fn bad_configs_are_usage_errors() {
     refused(dir, &["doctor", "--threads", "100000"], 2, &["--threads 100000", "1 to 1024"]);
     refused(dir, &["rollout", "rl.toml", "--resume"], 1, &["no run to resume", "run"]);
     refused(dir, &["rl", "rl.toml", "--resume"], 1, &["no run to resume", "run"]);
+    refused(
+        dir,
+        &["rl", "rl.toml", "data.train=none.jsonl"],
+        1,
+        &["data.train", "there is no data file none.jsonl in"],
+    );
+    for out in ["train.out=train.jsonl", "train.out=train.jsonl/run"] {
+        refused(dir, &["rl", "rl.toml", out], 1, &["needs a folder", "train.jsonl is a file"]);
+    }
     refused(dir, &["model", "new", "--preset", "giga", "--out", "m"], 2, &["giga", "nano"]);
     refused(dir, &["data", "make", "plates", "--out", "d", "--size", "big"], 2, &["--size big"]);
     assert_eq!(files(dir), before, "nothing was written");
@@ -161,6 +170,13 @@ fn bad_dialogues_are_named_before_the_first_step() {
     assert_eq!((&written["trained"]["least"], &written["pictures"]["most"]), (&2.into(), &1.into()));
     good(dir, &["sft", "sft.toml", "--dry-run", "data.leave_out_bad=true"]);
     refused(dir, &["sft", "sft.toml", "data.format=own"], 2, &["data.format"]);
+    refused(dir, &["sft", "sft.toml", "data.snap=7"], 2, &["data.snap", "[task]"]);
+    refused(
+        dir,
+        &["sft", "sft.toml", "data.train=none.jsonl"],
+        1,
+        &["data.train", "there is no data file none.jsonl in"],
+    );
     // One that is too long is left out wherever it stands, and of nothing else there is no step.
     let said = |words: usize| {
         format!(

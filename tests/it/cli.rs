@@ -210,6 +210,14 @@ fn a_run_leaves_what_others_read() {
     let said = text(&out.stderr);
     assert!(out.status.success() && said.contains("up to 1 were computed on Abacus") && said.contains(&here), "{said}");
     assert!(!text(&foveate(dir, &resumed).stderr).contains("were computed on"), "it has been said");
+    // Damaged files of the newest checkpoint point at the one before.
+    let weights = dir.join("run/checkpoints/2/model.safetensors");
+    let whole = std::fs::read(&weights).unwrap();
+    std::fs::write(&weights, &whole[..whole.len() / 2]).unwrap();
+    let more = [&resumed[..4], &["train.steps=3"]].concat();
+    refused(dir, &more, 1, &["checkpoint of step 2", "removing this folder", "checkpoints/2"]);
+    std::fs::remove_dir_all(dir.join("run/checkpoints/2")).unwrap();
+    good(dir, &more);
     // The checkpoint is a model folder like any other.
     let info = json(&good(dir, &["model", "info", "run/checkpoints/1", "--json"]));
     assert_eq!(info["config"]["hidden_size"], 32);

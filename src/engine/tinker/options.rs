@@ -4,6 +4,7 @@ use anyhow::{Result, bail};
 use serde::{Deserialize, Serialize};
 
 use crate::config::BadConfig;
+use crate::engine::ModelOptions;
 
 /// The loss that carries an objective's derivatives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -125,6 +126,33 @@ impl Options {
                  add engine.loss = \"importance_sampling\""
                     .into()
             ));
+        }
+        Ok(())
+    }
+
+    /// # Errors
+    /// Those of [`Options::validate`], and what the protocol cannot do of what the rest of the config asks.
+    pub fn validate_for(&self, model: &ModelOptions, temperature: f32, entropy_coef: f64) -> Result<()> {
+        self.validate()?;
+        if model.lora.is_some() {
+            bail!(BadConfig(
+                "model.lora is for engines that train here; a server's adapters are engine.lora_rank".into()
+            ));
+        }
+        if !model.freeze.is_empty() {
+            bail!(BadConfig(
+                "model.freeze is for engines that train here; a server decides itself what it trains".into()
+            ));
+        }
+        if temperature != 1.0 {
+            bail!(BadConfig(format!(
+                "rollout.temperature = {temperature}: the protocol computes log-probs at temperature 1, so training through it samples at 1"
+            )));
+        }
+        if entropy_coef != 0.0 {
+            bail!(BadConfig(format!(
+                "objective.entropy_coef = {entropy_coef}: the protocol carries no weights of entropies; set it to 0"
+            )));
         }
         Ok(())
     }
