@@ -4,6 +4,7 @@
 //! that ends within two seconds. What must stay true: stdout is never touched, and a message said with [`say`] is never drawn over.
 
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use std::collections::BTreeSet;
 use std::io::IsTerminal;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -25,6 +26,14 @@ fn bars() -> &'static MultiProgress {
 /// Prints a line on stderr above whatever bars are shown.
 pub fn say(text: &str) {
     bars().suspend(|| eprintln!("{text}"));
+}
+
+/// The same, once in a process: for what comes back every epoch.
+pub fn say_once(text: &str) {
+    static SAID: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+    if SAID.lock().unwrap_or_else(PoisonError::into_inner).insert(text.to_owned()) {
+        say(text);
+    }
 }
 
 /// Whether colours may be used on stderr: it is a terminal and they are wanted.

@@ -424,7 +424,7 @@ impl Loop<'_> {
                 if !self.plan.data.leave_out_bad {
                     bail!("{}: {error:#}; {}", row.named(), data::BAD_ROW);
                 }
-                progress::say(&format!("{} is left out: {error:#}", row.named()));
+                progress::say_once(&format!("{} is left out: {error:#}", row.named()));
                 in_vain += 1;
             }
             // Twice round, for the order changes behind each.

@@ -121,7 +121,7 @@ impl Source {
                     Ok(example) if example.stream.len() <= plan.data.max_tokens => examples.push(example),
                     Ok(_) => {}
                     // Headers of pictures were read when the run began; this is damaged behind its header.
-                    Err(error) if plan.data.leave_out_bad => progress::say(&format!("left out: {error:#}")),
+                    Err(error) if plan.data.leave_out_bad => progress::say_once(&format!("left out: {error:#}")),
                     Err(error) if self.rows().is_some() => {
                         bail!("{error:#}; {}", data::BAD_ROW);
                     }
