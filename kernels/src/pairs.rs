@@ -61,9 +61,9 @@ pub(crate) const fn of(m: usize) -> usize {
     m.div_ceil(2 * STEP) * STEP
 }
 
-/// The words of a row that others of its kind stand beside: not a power of two apart, or they would push each other out of the caches.
+/// The words of a row that others of its kind stand beside: where eight of them or more would meet in one place of the first cache, a step further apart.
 pub(crate) fn apart(words: usize) -> usize {
-    words + STEP
+    if (words / STEP).is_multiple_of(8) { words + STEP } else { words }
 }
 
 /// To the nearest bf16, ties to even, in the lower half of a word. What is not a number stays none; subnormal numbers become 0, as in the

@@ -9,7 +9,7 @@
 use super::task::{Task, tasks, transposed};
 use super::{Dims, Span, WORTH_THREADS, check, paired};
 use crate::matrix::Compute;
-use crate::pairs;
+use crate::pairs::{self, Parts};
 use crate::panel::{self, Left, Onto, WIDTH};
 use crate::threads::each;
 use crate::vector::{self, dispatch, exp2, mul_add};
@@ -19,6 +19,8 @@ use std::ops::Range;
 const KEYS: usize = 1024;
 /// Numbers that the rows of a tile have in q, and as many in d_o: 16 KiB each.
 const TILE: usize = 4096;
+/// Rows of a tile whose numbers are in three parts.
+const SPLIT_ROWS: usize = 64;
 /// Numbers that the places of units running at once may have; 64 MiB.
 const PLACES: usize = 16 << 20;
 
@@ -301,7 +303,10 @@ fn fill(place: &mut [f32], unit: &Unit, tasks: &[Task], inputs: &Inputs, scratch
         let rows = task.rows(dims);
         let (mine, others) = std::mem::take(&mut dq).split_at_mut(rows * dims.k);
         dq = others;
-        let at_once = (TILE / dims.k).max(1).next_multiple_of(8);
+        let at_once = match parts {
+            Some(Parts::Three) => SPLIT_ROWS,
+            _ => (TILE / dims.k).max(1).next_multiple_of(8),
+        };
         for first in (0..rows).step_by(at_once) {
             let rows = first..rows.min(first + at_once);
             match &mut stretch {

@@ -17,8 +17,8 @@ pub(super) fn check(spans: &[Span]) {
     assert!(whole && apart, "attention in bf16 is for spans that share nothing and hide nothing, one behind the other");
 }
 
-/// Keys whose weights are written in words at a time: these stay in the first cache.
-const WEIGHTS: usize = 96;
+/// Keys whose weights are written in words at a time, a third of them where each takes three words: twice as many words stay in the first cache.
+const WEIGHTS: usize = 192;
 /// Keys from which on three parts are worth the splitting.
 const MANY_KEYS: usize = 256;
 
@@ -67,11 +67,23 @@ impl Run {
         rows: usize,
         kd: usize,
     ) {
-        for from in (0..keys).step_by(WEIGHTS) {
-            let keys = WEIGHTS.min(keys - from);
-            let weights = Rows::of(scratch, &weights[from..], stride, rows, keys, self.parts);
+        let at_once = WEIGHTS / self.parts.count();
+        let apart = pairs::apart(self.parts.words(at_once));
+        scratch.resize(2 * rows * apart, 0);
+        let (mut now, mut next) = scratch.split_at_mut(rows * apart);
+        let count = |from: usize| at_once.min(keys - from);
+        let write =
+            |to: &mut [u32], from| pairs::rows_into(to, apart, &weights[from..], stride, count(from), self.parts);
+        write(now, 0);
+        for from in (0..keys).step_by(at_once) {
+            // Tiles that read what was written a moment ago would wait for it.
+            if from + at_once < keys {
+                write(next, from + at_once);
+            }
             let panels = &self.values[self.parts.whole((first + from) / 2) * WIDTH..];
-            pairs::multiply(o, kd, weights.with(panels, self.parts.words(self.count) * WIDTH), rows, kd, true);
+            let left = Rows { data: now, stride: apart, pairs: pairs::of(count(from)), parts: self.parts };
+            pairs::multiply(o, kd, left.with(panels, self.parts.words(self.count) * WIDTH), rows, kd, true);
+            std::mem::swap(&mut now, &mut next);
         }
     }
 }
