@@ -271,11 +271,12 @@ impl Model {
         // Spread over the file, for neighbours are often alike; but the first is the largest, wherever it stands.
         let spread = |n: usize| (0..n).map(move |i| &rows[i * rows.len() / n]);
         let largest = spread(rows.len().min(LOOKED_AT)).max_by_key(|row| size_of(row, max_pixels));
-        let mut some: Vec<&Sample> = largest.into_iter().chain(spread(played)).take(played).collect();
         // A row whose picture is damaged behind its header is named when it is drawn. Where there is nothing else, here.
-        let opens = |row: &Sample| row.images.iter().all(|path| self.frontend.pictures.size(path).is_ok());
-        if some.iter().any(|row| opens(row)) {
-            some.retain(|row| opens(row));
+        let opens = |row: &&Sample| row.images.iter().all(|path| self.frontend.pictures.size(path).is_ok());
+        let mut some: Vec<&Sample> =
+            largest.into_iter().chain(spread(played)).chain(rows).filter(opens).take(played).collect();
+        if some.is_empty() {
+            some.push(&rows[0]);
         }
         let some: Vec<(u64, &Sample)> = (0..).zip(some).collect();
         let Frontend { chat, convention, .. } = &self.frontend;

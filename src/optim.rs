@@ -267,12 +267,13 @@ impl AdamW {
         Ok(stepped)
     }
 
-    /// Writes the state as safetensors (`m`, `v`, and the step and ranges as metadata), beside its place first, synced and
+    /// Writes the state as safetensors (`m`, `v`, and as metadata the step and the ranges), beside its place first, synced and
     /// then renamed, so that `path` never holds half of one.
     pub fn save(&self, path: &Path) -> Result<()> {
         let doing = || format!("saving the optimiser state to {}", path.display());
         let ranges = serde_json::to_string(&self.trained).with_context(doing)?;
-        let metadata = [("step".to_string(), self.step.to_string()), ("trained".to_string(), ranges)];
+        // One key: of several the order in the file would be another each time, and equal states would be unequal files.
+        let metadata = [("state".to_string(), format!("{} {ranges}", self.step))];
         let mut partial = path.as_os_str().to_owned();
         partial.push(".partial");
         let tensors = [("m", Moments::of(&self.m)), ("v", Moments::of(&self.v))];
@@ -287,13 +288,10 @@ impl AdamW {
         let mut state = AdamW::new(trained).with_context(doing)?;
         let bytes = std::fs::read(path).with_context(doing)?;
         let (_, header) = SafeTensors::read_metadata(&bytes).with_context(doing)?;
-        let entry = |key: &str| {
-            let metadata = header.metadata().as_ref();
-            metadata.and_then(|m| m.get(key)).with_context(|| format!("{}: it has no {key:?}", doing()))
-        };
-        let step = entry("step")?;
+        let saved = header.metadata().as_ref().and_then(|m| m.get("state")?.split_once(' '));
+        let (step, ranges) = saved.with_context(|| format!("{}: it has no \"state\" of a step and ranges", doing()))?;
         state.step = step.parse().with_context(|| format!("{}: its step is {step:?}", doing()))?;
-        let saved: Vec<Trained> = serde_json::from_str(entry("trained")?).with_context(doing)?;
+        let saved: Vec<Trained> = serde_json::from_str(ranges).with_context(doing)?;
         ensure!(
             saved == state.trained,
             "{}: it is of {} parameters in {} ranges, this run trains {} in {}; resume with the settings it was saved under",

@@ -26,7 +26,7 @@ use crate::data::{self, Order, ReadAs, Sample};
 use crate::engine::{self, Frontend, Group, Sampler, Scores, Trainer, Training, Weights, Who};
 use crate::episode::{Episode, Record, Stop, Update};
 use crate::eval;
-use crate::image::Processor;
+use crate::image::{BadPicture, Processor};
 use crate::need;
 use crate::objective::{Advantages, Correction, Objective, Outcome, Sequence, Tally};
 use crate::progress::{self, Progress};
@@ -48,7 +48,7 @@ pub fn main(invocation: &Invocation) -> Result<()> {
     let plan: Plan = config::load::<Plan>(&invocation.config, &invocation.overrides)?.resolve()?;
     plan.engine.ensure_trains(&plan.model, plan.rollout.temperature)?;
     if invocation.dry_run {
-        let Ready { rows, held_out, .. } = Ready::of(&plan)?;
+        let Ready { rows, held_out, .. } = Ready::of(&plan, true)?;
         invocation.show(&plan)?;
         let asked = plan.train.prompts as u64 * plan.train.steps;
         eprintln!(
@@ -79,13 +79,14 @@ struct Ready {
 }
 
 impl Ready {
-    fn of(plan: &Plan) -> Result<Ready> {
+    /// `learns`: it evaluates held-out rows along the way.
+    fn of(plan: &Plan, learns: bool) -> Result<Ready> {
         let task = plan.task.task(Processor::load(&plan.model.path)?.budget.factor)?;
         plan.model.check_lora()?;
         let rows = plan.task.read(&plan.data.train, &plan.data.read_as()).context("data.train")?;
         check_rows(&*task, &rows, &plan.data.train)?;
         let mut held_out = Vec::new();
-        if let Some(path) = &plan.eval.rows {
+        if let Some(path) = plan.eval.rows.as_ref().filter(|_| learns) {
             held_out = plan.task.read(path, &ReadAs::default()).context("eval.rows")?;
             held_out.truncate(plan.eval.limit.unwrap_or(usize::MAX));
             check_rows(&*task, &held_out, path)?;
@@ -115,7 +116,7 @@ pub fn train(
     interrupt: &Interrupt,
     watch: &mut dyn FnMut(u64, &Metrics),
 ) -> Result<Metrics> {
-    let ready = Ready::of(plan)?;
+    let ready = Ready::of(plan, true)?;
     ensure_possible(&ready.rows, &plan.data.train)?;
     if plan.engine.has_own_kernels() {
         need::of_rl(plan, &*ready.task, &ready.rows, true)?.ensure_fits(&plan.model)?;
@@ -134,7 +135,7 @@ pub fn train_with(
     interrupt: &Interrupt,
     watch: &mut dyn FnMut(u64, &Metrics),
 ) -> Result<Metrics> {
-    train_on(engine, plan, &Ready::of(plan)?, start, interrupt, watch)
+    train_on(engine, plan, &Ready::of(plan, true)?, start, interrupt, watch)
 }
 
 fn train_on(
@@ -173,10 +174,13 @@ fn train_on(
         let mut metrics = Metrics::new();
         let before = (state.clone(), engine.updates());
         // A server that went away is not asked to save.
-        let rescue = |engine: &mut dyn Trainer, done, state: &State, error| match plan.engine.trains_here() {
-            true => folder.rescue(done, plan.train.keep_checkpoints, state, |to| engine.save(to), error),
-            false => error,
-        };
+        let rescue =
+            |engine: &mut dyn Trainer, done, state: &State, error: anyhow::Error| match plan.engine.trains_here()
+                || error.is::<BadPicture>()
+            {
+                true => folder.rescue(done, plan.train.keep_checkpoints, state, |to| engine.save(to), error),
+                false => error,
+            };
         let episodes = match context.step(engine, rows, &mut state, step, &mut watch_time, &mut metrics) {
             Ok(episodes) => episodes,
             // Of a step of several updates some may be made.
@@ -416,25 +420,29 @@ impl Loop<'_> {
                 |row: &&Sample| row.images.iter().try_for_each(|path| self.frontend.pictures.size(path).map(drop));
             let opened: Vec<Result<()>> = drawn.par_iter().map(sizes).collect();
             for (row, opened) in drawn.into_iter().zip(opened) {
-                let Err(error) = opened else {
-                    state.groups += 1;
-                    chosen.push((state.groups, row));
-                    continue;
-                };
-                if !self.plan.data.leave_out_bad {
-                    bail!("{}: {error:#}; {}", row.named(), data::BAD_ROW);
+                match opened {
+                    Ok(()) => {
+                        state.groups += 1;
+                        chosen.push((state.groups, row));
+                        in_vain = 0;
+                    }
+                    Err(error) if !error.is::<BadPicture>() => return Err(error.context(row.named())),
+                    Err(error) if !self.plan.data.leave_out_bad => {
+                        return Err(BadPicture::told(format!("{}: {error:#}; {}", row.named(), data::BAD_ROW)));
+                    }
+                    Err(error) => {
+                        progress::say_once(&format!("{} is left out: {error:#}", row.named()));
+                        (in_vain, *left_out) = (in_vain + 1, *left_out + 1);
+                    }
                 }
-                progress::say_once(&format!("{} is left out: {error:#}", row.named()));
-                in_vain += 1;
             }
             // Twice round, for the order changes behind each.
             ensure!(
-                in_vain < 2 * rows.len() + count,
+                in_vain < 2 * rows.len(),
                 "no row has pictures that can be read: {}",
                 self.plan.data.train.display()
             );
         }
-        *left_out += in_vain;
         Ok(chosen)
     }
 

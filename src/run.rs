@@ -110,7 +110,9 @@ impl RunFolder {
     /// resumed run must keep.
     pub fn check(path: impl AsRef<Path>, kind: Kind, start: Start, plan: &str) -> Result<()> {
         let root = path.as_ref();
-        if let Some(file) = root.ancestors().find(|place| place.exists()).filter(|place| !place.is_dir()) {
+        if let Some(file) =
+            root.ancestors().find(|place| place.symlink_metadata().is_ok()).filter(|place| !place.is_dir())
+        {
             bail!(
                 "a run needs a folder, and {} is a file: choose another place than {}",
                 file.display(),

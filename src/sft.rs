@@ -23,7 +23,7 @@ pub use self::stream::{stream_of, stream_of_dialogue};
 use crate::config;
 use crate::data::Order;
 use crate::engine::{Frontend, Training};
-use crate::image::Processor;
+use crate::image::{BadPicture, Processor};
 use crate::need::{self, Need};
 use crate::progress::{self, Progress};
 use crate::run::{Interrupt, Interrupted, Invocation, Kind, Metrics, RunFolder, Start, Stopwatch, peak_rss};
@@ -100,7 +100,8 @@ pub fn train(plan: &Plan, start: Start, interrupt: &Interrupt) -> Result<Metrics
         log = log.with_events()?;
     }
     let bar = Progress::start("fine-tuning", "step", done, plan.train.steps);
-    let rescue = |learner: &mut Learner, done, state: &State, error| match plan.engine.trains_here() {
+    let saves = |error: &anyhow::Error| plan.engine.trains_here() || error.is::<BadPicture>();
+    let rescue = |learner: &mut Learner, done, state: &State, error| match saves(&error) {
         true => folder.rescue(done, plan.train.keep_checkpoints, state, |to| learner.save(to), error),
         // A server that went away is not asked to save.
         false => error,

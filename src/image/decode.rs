@@ -9,7 +9,8 @@
 //! as PIL does for colour; 16-bit GREY too, where PIL instead clips everything over 255 to white, which no data set can want.
 //!
 //! A JPEG in colour or grey has the very pixels that libjpeg-turbo gives it, and so Pillow: the model sees here what it sees in transformers
-//! and vLLM (where they resize with Pillow: torchvision resizes a little differently). Of one in CMYK they may differ by a few grey levels.
+//! and vLLM (where they resize with Pillow: torchvision resizes a little differently). Of one in CMYK they may differ by a few grey levels; of a
+//! progressive one whose last scans are missing by more, for libjpeg smooths what it has between blocks.
 
 use crate::geometry::{BBox, Size};
 use crate::table::{Cell, picture_bytes};
@@ -67,12 +68,36 @@ impl std::fmt::Debug for Picture {
     }
 }
 
+/// What was read is no picture that can be decoded: the fault of its row, which may be left out. A file that cannot be read is the fault of a disk or
+/// a path.
+#[derive(Debug)]
+pub struct BadPicture(String);
+
+impl BadPicture {
+    fn of(error: anyhow::Error) -> anyhow::Error {
+        BadPicture(format!("{error:#}")).into()
+    }
+
+    /// One that stays one, in other words.
+    pub fn told(words: String) -> anyhow::Error {
+        BadPicture(words).into()
+    }
+}
+
+impl Display for BadPicture {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for BadPicture {}
+
 /// Opens a PNG, JPEG or WebP file (of an animation, the first frame), or one that lies in a cell of a table.
 ///
 /// # Errors
 /// One message with what was found, what to do, and the path.
 pub fn decode(path: &Path) -> Result<Picture> {
-    decode_bytes(&read(path)?, &path.display().to_string())
+    decode_part(&read(path)?, &path.display().to_string(), None).map_err(BadPicture::of)
 }
 
 /// The pixels of a region of whole pixels, without keeping the whole picture: of a JPEG, only what lies around it is turned into pixels.
@@ -80,7 +105,7 @@ pub fn decode(path: &Path) -> Result<Picture> {
 /// # Errors
 /// As [`decode`], except that damage elsewhere in the file may go unseen; and a region that is not inside the picture.
 pub fn decode_region(path: &Path, region: &BBox) -> Result<RgbImage> {
-    Ok(decode_part(&read(path)?, &path.display().to_string(), Some(region))?.rgb)
+    Ok(decode_part(&read(path)?, &path.display().to_string(), Some(region)).map_err(BadPicture::of)?.rgb)
 }
 
 /// The bytes of a picture's file or cell.
@@ -423,6 +448,16 @@ mod tests {
 
     fn error(data: &[u8]) -> String {
         decode_bytes(data, "the/file").unwrap_err().to_string()
+    }
+
+    #[test]
+    fn what_is_no_picture_is_told_from_what_cannot_be_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let [path, gone] = ["a.png", "gone.png"].map(|name| folder.path().join(name));
+        fs::write(&path, &bytes(DynamicImage::new_rgb8(64, 64), ImageFormat::Png)[..60]).unwrap();
+        let error = decode(&path).unwrap_err().context("row 3");
+        assert!(error.is::<BadPicture>(), "through every context: {error:#}");
+        assert!(!decode(&gone).unwrap_err().is::<BadPicture>());
     }
 
     #[test]

@@ -16,7 +16,7 @@ mod resize;
 
 pub use self::bench::bench_image;
 pub use self::cache::{CacheStats, PictureCache};
-pub use self::decode::{MAX_PIXELS, Picture, decode, decode_bytes, decode_region, size};
+pub use self::decode::{BadPicture, MAX_PIXELS, Picture, decode, decode_bytes, decode_region, size};
 pub use self::draw::{Color, draw_box, encode_jpeg, encode_png, save};
 pub use self::fingerprint::{Fingerprint, Likeness};
 pub use self::patches::{Patches, Processor, cut, patches};

@@ -52,7 +52,9 @@ const SERVERS: [&str; 2] = ["engine.url", "engine.urls"];
 /// # Errors
 /// It is no TOML.
 pub fn of_answers(plan: &str) -> Result<String> {
-    let kept = keys(plan)?.into_iter().filter(|(key, _)| !is_free(key) || key == SERVERS[0]);
+    // A bad row is not asked: without it the others are the same questions.
+    let hangs = |key: &str| (!is_free(key) || key == SERVERS[0]) && key != "data.leave_out_bad";
+    let kept = keys(plan)?.into_iter().filter(|(key, _)| hangs(key));
     Ok(kept.map(|(key, value)| format!("{key} = {value}\n")).collect())
 }
 
@@ -66,7 +68,7 @@ pub(super) fn refuse(saved: &str, plan: &str) -> Result<()> {
         .filter(|key| before.get(*key) != now.get(*key))
         .filter(|key| !is_free(key) || *key == STEPS && rates_follow_steps(&now))
         .map(|key| {
-            let value = |side: &BTreeMap<String, String>| side.get(key).cloned().unwrap_or("nothing".into());
+            let value = |side: &BTreeMap<String, String>| side.get(key).cloned().unwrap_or("not set".into());
             format!("{key} was {} and is now {}", value(&before), value(&now))
         })
         .collect();

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use rayon::prelude::*;
 
 use super::{Plan, State, stream_of, stream_of_dialogue};
@@ -14,7 +14,7 @@ use crate::data::{self, Dialogue, Sample};
 use crate::engine::Frontend;
 use crate::episode::Stream;
 use crate::geometry::{BBox, Budget, Size, View};
-use crate::image::{self, Patches, Processor};
+use crate::image::{self, BadPicture, Patches, Processor};
 use crate::progress;
 use crate::synth::pretrain::{self, Pretrain};
 use crate::synth::{Split, assets_dir};
@@ -104,7 +104,7 @@ impl Source {
     /// # Errors
     /// A row or picture that cannot be read, unless these are left out; nothing but dialogues that are too long or bad.
     pub fn batch(&self, plan: &Plan, frontend: &Frontend, state: &mut State, step: u64) -> Result<Batch> {
-        let mut left_out = 0;
+        let (mut left_out, mut bad) = (0, 0);
         loop {
             let mut next = || match &mut state.order {
                 Some(order) => order.next_row() as u64,
@@ -121,11 +121,14 @@ impl Source {
                     Ok(example) if example.stream.len() <= plan.data.max_tokens => examples.push(example),
                     Ok(_) => {}
                     // Headers of pictures were read when the run began; this is damaged behind its header.
-                    Err(error) if plan.data.leave_out_bad => progress::say_once(&format!("left out: {error:#}")),
-                    Err(error) if self.rows().is_some() => {
-                        bail!("{error:#}; {}", data::BAD_ROW);
+                    Err(error) if !error.is::<BadPicture>() => return Err(error),
+                    Err(error) if !plan.data.leave_out_bad => {
+                        return Err(BadPicture::told(format!("{error:#}; {}", data::BAD_ROW)));
                     }
-                    Err(error) => return Err(error),
+                    Err(error) => {
+                        progress::say_once(&format!("left out: {error:#}"));
+                        bad += 1;
+                    }
                 }
             }
             left_out += plan.train.batch - examples.len();
@@ -133,8 +136,10 @@ impl Source {
                 return Ok(Batch { examples, left_out });
             }
             // Twice round, for the order changes behind each.
+            let in_vain = 2 * self.rows().unwrap_or(DRAWN_IN_VAIN) + plan.train.batch;
+            ensure!(bad < in_vain, "no dialogue has pictures that can be read");
             ensure!(
-                left_out < 2 * self.rows().unwrap_or(DRAWN_IN_VAIN) + plan.train.batch,
+                left_out < in_vain,
                 "every dialogue is bad or longer than data.max_tokens = {}; raise it or lower the pixel budget",
                 plan.data.max_tokens
             );

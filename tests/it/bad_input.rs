@@ -210,13 +210,13 @@ fn a_picture_that_is_damaged_behind_its_header_costs_its_row() {
     let row = |i: usize, image: &str| {
         format!(r#"{{"id": "row-{i}", "images": ["{image}"], "question": "What number is it?", "answer": "7"}}"#)
     };
-    let file = |pictures: [&str; 3]| {
+    let file = |pictures: &[&str]| {
         let rows: Vec<String> = pictures.iter().enumerate().map(|(i, picture)| row(i, picture)).collect();
         std::fs::write(dir.join("train.jsonl"), rows.join("\n")).unwrap();
     };
     let steps = ["train.steps=3", "train.prompts=2", "train.checkpoint_every=1"];
     let run = |out: &'static str| [&["rl", "rl.toml", out][..], &steps[..]].concat();
-    file(["one.png", "cut.png", "two.png"]);
+    file(&["one.png", "cut.png", "two.png"]);
     let out = foveate(dir, &run("train.out=named"));
     let said = text(&out.stderr);
     assert_eq!(out.status.code(), Some(1), "{said}");
@@ -238,9 +238,16 @@ fn a_picture_that_is_damaged_behind_its_header_costs_its_row() {
     }
     let held_out = ["eval.rows=train.jsonl", "eval.every=1"];
     refused(dir, &[&run("train.out=held")[..], &held_out].concat(), 1, &["row row-1", "train.jsonl", "cut.png"]);
-    file(["cut.png", "cut.png", "cut.png"]);
-    let none = [&run("train.out=none")[..], &["data.leave_out_bad=true"]].concat();
-    assert_eq!(foveate(dir, &none).status.code(), Some(1));
+    // What is only played evaluates nothing.
+    good(dir, &["rollout", "rl.toml", "data.leave_out_bad=true", "train.steps=1", "train.out=played", held_out[0]]);
+    // However few are good, these are reckoned with and asked; where there is none, the run ends.
+    for (good_row, code) in [("one.png", 0), ("cut.png", 1)] {
+        file(&["cut.png", "cut.png", "cut.png", "cut.png", good_row, "cut.png", "cut.png", "cut.png"]);
+        let out = format!("train.out=few-{code}");
+        let few = ["rl", "rl.toml", "data.leave_out_bad=true", "train.steps=2", "train.prompts=5", &out];
+        let out = foveate(dir, &few);
+        assert_eq!(out.status.code(), Some(code), "{}", text(&out.stderr));
+    }
 
     let talk = |picture: &str| {
         format!(
