@@ -32,6 +32,29 @@ pub fn load<T: DeserializeOwned>(path: &Path, overrides: &[String]) -> Result<T>
     parse(&text, overrides).with_context(|| format!("in the config {}", path.display()))
 }
 
+/// As [`load`], for a command; a config that cannot be read as its own and is another's is sent there.
+pub fn load_for<T: DeserializeOwned>(command: &str, path: &Path, overrides: &[String]) -> Result<T> {
+    load(path, overrides).map_err(|error| {
+        let other = load::<toml::Table>(path, &[]).map_or(command, |sections| command_of(&sections));
+        match other == command {
+            true => error,
+            false => anyhow!(BadConfig(format!("this config is for `foveate {other} {}` ({error:#})", path.display()))),
+        }
+    })
+}
+
+/// The command that a config is for, as its sections say: eval, sft or rl.
+pub fn command_of(sections: &toml::Table) -> &'static str {
+    let has = |section: &str, key: &str| sections.get(section).and_then(|s| s.get(key)).is_some();
+    // A config of sft may have a task too; it counts dialogues, not questions.
+    let sft = has("train", "batch") || has("data", "pretrain") || has("data", "reason") || has("data", "snap");
+    match (sections.contains_key("tasks"), sft || !sections.contains_key("task")) {
+        (true, _) => "eval",
+        (false, true) => "sft",
+        (false, false) => "rl",
+    }
+}
+
 /// The same from text.
 pub fn parse<T: DeserializeOwned>(text: &str, overrides: &[String]) -> Result<T> {
     let mut table: toml::Table = toml::from_str(text).map_err(|e| BadConfig(e.to_string()))?;
@@ -145,6 +168,17 @@ mod tests {
         assert!(text.contains("key=value"), "{text}");
         let text = format!("{:#}", parse::<Plan>("name = \"a\"", &["name.x=1".into()]).unwrap_err());
         assert!(text.contains("not a section"), "{text}");
+    }
+
+    #[test]
+    fn a_config_for_another_command_is_sent_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("sft.toml");
+        std::fs::write(&path, "[data]\ntrain = \"a\"\n[train]\nbatch = 2\n").unwrap();
+        let error = format!("{:#}", load_for::<Plan>("rl", &path, &[]).unwrap_err());
+        assert!(error.contains("this config is for `foveate sft") && error.contains("unknown key `data`"), "{error}");
+        let error = format!("{:#}", load_for::<Plan>("sft", &path, &[]).unwrap_err());
+        assert!(!error.contains("this config is for"), "{error}");
     }
 
     #[test]

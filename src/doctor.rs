@@ -63,7 +63,8 @@ pub fn main(path: Option<&Path>, overrides: &[String], as_json: bool) -> Result<
 /// What a config holds at its peak; nothing to speak of where a server holds the weights. Which kind of run it is, its sections say.
 fn needs(path: &Path, overrides: &[String]) -> Result<Option<Need>> {
     let sections: toml::Table = config::load(path, overrides)?;
-    if sections.contains_key("tasks") {
+    let command = config::command_of(&sections);
+    if command == "eval" {
         let plan: eval::Plan = config::load(path, overrides)?;
         if held_elsewhere(&plan.engine) {
             return Ok(None);
@@ -82,10 +83,7 @@ fn needs(path: &Path, overrides: &[String]) -> Result<Option<Need>> {
         }
         return need::of_eval(&plan, &asked).map(Some);
     }
-    // A config of sft may have a task too; it counts dialogues, not questions.
-    let has = |section: &str, key: &str| sections.get(section).and_then(|s| s.get(key)).is_some();
-    let of_sft = has("train", "batch") || has("data", "pretrain") || has("data", "reason") || has("data", "snap");
-    if of_sft || !sections.contains_key("task") {
+    if command == "sft" {
         let plan: sft::Plan = config::load(path, overrides)?;
         if !plan.engine.has_own_kernels() && held_elsewhere(&plan.engine) {
             return Ok(None);

@@ -143,7 +143,7 @@ pub fn play_all(
 
 /// `foveate eval CONFIG`.
 pub fn main(invocation: &Invocation) -> Result<()> {
-    let plan: Plan = config::load(&invocation.config, &invocation.overrides)?;
+    let plan: Plan = config::load_for("eval", &invocation.config, &invocation.overrides)?;
     plan.validate()?;
     let file = &plan.data.test;
     let Read { mut samples, report, sizes } = plan.data.read_as().good(file).context("data.test")?;

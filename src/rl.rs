@@ -45,7 +45,7 @@ struct State {
 
 /// `foveate rl CONFIG`.
 pub fn main(invocation: &Invocation) -> Result<()> {
-    let plan: Plan = config::load::<Plan>(&invocation.config, &invocation.overrides)?.resolve()?;
+    let plan: Plan = config::load_for::<Plan>("rl", &invocation.config, &invocation.overrides)?.resolve()?;
     plan.engine.ensure_trains(&plan.model, plan.rollout.temperature)?;
     if invocation.dry_run {
         let Ready { rows, held_out, .. } = Ready::of(&plan, true)?;

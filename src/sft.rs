@@ -37,7 +37,7 @@ struct State {
 
 /// `foveate sft CONFIG`.
 pub fn main(invocation: &Invocation) -> Result<()> {
-    let plan: Plan = config::load(&invocation.config, &invocation.overrides)?;
+    let plan: Plan = config::load_for("sft", &invocation.config, &invocation.overrides)?;
     plan.check()?;
     if invocation.dry_run {
         let source = Source::open(&plan, &Processor::load(&plan.model.path)?)?;

@@ -17,7 +17,7 @@ use crate::run::{Interrupt, Interrupted, Invocation, Kind, Metrics, RunFolder, o
 
 /// `foveate rollout CONFIG`: plays one step's worth of questions per step and writes the episodes; nothing is trained.
 pub fn main(invocation: &Invocation) -> Result<()> {
-    let plan: Plan = config::load::<Plan>(&invocation.config, &invocation.overrides)?.resolve()?;
+    let plan: Plan = config::load_for::<Plan>("rl", &invocation.config, &invocation.overrides)?.resolve()?;
     let Ready { rows, task, objective, .. } = Ready::of(&plan, false)?;
     if invocation.dry_run {
         invocation.show(&plan)?;
