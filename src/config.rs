@@ -95,19 +95,21 @@ fn apply(table: &mut toml::Table, item: &str) -> Result<()> {
     Ok(())
 }
 
-/// Adds the nearest known key to serde's "unknown field `x`, expected one of `a`, `b`".
+/// Says in a person's words what serde says, and adds the nearest known key to its "unknown field `x`, expected one of `a`, `b`".
 pub(crate) fn explain(message: &str) -> String {
     let message = message.trim();
-    let one_line = || message.lines().map(str::trim).collect::<Vec<_>>().join(" ");
-    let Some(rest) = message.split("unknown field `").nth(1) else { return one_line() };
-    let Some((unknown, rest)) = rest.split_once('`') else { return one_line() };
+    let section = message.lines().find_map(|l| l.strip_prefix("in `")).and_then(|l| l.strip_suffix('`'));
+    let Some((unknown, rest)) = message.split_once("unknown field `").and_then(|(_, rest)| rest.split_once('`')) else {
+        return missing(message, section)
+            .or_else(|| wrong(message, section))
+            .unwrap_or_else(|| message.lines().map(str::trim).collect::<Vec<_>>().join(" "));
+    };
     let known: Vec<&str> = rest.lines().next().unwrap_or("").split('`').skip(1).step_by(2).collect();
     let nearest = known
         .iter()
         .map(|k| (strsim::jaro_winkler(unknown, k), *k))
         .max_by(|a, b| a.0.total_cmp(&b.0))
         .filter(|(score, _)| *score > 0.6);
-    let section = message.lines().find_map(|l| l.strip_prefix("in `")).and_then(|l| l.strip_suffix('`'));
     let place = section.map(|s| format!(" in [{s}]")).unwrap_or_default();
     match nearest {
         Some((_, near)) => {
@@ -115,6 +117,32 @@ pub(crate) fn explain(message: &str) -> String {
         }
         None => format!("unknown key `{unknown}`{place}; known here: {}", known.join(", ")),
     }
+}
+
+/// Of "missing field `x`".
+fn missing(message: &str, section: Option<&str>) -> Option<String> {
+    let (key, _) = message.strip_prefix("missing field `")?.split_once('`')?;
+    let key = section.map_or(key.to_owned(), |section| format!("{section}.{key}"));
+    Some(format!("`{key}` is missing; configs/ has examples with every key"))
+}
+
+/// Of "invalid type: integer `3`, expected a string".
+fn wrong(message: &str, key: Option<&str>) -> Option<String> {
+    let what = message.lines().next()?;
+    let what = what.strip_prefix("invalid type: ").or_else(|| what.strip_prefix("invalid value: "))?;
+    let (found, expected) = what.split_once(", expected ")?;
+    let expected = match expected {
+        "u8" | "u16" | "u32" | "u64" | "usize" => "a whole number, 0 or more",
+        "i8" | "i16" | "i32" | "i64" | "isize" => "a whole number",
+        "f32" | "f64" => "a number",
+        "a boolean" => "true or false",
+        "a string" | "path string" => "text in quotes",
+        "a sequence" => "a list in brackets",
+        "a map" => "a section",
+        other if other.starts_with("struct ") => "a section",
+        other => other,
+    };
+    Some(format!("`{}` is {found}, expected {expected}", key?))
 }
 
 #[cfg(test)]
@@ -163,7 +191,11 @@ mod tests {
     #[test]
     fn a_wrong_type_and_a_bad_override_are_named() {
         let text = format!("{:#}", parse::<Plan>("name = 3\n[optim]", &[]).unwrap_err());
-        assert!(text.contains("name") && text.contains("string"), "{text}");
+        assert!(text.contains("`name` is integer `3`, expected text in quotes"), "{text}");
+        let text = format!("{:#}", parse::<Plan>("name = \"a\"\noptim = 3", &[]).unwrap_err());
+        assert!(text.contains("`optim` is integer `3`, expected a section"), "{text}");
+        let text = format!("{:#}", parse::<Plan>("[optim]", &[]).unwrap_err());
+        assert!(text.contains("`name` is missing"), "{text}");
         let text = format!("{:#}", parse::<Plan>("name = \"a\"\n[optim]", &["lr".into()]).unwrap_err());
         assert!(text.contains("key=value"), "{text}");
         let text = format!("{:#}", parse::<Plan>("name = \"a\"", &["name.x=1".into()]).unwrap_err());
