@@ -3,7 +3,7 @@
 //! `mid = x + o(attention(rope(q(n1)), rope(k(n1)), v(n1)))`, `y = mid + down(silu(gate(n2)) * up(n2))`, with
 //! `n1 = rmsnorm(x)`, `n2 = rmsnorm(mid)`. It hides what is kept for the backward pass: norms and the product of the MLP
 //! are cheap and computed again, results of matrix products and of attention are kept ([`Tape`]), or, to save memory,
-//! only the block's input ([`Kept::Input`]). Both give the same gradients bit for bit, because every kernel gives the
+//! only the block's input, with the result of attention or without. All give the same gradients bit for bit, because every kernel gives the
 //! same bits for the same inputs.
 
 use std::collections::HashMap;
@@ -42,6 +42,8 @@ pub enum Keep {
     Nothing,
     /// Each block's input; the rest is computed a second time. A third more work, a fraction of the memory.
     Inputs,
+    /// That, and what attention gave: where rows see thousands of keys, the dearest result for its bytes.
+    Attended,
     /// The result of every matrix product.
     Everything,
 }
@@ -75,6 +77,8 @@ pub struct Tape {
 
 pub enum Kept {
     Input(Vec<f32>),
+    /// Input, result and log-sum-exp of attention.
+    Attended([Vec<f32>; 3]),
     All(Box<Tape>),
 }
 
@@ -82,7 +86,7 @@ impl Kept {
     /// The block's input, `[T, D]`.
     pub fn input(&self) -> &[f32] {
         match self {
-            Kept::Input(x) => x,
+            Kept::Input(x) | Kept::Attended([x, ..]) => x,
             Kept::All(tape) => &tape.x,
         }
     }
@@ -439,26 +443,30 @@ struct Attended {
     picked: Option<[Vec<f32>; 2]>,
 }
 
-fn attend(block: &Block, dims: &Dims, values: Values, x: &[f32], rows: Rows) -> Attended {
+/// `known`: the result and log-sum-exp, where they were kept.
+fn attend(block: &Block, dims: &Dims, values: Values, x: &[f32], rows: Rows, known: Option<[Vec<f32>; 2]>) -> Attended {
     let qkv = project(block, dims, Params::new(values, None), x, rows.table);
-    let mut o = vec![0.0; qkv.q.len()];
-    let mut lse = vec![0.0; x.len() / dims.hidden * dims.heads];
-    attention::forward(
-        &mut o,
-        &mut lse,
-        &qkv.q,
-        Keys::Rows(&qkv.k),
-        &qkv.v,
-        rows.spans,
-        dims.attention(),
-        rows.attention,
-    );
+    let [o, lse] = known.unwrap_or_else(|| {
+        let mut o = vec![0.0; qkv.q.len()];
+        let mut lse = vec![0.0; x.len() / dims.hidden * dims.heads];
+        let keys = Keys::Rows(&qkv.k);
+        let (dims, compute) = (dims.attention(), rows.attention);
+        attention::forward(&mut o, &mut lse, &qkv.q, keys, &qkv.v, rows.spans, dims, compute);
+        [o, lse]
+    });
     let picked = rows.wanted.map(|wanted| [pick(x, wanted, dims.hidden), pick(&o, wanted, dims.heads * dims.k)]);
     Attended { qkv, o, lse, picked }
 }
 
-fn forward_all(block: &Block, dims: &Dims, values: Values, x: Vec<f32>, rows: Rows) -> (Vec<f32>, Tape) {
-    let Attended { qkv: Qkv { q, k, v }, o, lse, picked } = attend(block, dims, values, &x, rows);
+fn forward_all(
+    block: &Block,
+    dims: &Dims,
+    values: Values,
+    x: Vec<f32>,
+    rows: Rows,
+    known: Option<[Vec<f32>; 2]>,
+) -> (Vec<f32>, Tape) {
+    let Attended { qkv: Qkv { q, k, v }, o, lse, picked } = attend(block, dims, values, &x, rows, known);
     let [of_x, of_o] = picked.as_ref().map_or([&x, &o], |[x, o]| [x, o]);
     let [y, mid, gate, up] = finish_keeping(block, dims, Params::new(values, None), of_x, of_o);
     (y, Tape { x, q, k, v, o, lse, mid, gate, up })
@@ -477,14 +485,19 @@ pub fn forward(
     keep: Keep,
 ) -> (Vec<f32>, Option<Kept>) {
     if keep == Keep::Everything {
-        let (y, tape) = forward_all(block, dims, values, x, rows);
+        let (y, tape) = forward_all(block, dims, values, x, rows, None);
         return (y, Some(Kept::All(Box::new(tape))));
     }
-    let Attended { qkv, o, picked, .. } = attend(block, dims, values, &x, rows);
+    let Attended { qkv, o, lse, picked } = attend(block, dims, values, &x, rows, None);
     drop(qkv);
     let [of_x, of_o] = picked.as_ref().map_or([&x, &o], |[x, o]| [x, o]);
     let y = finish(block, dims, Params::new(values, None), of_x, of_o);
-    (y, (keep == Keep::Inputs).then_some(Kept::Input(x)))
+    let kept = match keep {
+        Keep::Inputs => Some(Kept::Input(x)),
+        Keep::Attended => Some(Kept::Attended([x, o, lse])),
+        _ => None,
+    };
+    (y, kept)
 }
 
 /// Backward of [`forward`]: turns the gradient by the result into the gradient by the input, and adds the gradients of
@@ -503,7 +516,8 @@ pub fn backward(
 ) -> Vec<f32> {
     let Tape { x, q, k, v, o, lse, mid, mut gate, mut up } = match kept {
         Kept::All(tape) => *tape,
-        Kept::Input(x) => forward_all(block, dims, values, x, rows).1,
+        Kept::Input(x) => forward_all(block, dims, values, x, rows, None).1,
+        Kept::Attended([x, o, lse]) => forward_all(block, dims, values, x, rows, Some([o, lse])).1,
     };
     let Dims { hidden: d, mlp: wide, .. } = *dims;
     let turned = Laid::turned(block, values);

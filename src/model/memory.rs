@@ -31,6 +31,8 @@ pub struct Memory {
     pub tape_bytes_per_patch: u64,
     /// The same when each block is computed again.
     pub recompute_bytes_per_patch: u64,
+    /// And when attention over the whole picture is not.
+    pub attended_bytes_per_patch: u64,
     /// Beside what is kept: what one block's backward pass makes of a patch.
     pub scratch_bytes_per_patch: u64,
     /// The pixels of a patch.
@@ -87,6 +89,7 @@ pub fn memory(config: &Config, layout: &Layout, train: Trainable) -> Memory {
         scratch_bytes_per_row: text.scratch(),
         tape_bytes_per_patch: beside + v.depth as u64 * vision.tape(),
         recompute_bytes_per_patch: beside + 4 * (v.depth * v.hidden) as u64,
+        attended_bytes_per_patch: beside + 4 * (v.depth * v.hidden + v.full_blocks.len() * (v.hidden + v.heads)) as u64,
         scratch_bytes_per_patch: vision.scratch(),
         pixel_bytes_per_patch: pixels,
         feature_bytes: 4 * t.hidden as u64,
@@ -100,6 +103,7 @@ impl Memory {
         match keep {
             Keep::Nothing => 0,
             Keep::Inputs => self.recompute_bytes_per_patch,
+            Keep::Attended => self.attended_bytes_per_patch,
             Keep::Everything => self.tape_bytes_per_patch,
         }
     }

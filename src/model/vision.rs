@@ -145,7 +145,10 @@ pub fn forward(
     drop(embedded);
     let mut blocks = Vec::new();
     for (i, b) in index.blocks.iter().enumerate() {
-        let spans = if config.full_blocks.contains(&i) { &windows.frames } else { &windows.windows };
+        let full = config.full_blocks.contains(&i);
+        let spans = if full { &windows.frames } else { &windows.windows };
+        // Attention within a window costs less than the products around it.
+        let keep = if keep == Keep::Attended && !full { Keep::Inputs } else { keep };
         let (y, kept) = block::forward(
             b,
             &dims,

@@ -200,7 +200,7 @@ impl Memory {
         let rows: usize = groups.iter().map(|g| batch::rows(g)).sum();
         let targets: usize = groups.iter().flatten().map(|s| s.sampled_count()).sum();
         let per_row = match keep {
-            Keep::Inputs => self.recompute_bytes_per_row,
+            Keep::Inputs | Keep::Attended => self.recompute_bytes_per_row,
             _ => self.tape_bytes_per_row,
         };
         let stretches = rows.div_ceil(1024) as u64;

@@ -2,9 +2,9 @@
 //! tower once, whatever groups it was seen in.
 //!
 //! It hides what is kept between the two. As long as the weights stay as they are features are kept, and where an update may
-//! follow, as much of the forward pass as fits the budget: everything, or each block's input, or nothing, and then the forward
-//! pass is done again for the backward pass. All three give the same gradients bit for bit, because the views of one forward pass
-//! stay together.
+//! follow, as much of the forward pass as fits the budget: everything, or each block's input with attention's result or without,
+//! or nothing, and then the forward pass is done again for the backward pass. All give the same gradients bit for bit, because the
+//! views of one forward pass stay together.
 
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
@@ -217,8 +217,8 @@ pub fn patches(pictures: &PictureCache, processor: &Processor, views: &[Placed])
 pub(super) fn choices(wanted: Keep) -> &'static [Keep] {
     match wanted {
         Keep::Nothing => &[],
-        Keep::Inputs => &[Keep::Inputs],
-        Keep::Everything => &[Keep::Everything, Keep::Inputs],
+        Keep::Inputs | Keep::Attended => &[Keep::Attended, Keep::Inputs],
+        Keep::Everything => &[Keep::Everything, Keep::Attended, Keep::Inputs],
     }
 }
 
